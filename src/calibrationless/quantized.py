@@ -1,0 +1,110 @@
+"""The two things a compressed weight is made of: rounded codes, and outliers kept exactly.
+
+`QuantizedTensor` is the canonical object of the house. Rounding produces it, every exporter
+translates from it, every reader rebuilds it. Its codes are unsigned for every scheme, so packing never
+has to know whether a scheme is symmetric:
+
+    weight = (codes - zero_point) * scale          zero_point = 2^(bits-1) where none is stored
+
+`Outliers` are single weights with their original values; `restore` puts them back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calibrationless.blocks import Block, from_blocks, scale_shape, to_blocks
+
+__all__ = ["MAX_BITS", "MIN_BITS", "Outliers", "QuantizedTensor", "check_bits", "dequantize", "restore"]
+
+MIN_BITS, MAX_BITS = 2, 8
+
+
+def check_bits(bits: int) -> None:
+    """Raise ValueError unless `bits` is a width that codes can have (2 to 8)."""
+    if not MIN_BITS <= bits <= MAX_BITS:
+        raise ValueError(f"bits {bits} is outside {MIN_BITS} to {MAX_BITS}; use 4 for size or 8 for fidelity")
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A [out, in] weight rounded to `bits`.
+
+    codes: uint8 [out, in], each in 0 .. 2^bits - 1.
+    scale: float, `scale_shape(block, shape)`; negative where a block's largest magnitude is positive.
+    zero_point: uint8 like scale, or None for symmetric schemes (then it is 2^(bits-1) everywhere).
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    block: Block
+    bits: int
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        expected = scale_shape(self.block, self.shape)
+        if tuple(self.scale.shape) != expected:
+            raise ValueError(
+                f"scale has shape {list(self.scale.shape)}, block {self.block} of a {list(self.shape)} weight "
+                f"needs {list(expected)}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.codes.shape[0], self.codes.shape[1])
+
+    @property
+    def symmetric(self) -> bool:
+        return self.zero_point is None
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """Weights kept outside the codes: rows int32 [n], cols int32 [n], values [n] in the original dtype."""
+
+    rows: Tensor
+    cols: Tensor
+    values: Tensor
+
+    def __len__(self) -> int:
+        return self.rows.numel()
+
+    @staticmethod
+    def at(weight: Tensor, rows: Tensor, cols: Tensor) -> Outliers:
+        """The weights at (rows[i], cols[i]) of a [out, in] tensor, sorted by position."""
+        flat = torch.unique(rows.to(torch.int64) * weight.shape[1] + cols.to(torch.int64))
+        rows, cols = flat // weight.shape[1], flat % weight.shape[1]
+        return Outliers(rows.to(torch.int32), cols.to(torch.int32), weight[rows, cols].clone())
+
+
+def dequantize(quantized: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
+    """[out, in] weight that the codes stand for.
+
+    The product is rounded once, to the scale's dtype, exactly as compressed-tensors does: values equal
+    a stock loader's bit for bit. `dtype` then casts the result.
+    """
+    scale = quantized.scale.reshape(-1, 1)
+    if quantized.zero_point is None:
+        zero_point: Tensor | int = 1 << (quantized.bits - 1)
+    else:
+        zero_point = quantized.zero_point.reshape(-1, 1).to(torch.float32)
+    codes = to_blocks(quantized.codes, quantized.block).to(torch.float32)
+    weight = codes.sub_(zero_point).mul_(scale.to(torch.float32)).to(scale.dtype)
+    return from_blocks(weight, quantized.block, quantized.shape).to(dtype or scale.dtype)
+
+
+def restore(weight: Tensor, outliers: Outliers) -> Tensor:
+    """Put the outliers back into a [out, in] weight, in place. RESTORE of the super weight paper.
+
+    Raises ValueError where a coordinate lies outside the weight: sidecars come from files.
+    """
+    rows, cols = outliers.rows.to(torch.int64), outliers.cols.to(torch.int64)
+    for name, index, size in (("row", rows, weight.shape[0]), ("column", cols, weight.shape[1])):
+        if index.numel() and (int(index.min()) < 0 or int(index.max()) >= size):
+            raise ValueError(f"an outlier's {name} is outside 0 .. {size - 1}: the sidecar belongs to another weight")
+    weight[rows, cols] = outliers.values.to(weight.dtype)
+    return weight

@@ -1,0 +1,123 @@
+"""Round-to-nearest: choose a scale for every block, round every weight.
+
+    choose   symmetric    scale = signed_max / -2^(bits-1)        the block's extreme is exact
+             asymmetric   scale = (max - min) / (2^bits - 1)      zero_point = round(-min / scale)
+    round    codes = clamp(round(w / scale) + zero_point)
+
+"Signed maximum" means that the weight of largest magnitude, whatever its sign, takes the one code
+that has no mirror image (-8 at 4 bits), so a scale may be negative. ONNX Runtime and GGUF's Q4_0 do
+the same; it is half a step better than |max| / 7.5 and it is what lets a block hold a super weight
+exactly for a loader that knows nothing of sidecars.
+
+The scale is rounded to its storage dtype *before* the codes are computed, so what a loader reads back is
+what was minimized. Weights stream through in pieces that fit the processor's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from calibrationless.blocks import Block, Tile, from_blocks, scale_shape, to_blocks
+from calibrationless.clipping import Clip, clip_threshold
+from calibrationless.quantized import QuantizedTensor, check_bits
+
+__all__ = ["choose_scale", "quantize", "round_to_codes"]
+
+# Elements per piece: 2 MiB of float32, so that the handful of temporaries stays in the cache. Measured
+# on 4096 x 4096: 490 million weights per second here, 310 at a quarter of it, 460 at eight times it.
+_PIECE = 1 << 19
+
+
+_NOT_FINITE = "a weight is NaN or infinite"
+
+
+def choose_scale(blocks: Tensor, bits: int, *, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Scale [blocks, 1] of `dtype` and zero point uint8 [blocks, 1] (None if symmetric).
+
+    blocks: float32 [blocks, elements]. A block of zeros gets scale 1, so that no division by zero
+    ever happens and it decodes to zeros. Raises ValueError where a weight is NaN or infinite, or where
+    the scale does not fit `dtype`.
+    """
+    low, high = torch.aminmax(blocks, dim=1, keepdim=True)
+    if symmetric:
+        signed_max = torch.where(high >= -low, high, low)
+        wide = signed_max / -(1 << (bits - 1))
+    else:
+        low, high = low.clamp_(max=0), high.clamp_(min=0)
+        wide = (high - low) / ((1 << bits) - 1)
+    scale = wide.to(dtype)
+    if not bool(torch.isfinite(scale).all()):
+        if bool(torch.isfinite(wide).all()):
+            raise ValueError(f"a scale of {wide.abs().max():.3g} does not fit {str(dtype).removeprefix('torch.')}")
+        raise ValueError(_NOT_FINITE)
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    if symmetric:
+        return scale, None
+    zero_point = torch.round(-low / scale.to(torch.float32)).clamp_(0, (1 << bits) - 1)
+    return scale, zero_point.to(torch.uint8)
+
+
+def round_to_codes(blocks: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
+    """uint8 codes [blocks, elements]; ties go to the even code, as everywhere in torch.
+
+    blocks: float32 [blocks, elements]; scale, zero_point: [blocks, 1].
+    """
+    steps = torch.div(blocks, scale.to(torch.float32)).round_()
+    steps.add_(float(1 << (bits - 1)) if zero_point is None else zero_point.to(torch.float32))
+    return steps.clamp_(0, (1 << bits) - 1).to(torch.uint8)
+
+
+def _pieces(count: int, elements: int) -> Iterator[slice]:
+    step = max(1, _PIECE // elements)
+    for start in range(0, count, step):
+        yield slice(start, start + step)
+
+
+def quantize(
+    weight: Tensor,
+    block: Block,
+    bits: int,
+    *,
+    symmetric: bool = True,
+    clip: Clip | None = None,
+    unclipped: Tensor | None = None,
+    scale_dtype: torch.dtype | None = None,
+) -> QuantizedTensor:
+    """Round a [out, in] weight to `bits` per element.
+
+    clip: cut each block's outliers first. unclipped: bool [blocks], blocks that the rule leaves alone
+    (those that must represent a super weight). scale_dtype: the dtype that the scale is stored in,
+    the weight's own by default.
+    Raises ValueError for bits outside 2..8, a block that does not divide the shape, NaN or Inf.
+    """
+    check_bits(bits)
+    shape = (weight.shape[0], weight.shape[1])
+    dtype = scale_dtype or weight.dtype
+    blocks = to_blocks(weight, block)
+    codes = torch.empty(blocks.shape, dtype=torch.uint8)
+    scales, zero_points = [], []
+    for piece in _pieces(*blocks.shape):
+        part = blocks[piece].to(torch.float32)
+        if clip is not None:
+            if not bool(torch.isfinite(part).all()):  # a clipped Inf would pass for an ordinary weight
+                raise ValueError(_NOT_FINITE)
+            threshold = clip_threshold(part, clip)
+            if unclipped is not None:
+                threshold = threshold.masked_fill(unclipped[piece].unsqueeze(1), torch.inf)
+            part = torch.clamp(part, -threshold, threshold)
+        scale, zero_point = choose_scale(part, bits, symmetric=symmetric, dtype=dtype)
+        codes[piece] = round_to_codes(part, scale, zero_point, bits)
+        scales.append(scale)
+        if zero_point is not None:
+            zero_points.append(zero_point)
+    stored = scale_shape(block, shape)
+    return QuantizedTensor(
+        codes=from_blocks(codes, block, shape) if isinstance(block, Tile) else codes.view(shape),
+        scale=torch.cat(scales).reshape(stored),
+        zero_point=torch.cat(zero_points).reshape(stored) if zero_points else None,
+        block=block,
+        bits=bits,
+    )

@@ -1,0 +1,1 @@
+"""Artifacts and what runs them: file formats, packing layouts, and (later) runtime operators."""

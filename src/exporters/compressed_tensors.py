@@ -1,0 +1,197 @@
+"""The compressed-tensors `pack-quantized` format: how a quantized weight is named, laid out and declared.
+
+A linear weight `X.weight` becomes
+
+    X.weight_packed      int32 [out, ceil(in * bits / 32)]      codes, lowest bit first (`packing`)
+    X.weight_scale       float [out, in / group]                [out, 1] per channel
+    X.weight_zero_point  int32 [ceil(out * bits / 32), groups]  asymmetric only, packed along the outputs
+    X.weight_shape       int64 [2]                              out, in
+
+which stock transformers (with the compressed-tensors package) and vLLM decode as
+`(codes - zero_point) * scale`. `to_tensors` and `from_tensors` are a pure pair on local names.
+
+The format knows groups along the inputs and whole rows. Other blocks are written by repeating scales:
+a tile is a group whose scale occurs in several rows, one scale for the tensor is one per row, all
+equal, and a flat block that is a whole number of rows or divides a row is one of these. What is left,
+flat blocks that straddle rows, cannot be expressed (`express` says so).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calibrationless import Block, Channel, Flat, Group, QuantizedTensor, Tile, expand
+from calibrationless import Tensor as WholeTensor
+from exporters.packing import pack, packed_words, unpack
+
+__all__ = ["LOCAL_NAMES", "Scheme", "express", "from_tensors", "quantization_config", "tensor_layout", "to_tensors"]
+
+LOCAL_NAMES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a config group declares. group_size: None for one scale per output channel."""
+
+    bits: int
+    group_size: int | None
+    symmetric: bool
+
+    def __str__(self) -> str:
+        kind = "channel" if self.group_size is None else f"group {self.group_size}"
+        return f"int{self.bits} {kind} {'symmetric' if self.symmetric else 'asymmetric'}"
+
+
+def express(block: Block, shape: tuple[int, int]) -> Group | Channel | None:
+    """The group or channel that can carry `block` on a [out, in] weight; None if there is none."""
+    match block:
+        case Group() | Channel():
+            return block
+        case WholeTensor():
+            return Channel()
+        case Tile(_, cols):
+            return Channel() if cols == shape[1] else Group(cols)
+        case Flat(size):
+            if size % shape[1] == 0:
+                return Channel()
+            return Group(size) if shape[1] % size == 0 else None
+
+
+def _grid(values: Tensor, block: Block, shape: tuple[int, int]) -> Tensor:
+    """Scales or zero points of any expressible block as [out, groups], repeated where they are shared."""
+    target = express(block, shape)
+    if target is None:
+        raise ValueError(f"block {block} straddles the rows of a {list(shape)} weight")
+    if target == block:
+        return values
+    step = 1 if isinstance(target, Channel) else target.size
+    columns = expand(values, block, shape)
+    return columns[:, :1].clone() if isinstance(target, Channel) else columns[:, ::step].clone()
+
+
+def to_tensors(quantized: QuantizedTensor) -> dict[str, Tensor]:
+    """Local names -> tensors, in the order of `LOCAL_NAMES`. Raises ValueError for a block that straddles rows."""
+    shape, bits = quantized.shape, quantized.bits
+    tensors = {
+        "weight_packed": pack(quantized.codes, bits),
+        "weight_scale": _grid(quantized.scale, quantized.block, shape).contiguous(),
+    }
+    if quantized.zero_point is not None:
+        zero_point = _grid(quantized.zero_point, quantized.block, shape)
+        tensors["weight_zero_point"] = pack(zero_point.T.contiguous(), bits).T.contiguous()
+    tensors["weight_shape"] = torch.tensor(shape, dtype=torch.int64)
+    return tensors
+
+
+def tensor_layout(
+    shape: tuple[int, int], block: Block, bits: int, *, symmetric: bool, scale_dtype: torch.dtype
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Local names -> (dtype, shape) of what `to_tensors` will return: the size of a weight before it exists."""
+    out_features, in_features = shape
+    target = express(block, shape)
+    if target is None:
+        raise ValueError(f"block {block} straddles the rows of a {list(shape)} weight")
+    groups = 1 if isinstance(target, Channel) else in_features // target.size
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "weight_packed": (torch.int32, (out_features, packed_words(in_features, bits))),
+        "weight_scale": (scale_dtype, (out_features, groups)),
+    }
+    if not symmetric:
+        layout["weight_zero_point"] = (torch.int32, (packed_words(out_features, bits), groups))
+    layout["weight_shape"] = (torch.int64, (2,))
+    return layout
+
+
+def from_tensors(tensors: Mapping[str, Tensor], bits: int) -> QuantizedTensor:
+    """The inverse of `to_tensors`, with the block as the format sees it (a group or a channel).
+
+    Raises ValueError where shapes contradict each other.
+    """
+    declared = tensors["weight_shape"].tolist()
+    packed, scale = tensors["weight_packed"], tensors["weight_scale"]
+    if len(declared) != 2 or min(declared) < 1 or scale.ndim != 2 or not len(packed) == len(scale) == declared[0]:
+        raise ValueError(
+            f"weight_shape {declared} contradicts weight_packed {list(packed.shape)}, weight_scale {list(scale.shape)}"
+        )
+    out_features, in_features = declared
+    groups = scale.shape[1]
+    if groups == 0 or in_features % groups:
+        raise ValueError(f"{groups} scales per row do not divide {in_features} inputs")
+    codes = unpack(packed, bits, in_features)
+    zero_point = None
+    if "weight_zero_point" in tensors:
+        stored = tensors["weight_zero_point"]
+        if stored.ndim != 2 or stored.shape[1] != groups:
+            raise ValueError(f"weight_zero_point {list(stored.shape)} contradicts weight_scale {list(scale.shape)}")
+        zero_point = unpack(stored.T.contiguous(), bits, out_features).T.contiguous()
+    block: Block = Channel() if groups == 1 else Group(in_features // groups)
+    return QuantizedTensor(codes, scale, zero_point, block, bits)
+
+
+def _kind(module: str) -> str:
+    """The pattern of all layers of one kind: layers.11.mlp.experts.3.w2 -> .*\\bmlp\\.experts\\.\\d+\\.w2$"""
+    _, _, kind = re.sub(r"\.\d+\.", "\0", module, count=1).partition("\0")
+    parts = (r"\d+" if part.isdigit() else re.escape(part) for part in (kind or module).split("."))
+    return r".*\b" + r"\.".join(parts) + "$"
+
+
+def _targets(modules: Sequence[str], others: Iterable[str]) -> list[str]:
+    """Patterns that match `modules` and none of `others`, as few as can be.
+
+    One regular expression per kind of layer (`re:.*\\.mlp\\.down_proj$`) where that is enough, because
+    loaders add and drop prefixes and fuse q/k/v; the full names where it is not.
+    """
+    taken = list(others)
+    patterns: list[str] = []
+    by_kind: dict[str, list[str]] = {}
+    for module in modules:
+        by_kind.setdefault(_kind(module), []).append(module)
+    for pattern, members in by_kind.items():
+        if any(re.match(pattern, other) for other in taken):  # loaders match from the start of the name
+            patterns += members
+        else:
+            patterns.append("re:" + pattern)
+    return patterns
+
+
+def quantization_config(schemes: Mapping[str, Scheme], dense: Sequence[str], version: str) -> dict[str, Any]:
+    """The `quantization_config` of config.json.
+
+    schemes: module name -> scheme of every packed weight. dense: names of linear modules left alone.
+    version: of the compressed-tensors layout written (the key `version`).
+    """
+    groups: dict[Scheme, list[str]] = {}
+    for module, scheme in schemes.items():
+        groups.setdefault(scheme, []).append(module)
+    config_groups = {}
+    for index, (scheme, modules) in enumerate(groups.items()):
+        others = [name for name in (*schemes, *dense) if schemes.get(name) != scheme]
+        weights = {
+            "num_bits": scheme.bits,
+            "type": "int",
+            "symmetric": scheme.symmetric,
+            "strategy": "channel" if scheme.group_size is None else "group",
+            "group_size": scheme.group_size,
+            "dynamic": False,
+        }
+        config_groups[f"group_{index}"] = {
+            "targets": _targets(modules, others),
+            "weights": weights,
+            "input_activations": None,
+            "output_activations": None,
+            "format": "pack-quantized",
+        }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": config_groups,
+        "ignore": sorted(dense),
+        "version": version,
+    }

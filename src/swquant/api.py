@@ -1,0 +1,119 @@
+"""The Python interface: what the commands do, as typed functions. Users import it from `swquant`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from swquant.checkpoint.open import open_checkpoint
+from swquant.detection import Found, find_super_weights
+from swquant.evaluation import Evaluation, evaluate_model, generate_text
+from swquant.manifest import read_manifest
+from swquant.models import build_model
+from swquant.options import DEFAULT_PROMPT, CompressOptions
+from swquant.pipeline import Compressed, compress_checkpoint
+from swquant.verification import verify as verify_folder
+
+__all__ = ["compress", "detect", "evaluate", "generate", "inspect", "load", "verify"]
+
+Model = str | os.PathLike[str]
+
+
+def detect(
+    model: Model, prompt: str = DEFAULT_PROMPT, *, low_memory: bool = False, trust_remote_code: bool = False
+) -> Found:
+    """Find the super weights and super activations of a model with forward passes of one prompt.
+
+    model: a Hugging Face folder, a .gguf file, a hub id or a compressed checkpoint. Returns a `Found`, whose `detection`
+    holds `super_weights`, `cancellers`, `super_activations` and per-layer maxima. Raises SwquantError.
+
+    "The Super Weight in Large Language Models", https://arxiv.org/abs/2411.07191
+    """
+    with open_checkpoint(model, trust_remote_code=trust_remote_code) as checkpoint:
+        return find_super_weights(checkpoint, prompt, low_memory=low_memory)
+
+
+def compress(
+    model: Model,
+    out: Model | None = None,
+    *,
+    overwrite: bool = False,
+    low_memory: bool = False,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Compressed:
+    """Compress a model into a checkpoint that stock transformers and vLLM load.
+
+    out: the folder to create, `<name>-w4-b128` in the current folder by default. options: the fields of
+    `CompressOptions` (bits, block, symmetric, clip, restore, outliers, dense, …). Returns path and manifest. Raises
+    SwquantError; then `out` does not exist.
+    """
+    chosen = CompressOptions(**options)
+    with open_checkpoint(model, trust_remote_code=trust_remote_code) as checkpoint:
+        target = Path(out) if out is not None else Path(checkpoint.name + chosen.suffix)
+        return compress_checkpoint(checkpoint, target, chosen, overwrite=overwrite, low_memory=low_memory)
+
+
+def load(
+    path: Model,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    restore: bool = True,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The transformers model of a compressed checkpoint (or of anything that `detect` takes), in evaluation mode.
+
+    Its weights are dense and every outlier has its original value. dtype: of the weights, the checkpoint's own by default.
+    restore: False leaves the outliers as a loader sees them that ignores the sidecar. Raises SwquantError.
+    """
+    with open_checkpoint(path, restored=restore, trust_remote_code=trust_remote_code) as checkpoint:
+        return build_model(checkpoint, dtype, device)
+
+
+def inspect(path: Model) -> Mapping[str, Any]:
+    """The manifest of a compressed checkpoint: what is in it and how it was made. Raises SwquantError if it has none."""
+    return read_manifest(Path(path))
+
+
+def verify(path: Model) -> list[str]:
+    """Read every byte of a compressed checkpoint and compare it with the manifest. Returns what is wrong, [] if nothing.
+
+    Raises SwquantError where there is no intact manifest.
+    """
+    return verify_folder(Path(path))
+
+
+def evaluate(
+    model: Model,
+    text: str,
+    against: Model | None = None,
+    *,
+    window: int = 2048,
+    limit: int | None = None,
+    restore: bool = True,
+    trust_remote_code: bool = False,
+) -> Evaluation:
+    """Perplexity of a model on a text; against an original also KL divergence and top-1 agreement.
+
+    window: tokens per window. limit: evaluate only the first so many windows. restore: see `load`. The protocol is
+    described in `swquant.evaluation` and docs/evaluation.md. Raises SwquantError.
+    """
+    with open_checkpoint(model, restored=restore, trust_remote_code=trust_remote_code) as checkpoint:
+        if against is None:
+            return evaluate_model(checkpoint, text, window=window, limit=limit)
+        with open_checkpoint(against, trust_remote_code=trust_remote_code) as original:
+            return evaluate_model(checkpoint, text, original, window=window, limit=limit)
+
+
+def generate(
+    model: Model, prompt: str, *, tokens: int = 40, restore: bool = True, trust_remote_code: bool = False
+) -> str:
+    """Continue a prompt greedily. Returns the prompt and what follows. Raises SwquantError."""
+    with open_checkpoint(model, restored=restore, trust_remote_code=trust_remote_code) as checkpoint:
+        return generate_text(checkpoint, prompt, tokens=tokens)

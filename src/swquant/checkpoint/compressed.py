@@ -1,0 +1,106 @@
+"""A checkpoint that swquant wrote, read back as the dense model it stands for.
+
+`read` decodes a tensor and lays the sidecar over it, under the original's stored names: whatever can read the
+original (transformers, the probe, the evaluation) can read the compressed model the same way.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from calibrationless import QuantizedTensor, dequantize, restore
+from exporters import compressed_tensors
+from exporters.errors import SwquantError
+from exporters.json_file import read_json
+from exporters.safetensors_file import SafetensorsReader
+from exporters.sidecar import SIDECAR, SidecarReader
+from swquant.checkpoint.base import Checkpoint, Stored
+from swquant.checkpoint.safetensors import shard_names
+from swquant.manifest import read_manifest
+
+__all__ = ["CompressedCheckpoint"]
+
+
+class CompressedCheckpoint(Checkpoint):
+    """Reads the folder that `compress` writes. restored: whether `read` lays the outliers back."""
+
+    kind = "swquant"
+
+    def __init__(self, folder: Path, *, restored: bool = True, trust_remote_code: bool = False) -> None:
+        self.folder = folder
+        self.name = folder.resolve().name
+        self.restored = restored
+        self.trust_remote_code = trust_remote_code
+        self.manifest = read_manifest(folder)
+        self.fingerprint = self.manifest["digest"]
+        self._records: dict[str, dict[str, Any]] = self.manifest["tensors"]
+        self.raw_config = read_json(folder / "config.json")
+        plain = {key: value for key, value in self.raw_config.items() if key not in ("quantization_config", "swquant")}
+        self.config = AutoConfig.for_model(**plain) if "auto_map" not in plain else self._remote_config()
+        self._readers: dict[str, SafetensorsReader] = {}
+        self._sidecar: SidecarReader | None = None
+        try:
+            for shard in shard_names(folder):
+                self._readers[shard] = SafetensorsReader(folder / shard)
+            if (folder / SIDECAR).is_file():
+                self._sidecar = SidecarReader(folder / SIDECAR)
+            self.tensors = {name: self._stored(name, record) for name, record in self._records.items()}
+        except BaseException:
+            self.close()
+            raise
+
+    def _remote_config(self) -> Any:
+        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        for key in ("quantization_config", "swquant"):
+            if hasattr(config, key):
+                delattr(config, key)
+        return config
+
+    def _reader(self, name: str) -> SafetensorsReader:
+        shard = self._records[name].get("file")
+        if shard not in self._readers:
+            raise SwquantError(f"{self.name}: {name} is said to be in {shard}, which is not part of the checkpoint")
+        reader = self._readers[shard]
+        if lost := [part for part in self._records[name]["sha256"] if part not in reader.entries]:
+            raise SwquantError(f"{self.name}: {shard} lacks {lost[0]}; run swquant verify")
+        return reader
+
+    def _stored(self, name: str, record: dict[str, Any]) -> Stored:
+        reader = self._reader(name)
+        if "dense" in record:
+            entry = reader.entries[name]
+            return Stored(entry.dtype, entry.shape)
+        return Stored(reader.entries[f"{name.removesuffix('.weight')}.weight_scale"].dtype, tuple(record["shape"]))
+
+    def quantized(self, name: str) -> QuantizedTensor:
+        """The codes, scales and zero points of a tensor. Raises SwquantError where they contradict each other."""
+        record, reader, module = self._records[name], self._reader(name), name.removesuffix(".weight")
+        parts = {part.removeprefix(f"{module}."): reader.read(part) for part in record["sha256"]}
+        try:
+            return compressed_tensors.from_tensors(parts, int(record["bits"]))
+        except (KeyError, ValueError) as error:
+            raise SwquantError(f"{self.name}: {name} is damaged ({error}); run swquant verify") from None
+
+    def read(self, name: str) -> torch.Tensor:
+        if "dense" in self._records[name]:
+            return self._reader(name).read(name)
+        weight = dequantize(self.quantized(name))
+        if self.restored and self._sidecar is not None and name in self._sidecar.tensors:
+            try:
+                restore(weight, self._sidecar.read(name))
+            except ValueError as error:
+                raise SwquantError(f"{self.name}: {name}: {error}; run swquant verify") from None
+        return weight
+
+    def save_companions(self, folder: Path) -> None:
+        raise SwquantError(f"{self.name}: already compressed; start from the original model")
+
+    def close(self) -> None:
+        for reader in self._readers.values():
+            reader.close()
+        if self._sidecar is not None:
+            self._sidecar.close()

@@ -1,0 +1,339 @@
+"""The commands of `swquant`.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 something the user can mend (one message),
+2 wrong usage, 130 interrupted. Heavy imports happen inside the commands, so help is instant.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from exporters.errors import SwquantError
+from swquant.options import DEFAULT_PROMPT, CompressOptions, option_help
+
+if TYPE_CHECKING:
+    from swquant.console import Progress
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="swquant",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Compress large language models without calibration data: super weights are found with one prompt and kept.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A Hugging Face folder, a .gguf file, a hub id (OWNER/NAME) or a compressed checkpoint.",
+        show_default=False,
+    ),
+]
+CheckpointArgument = Annotated[Path, typer.Argument(help="A folder made by `swquant compress`.", show_default=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+LowMemoryOption = Annotated[
+    bool, typer.Option("--low-memory", help="Probe with one layer's weights in memory at a time.")
+]
+PromptOption = Annotated[str, typer.Option("--prompt", help=option_help("prompt"))]
+RestoreOption = Annotated[
+    bool,
+    typer.Option("--restore/--no-restore", help="Lay the sidecar's outliers back, or see what a stock loader sees."),
+]
+
+
+def _progress(as_json: bool) -> Progress:
+    from swquant.console import Progress, Terminal
+
+    return Progress() if as_json else Terminal(err)
+
+
+@contextmanager
+def _usable(path: Path) -> Iterator[str]:
+    """The text of a file given by the user."""
+    try:
+        yield path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SwquantError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise SwquantError(f"{path}: not UTF-8 text; give a plain text file") from None
+
+
+def _print_json(content: Any) -> None:
+    sys.stdout.write(json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+@app.command()
+def detect(
+    model: ModelArgument,
+    prompt: PromptOption = DEFAULT_PROMPT,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot",
+            help="Draw the largest inputs and outputs by layer to FILE (.png, .svg, .pdf).",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+    low_memory: LowMemoryOption = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Find super weights and super activations with one prompt, and show the evidence."""
+    from swquant.checkpoint.open import open_checkpoint
+    from swquant.detection import find_super_weights
+    from swquant.manifest import detection_record
+    from swquant.plot import check_plot_file, plot_detection
+    from swquant.tables import show_detection
+
+    if plot is not None:
+        check_plot_file(plot)
+    with open_checkpoint(model, trust_remote_code=trust_remote_code) as checkpoint:
+        with _progress(as_json).step(f"Probing {checkpoint.name} with one prompt"):
+            found = find_super_weights(checkpoint, prompt, low_memory=low_memory)
+        record = detection_record(found)
+        if as_json:
+            _print_json({"model": checkpoint.name, **record})
+        else:
+            show_detection(out, checkpoint.name, record)
+        if plot is not None:
+            plot_detection(record, plot, title=checkpoint.name)
+            err.print(f"Drew {plot}")
+
+
+@app.command()
+def compress(
+    model: ModelArgument,
+    out_folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="[OUT]", help="The folder to create; <name>-w4-b128 by default.", show_default=False),
+    ] = None,
+    bits: Annotated[int, typer.Option(help=option_help("bits"))] = CompressOptions.bits,
+    block: Annotated[str, typer.Option(help=option_help("block"))] = CompressOptions.block,
+    symmetric: Annotated[
+        bool, typer.Option("--symmetric/--asymmetric", help=option_help("symmetric"))
+    ] = CompressOptions.symmetric,
+    clip: Annotated[str, typer.Option(help=option_help("clip"))] = CompressOptions.clip,
+    restore: Annotated[
+        bool, typer.Option("--restore/--no-restore", help=option_help("restore"))
+    ] = CompressOptions.restore,
+    outliers: Annotated[
+        float, typer.Option(metavar="FRACTION", help=option_help("outliers"))
+    ] = CompressOptions.outliers,
+    dense: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help=option_help("dense"), show_default=False)
+    ] = None,
+    strict_block: Annotated[
+        bool, typer.Option("--strict-block", help=option_help("strict_block"))
+    ] = CompressOptions.strict_block,
+    dtype: Annotated[str, typer.Option(help=option_help("dtype"))] = CompressOptions.dtype,
+    shard_size: Annotated[str, typer.Option(help=option_help("shard_size"))] = CompressOptions.shard_size,
+    prompt: PromptOption = DEFAULT_PROMPT,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be done, tensor by tensor; write nothing.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a checkpoint already.")] = False,
+    as_json: JsonOption = False,
+    low_memory: LowMemoryOption = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Compress MODEL into OUT, a checkpoint that stock transformers and vLLM load."""
+    options = CompressOptions(
+        bits=bits, block=block, symmetric=symmetric, clip=clip, restore=restore, outliers=outliers, dense=tuple(dense or ()),
+        strict_block=strict_block, dtype=dtype, shard_size=shard_size, prompt=prompt,
+    )  # fmt: skip
+    from swquant.checkpoint.open import open_checkpoint
+    from swquant.pipeline import check_destination, prepare, write
+    from swquant.tables import plan_record, show_plan, show_result
+
+    progress = _progress(as_json)
+    with open_checkpoint(model, trust_remote_code=trust_remote_code) as checkpoint:
+        target = out_folder if out_folder is not None else Path(checkpoint.name + options.suffix)
+        if not dry_run:
+            check_destination(target, overwrite)
+        prepared = prepare(checkpoint, options, low_memory=low_memory, progress=progress)
+        if not as_json:
+            show_plan(out, prepared, target, every_tensor=dry_run)
+        if dry_run:
+            if as_json:
+                _print_json(plan_record(prepared, target))
+            return
+        result = write(prepared, target, overwrite=overwrite, progress=progress)
+    if as_json:
+        _print_json({"path": str(result.path), "manifest": result.manifest})
+    else:
+        show_result(out, result)
+
+
+@app.command()
+def inspect(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None:
+    """Show what is in a compressed checkpoint: schemes, outliers, what stayed dense and why, what loads it."""
+    from swquant.manifest import read_manifest
+    from swquant.tables import show_manifest
+
+    manifest = read_manifest(checkpoint)
+    if as_json:
+        _print_json(manifest)
+    else:
+        show_manifest(out, checkpoint, manifest)
+
+
+@app.command()
+def verify(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None:
+    """Read every byte of a compressed checkpoint again and compare it with the manifest."""
+    from swquant.console import human_bytes
+    from swquant.manifest import read_manifest
+    from swquant.verification import verify as verify_checkpoint
+
+    problems = verify_checkpoint(checkpoint)
+    if as_json:
+        _print_json({"ok": not problems, "problems": problems})
+    elif not problems:
+        files = read_manifest(checkpoint)["files"]
+        size = human_bytes(sum(record["bytes"] for record in files.values()))
+        out.print(f"{checkpoint}: {len(files)} files, {size}, every byte as written")
+    for problem in problems if not as_json else ():
+        err.print(f"[red]damaged[/] {problem}", markup=True)
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: ModelArgument,
+    text: Annotated[Path, typer.Option("--text", help="The text to predict, a UTF-8 file.", show_default=False)],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            metavar="ORIGINAL",
+            help="Compare with this model: KL divergence, top-1 agreement.",
+            show_default=False,
+        ),
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
+    limit: Annotated[int | None, typer.Option(help="Evaluate only so many windows.", show_default=False)] = None,
+    restore: RestoreOption = True,
+    max_perplexity: Annotated[
+        float | None, typer.Option(help="Exit with 1 above this perplexity.", show_default=False)
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Exit with 1 above this KL divergence (with --against).", show_default=False)
+    ] = None,
+    as_json: JsonOption = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Perplexity on a text; with --against also KL divergence and agreement with the original."""
+    from contextlib import ExitStack
+    from dataclasses import asdict
+
+    from swquant.checkpoint.open import open_checkpoint
+    from swquant.evaluation import evaluate_model
+    from swquant.tables import show_evaluation
+
+    if max_kl is not None and against is None:
+        raise SwquantError("--max-kl needs an original to compare with; add --against ORIGINAL")
+    with ExitStack() as stack:
+        content = stack.enter_context(_usable(text))
+        checkpoint = stack.enter_context(open_checkpoint(model, restored=restore, trust_remote_code=trust_remote_code))
+        original = (
+            stack.enter_context(open_checkpoint(against, trust_remote_code=trust_remote_code)) if against else None
+        )
+        result = evaluate_model(checkpoint, content, original, window=window, limit=limit, progress=_progress(as_json))
+    if as_json:
+        _print_json(asdict(result))
+    else:
+        show_evaluation(out, result)
+    for label, value, bound in (
+        ("perplexity", result.perplexity, max_perplexity),
+        ("KL divergence", result.kl, max_kl),
+    ):
+        if bound is not None and value is not None and not value <= bound:
+            raise SwquantError(f"{label} {value:.4f} is above the limit {bound:g}")
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Argument(help="The text to continue.", show_default=False)],
+    tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 40,
+    restore: RestoreOption = True,
+    as_json: JsonOption = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Continue a prompt, always with the likeliest token."""
+    from swquant.api import generate as continue_prompt
+
+    with _progress(as_json).step("Generating"):
+        text = continue_prompt(model, prompt, tokens=tokens, restore=restore, trust_remote_code=trust_remote_code)
+    if as_json:
+        _print_json({"prompt": prompt, "text": text})
+    else:
+        out.print(text, markup=False)
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Show versions, devices and what is missing."""
+    from swquant.doctor import examine
+    from swquant.tables import show_doctor
+
+    report = examine()
+    if as_json:
+        _print_json(report)
+    else:
+        show_doctor(out, report)
+    if report["missing"]:
+        raise typer.Exit(1)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from swquant import __version__
+
+        out.print(f"swquant {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: turns what users can mend into one line on stderr."""
+    try:
+        app()
+    except SwquantError as error:
+        err.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        err.print("interrupted; nothing was left behind")
+        sys.exit(130)
+    except BrokenPipeError:  # `swquant inspect … | head`
+        sys.stderr.close()
+        sys.exit(1)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,110 @@
+"""What a person sees while swquant works: a rich bar on a terminal, plain lines elsewhere, nothing with --json.
+
+`Progress` is the small interface that the pipeline talks to; `silent` does nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress as RichProgress
+
+__all__ = ["Bar", "Progress", "Terminal", "human_bytes", "silent"]
+
+
+def human_bytes(count: float) -> str:
+    """1234567 -> `1.2 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5 or unit == "GB":
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
+class Bar(Protocol):
+    def advance(self, label: str, amount: int) -> None:
+        """`amount` more bytes are being worked on, those of `label`."""
+
+
+class Progress:
+    """Reports nothing; the base of what reports something."""
+
+    @contextmanager
+    def step(self, text: str) -> Iterator[None]:
+        """Something without a measure is going on."""
+        yield
+
+    @contextmanager
+    def bytes(self, text: str, total: int) -> Iterator[Bar]:
+        """`total` bytes will be worked through."""
+        yield _NoBar()
+
+
+class _NoBar:
+    def advance(self, label: str, amount: int) -> None:
+        pass
+
+
+silent = Progress()
+
+
+class _RichBar:
+    def __init__(self, progress: RichProgress, task: TaskID) -> None:
+        self._progress, self._task = progress, task
+
+    def advance(self, label: str, amount: int) -> None:
+        self._progress.update(self._task, advance=amount, label=label)
+
+
+class _LineBar:
+    """One line for every tenth of the work."""
+
+    def __init__(self, console: Console, text: str, total: int) -> None:
+        self._console, self._text, self._total = console, text, max(total, 1)
+        self._done, self._printed, self._start = 0, 0, time.monotonic()
+
+    def advance(self, label: str, amount: int) -> None:
+        self._done += amount
+        tenth = 10 * self._done // self._total
+        if tenth > self._printed:
+            self._printed = tenth
+            rate = self._done / max(time.monotonic() - self._start, 1e-9)
+            left = (self._total - self._done) / rate
+            self._console.print(
+                f"{self._text} {tenth * 10} %, {human_bytes(self._done)} of {human_bytes(self._total)}, "
+                f"{human_bytes(rate)}/s, {left:.0f} s left",
+                highlight=False,
+            )
+
+
+class Terminal(Progress):
+    """Reports on a console: live bars on a terminal, lines in a log."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    @contextmanager
+    def step(self, text: str) -> Iterator[None]:
+        if self.console.is_terminal:
+            with self.console.status(text):
+                yield
+        else:
+            self.console.print(text, highlight=False)
+            yield
+
+    @contextmanager
+    def bytes(self, text: str, total: int) -> Iterator[Bar]:
+        if not self.console.is_terminal:
+            yield _LineBar(self.console, text, total)
+            return
+        columns = (
+            TextColumn(text), BarColumn(bar_width=24), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[label]}"),
+        )  # fmt: skip
+        with RichProgress(*columns, console=self.console, transient=True) as progress:
+            yield _RichBar(progress, progress.add_task(text, total=total, label=""))

@@ -1,0 +1,109 @@
+"""Detection on a checkpoint: bring up the model, run the prompt, ask `calibrationless.detect`.
+
+The pass runs in float32 on one thread. Ten tokens cost little, and the evidence in the manifest is then the
+same on any number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from calibrationless import Detection, Probe, Scalar, detect, run_probe
+from exporters.errors import SwquantError
+from swquant.architecture import Architecture, describe
+from swquant.checkpoint.base import Checkpoint
+from swquant.directory import Published, published_for
+from swquant.models import build_model, fits_in_memory, offloaded_model, quiet
+from swquant.options import DEFAULT_PROMPT
+
+__all__ = ["Found", "find_super_weights", "prompt_tokens"]
+
+# Evidence needs one short prompt; a longer one costs memory and finds the same.
+MAX_PROMPT_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Found:
+    """The detection and what it rests on. token_ids: the prompt as the model read it, BOS included where it has one."""
+
+    detection: Detection
+    architecture: Architecture
+    prompt: str
+    token_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    published: tuple[Published, ...] = ()
+
+
+def prompt_tokens(checkpoint: Checkpoint, prompt: str) -> tuple[int, ...]:
+    """Token ids of the prompt with the special tokens the tokenizer adds by itself. Super activations sit on the first
+    token, whichever that is. Raises SwquantError for an empty or overlong prompt."""
+    with quiet():
+        ids = checkpoint.tokenizer()(prompt)["input_ids"]
+    if not 1 <= len(ids) <= MAX_PROMPT_TOKENS:
+        raise SwquantError(f"the prompt has {len(ids)} tokens; give 1 to {MAX_PROMPT_TOKENS} (about 10 are enough)")
+    return tuple(ids)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _probed_model(checkpoint: Checkpoint, low_memory: bool) -> Iterator[PreTrainedModel]:
+    if low_memory or (checkpoint.kind == "safetensors" and not fits_in_memory(checkpoint, torch.float32)):
+        with offloaded_model(checkpoint, torch.float32) as model:
+            yield model
+    else:
+        yield build_model(checkpoint, torch.float32)
+
+
+def find_super_weights(checkpoint: Checkpoint, prompt: str = DEFAULT_PROMPT, *, low_memory: bool = False) -> Found:
+    """Find the super weights of a checkpoint with forward passes of one prompt.
+
+    low_memory: keep one module's weights in memory at a time (chosen by itself for models that take more than half of
+    the free memory in float32). Raises SwquantError where the prompt, the tokenizer or the weights are unusable.
+    """
+    ids = prompt_tokens(checkpoint, prompt)
+    architecture = describe(checkpoint)
+    tokens = torch.tensor(ids)
+    with _one_thread(), _probed_model(checkpoint, low_memory) as model:
+        # One expert after the other, as plain products: the fused kernels cannot be watched.
+        model.config._experts_implementation = "eager"
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        if max(ids) >= vocabulary:
+            raise SwquantError(
+                f"{checkpoint.name}: the tokenizer produced token {max(ids)}, the model knows 0 to {vocabulary - 1}; "
+                "the tokenizer belongs to another model"
+            )
+
+        def forward() -> torch.Tensor:
+            return model(input_ids=tokens.unsqueeze(0), use_cache=False).logits[0]
+
+        def run(prune: Sequence[Scalar], record: bool) -> Probe:
+            return run_probe(model, forward, architecture.watches, architecture.layers, prune=prune, record=record)
+
+        try:
+            detection = detect(run, architecture.downs, tokens)
+        except ValueError as error:
+            raise SwquantError(f"{checkpoint.name}: {error}; check the weights (NaN, Inf) and the prompt") from None
+    unseen = [
+        watch.name for watch in architecture.watches if watch.expert is None and watch.name not in detection.energy
+    ]
+    if unseen:
+        raise SwquantError(
+            f"{checkpoint.name}: the probe did not see the product of {unseen[0]} (of {len(unseen)}); "
+            "this architecture multiplies in a way that swquant does not know"
+        )
+    words = tuple(checkpoint.tokenizer().convert_ids_to_tokens(list(ids)))
+    return Found(detection, architecture, prompt, ids, words, published_for(checkpoint))

@@ -1,0 +1,71 @@
+"""What `swquant doctor` reports: versions, devices, memory, and what is missing with the command that installs it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import platform
+from typing import Any
+
+__all__ = ["examine"]
+
+# package -> what it is for
+_NEEDED = {
+    "torch": "everything",
+    "transformers": "model code and tokenizers",
+    "safetensors": "reading by transformers",
+    "compressed-tensors": "loading compressed checkpoints in stock transformers",
+    "accelerate": "models larger than memory",
+    "gguf": "GGUF files",
+    "huggingface-hub": "hub ids",
+    "matplotlib": "detect --plot",
+}
+_OPTIONAL = {"vllm": "serving", "onnxruntime": "ONNX models", "onnxruntime-gpu": "ONNX models on CUDA"}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _broken(package: str) -> str | None:
+    """Why an installed package cannot be imported."""
+    try:
+        importlib.import_module(package.replace("-", "_"))
+    except Exception as error:  # a broken wheel raises anything
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def examine() -> dict[str, Any]:
+    """{python, platform, swquant, packages, optional, devices, memory, missing}, as JSON can hold it."""
+    packages = {name: _version(name) for name in _NEEDED}
+    missing = [
+        {"package": name, "for": _NEEDED[name], "problem": "not installed" if version is None else problem}
+        for name, version in packages.items()
+        if version is None or (problem := _broken(name))
+    ]
+    devices = []
+    memory = None
+    if packages["torch"]:
+        import torch
+
+        devices = [f"cpu, {torch.get_num_threads()} threads"]
+        devices += [f"cuda:{index}, {torch.cuda.get_device_name(index)}" for index in range(torch.cuda.device_count())]
+        from swquant.models import available_memory
+
+        memory = available_memory()
+    from swquant import __version__
+
+    return {
+        "swquant": __version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "packages": packages,
+        "optional": {name: _version(name) for name in _OPTIONAL},
+        "devices": devices,
+        "available_memory": memory,
+        "missing": missing,
+    }

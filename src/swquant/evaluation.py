@@ -1,0 +1,185 @@
+"""Perplexity of a model on a text and, against the original, KL divergence and top-1 agreement.
+
+The protocol, in full, because perplexities with different ones do not compare:
+
+- The text is tokenized once, as it stands, without special tokens. `<unk>` in WikiText is left as the text that it is.
+- It is cut into windows of `window` tokens that do not overlap; the last one may be shorter.
+- If the tokenizer by itself begins a text with a BOS token, every window does too; then all tokens of a window are
+  predicted, otherwise all but its first.
+- Perplexity is exp of the mean negative log-likelihood over all predicted tokens of all windows.
+- KL(original || model) and agreement of the most likely token are means over the same positions.
+- Everything is computed in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from exporters.errors import SwquantError
+from swquant.checkpoint.base import Checkpoint
+from swquant.console import Progress, silent
+from swquant.models import build_model, quiet
+
+__all__ = ["Evaluation", "Windows", "evaluate_model", "make_windows"]
+
+# Rows of logits whose log-softmax is held at a time: 256 rows of 262,144 words take 268 MB.
+_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """tokens: predicted positions. kl (nats) and top1 (0 to 1) are None without an original to compare with."""
+
+    perplexity: float
+    tokens: int
+    windows: int
+    kl: float | None = None
+    top1: float | None = None
+    original_perplexity: float | None = None
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token ids cut as described above. bos: the id that every window begins with, None if there is none."""
+
+    ids: tuple[Tensor, ...]
+    bos: int | None
+
+    @property
+    def predicted(self) -> int:
+        return sum(len(ids) - (self.bos is None) for ids in self.ids)
+
+
+def make_windows(checkpoint: Checkpoint, text: str, window: int, limit: int | None = None) -> Windows:
+    """Cut a text. limit: at most so many windows. Raises SwquantError for a text too short to predict anything."""
+    if window < 2:
+        raise SwquantError(f"a window of {window} tokens predicts nothing; use 2048, or what the model takes")
+    tokenizer = checkpoint.tokenizer()
+    with quiet():
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        with_special = tokenizer("a")["input_ids"]
+    bos = tokenizer.bos_token_id
+    if bos is None or not with_special or with_special[0] != bos:
+        bos = None
+    pieces = [torch.tensor(ids[start : start + window]) for start in range(0, len(ids), window)]
+    pieces = [piece for piece in pieces[:limit] if len(piece) > (bos is None)]
+    if not pieces:
+        raise SwquantError(f"the text has {len(ids)} tokens, too few to predict any; give a longer one")
+    return Windows(tuple(pieces), bos)
+
+
+def _context(config: object) -> int:
+    """Longest input that the model takes, where it says so."""
+    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 30)
+
+
+def _logits(model: PreTrainedModel, ids: Tensor, bos: int | None) -> tuple[Tensor, Tensor]:
+    """(logits [n, vocabulary], targets [n]) of one window."""
+    inputs = ids if bos is None else torch.cat([torch.tensor([bos]), ids])
+    logits = model(input_ids=inputs.unsqueeze(0), use_cache=False).logits[0, :-1]
+    return logits, inputs[1:]
+
+
+def _likelihood(rows: Iterator[Tensor], targets: Tensor) -> float:
+    total = 0.0
+    for piece, target in zip(rows, targets.split(_ROWS), strict=True):
+        picked = piece.gather(1, target.unsqueeze(1))
+        total -= float(picked.sum(dtype=torch.float64))
+    return total
+
+
+def _log_softmax(logits: Tensor) -> Iterator[Tensor]:
+    return (piece.to(torch.float32).log_softmax(dim=-1) for piece in logits.split(_ROWS))
+
+
+def evaluate_model(
+    checkpoint: Checkpoint,
+    text: str,
+    against: Checkpoint | None = None,
+    *,
+    window: int = 2048,
+    limit: int | None = None,
+    progress: Progress = silent,
+) -> Evaluation:
+    """Evaluate a checkpoint on a text. Raises SwquantError where text, tokenizer or vocabulary do not fit.
+
+    window: tokens per window, BOS aside; cut to what the model takes. limit: evaluate only so many windows.
+    """
+    window = min(window, _context(checkpoint.config.get_text_config()) - 1)
+    windows = make_windows(checkpoint, text, window, limit)
+    if against is not None:
+        other = make_windows(against, text, window, limit)
+        if other.bos != windows.bos or any(not torch.equal(a, b) for a, b in zip(other.ids, windows.ids, strict=False)):
+            raise SwquantError(
+                f"{checkpoint.name} and {against.name} tokenize the text differently; compare with the original"
+            )
+    nll = original_nll = kl = 0.0
+    agree = 0
+    with ExitStack() as stack, torch.no_grad():
+        with progress.step(f"Loading {checkpoint.name}"):
+            model = build_model(checkpoint, torch.float32)
+        original: PreTrainedModel | None = None
+        if against is not None:
+            with progress.step(f"Loading {against.name}"):
+                original = build_model(against, torch.float32)
+            if original.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
+                raise SwquantError(
+                    f"{checkpoint.name} and {against.name} have different vocabularies; compare with the original"
+                )
+        bar = stack.enter_context(progress.bytes("Evaluating", windows.predicted))
+        for ids in windows.ids:
+            logits, targets = _logits(model, ids, windows.bos)
+            nll += _likelihood(_log_softmax(logits), targets)
+            if original is not None:
+                reference, _ = _logits(original, ids, windows.bos)
+                original_nll += _likelihood(_log_softmax(reference), targets)
+                for ours, theirs in zip(_log_softmax(logits), _log_softmax(reference), strict=True):
+                    kl += float((theirs.exp() * (theirs - ours)).sum(dim=-1).clamp_(min=0).sum(dtype=torch.float64))
+                    agree += int((ours.argmax(dim=-1) == theirs.argmax(dim=-1)).sum())
+            bar.advance("", len(targets))
+    count = windows.predicted
+    if not math.isfinite(nll):
+        raise SwquantError(
+            f"{checkpoint.name}: the model's output is NaN or infinite on this text; its weights are damaged"
+        )
+    return Evaluation(
+        perplexity=_exp(nll / count),
+        tokens=count,
+        windows=len(windows.ids),
+        kl=kl / count if original is not None else None,
+        top1=agree / count if original is not None else None,
+        original_perplexity=_exp(original_nll / count) if original is not None else None,
+    )
+
+
+def _exp(mean: float) -> float:
+    """exp that gives infinity instead of an error: a destroyed model has a loss of thousands."""
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def generate_text(
+    checkpoint: Checkpoint, prompt: str, *, tokens: int = 40, on_token: Callable[[str], None] | None = None
+) -> str:
+    """Continue a prompt greedily by at most `tokens` tokens. Returns prompt and continuation."""
+    tokenizer = checkpoint.tokenizer()
+    with quiet():
+        model = build_model(checkpoint, torch.float32)
+        inputs = tokenizer(prompt, return_tensors="pt")
+        if inputs["input_ids"].shape[1] == 0:
+            raise SwquantError("the prompt is empty; give some words to continue")
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        output = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=pad,
+        )
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))

@@ -1,0 +1,95 @@
+"""From a checkpoint to a running transformers model, in memory or with one layer's weights at a time.
+
+Both ways go through `from_pretrained`, so conversions (fused experts, renamed layers, tied embeddings) are
+transformers' own, and a weight that is missing is an error, never a random number.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from exporters.errors import SwquantError
+from swquant.architecture import empty_model
+from swquant.checkpoint.base import Checkpoint
+
+__all__ = ["build_model", "fits_in_memory", "offloaded_model", "quiet"]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no warnings from transformers: what matters, swquant says itself."""
+    verbosity = transformers.logging.get_verbosity()
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def available_memory() -> int:
+    """Bytes that can still be allocated, a container's limit included."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def fits_in_memory(checkpoint: Checkpoint, dtype: torch.dtype) -> bool:
+    """Whether the dense model takes at most half of the memory that is free."""
+    return sum(stored.numel for stored in checkpoint.tensors.values()) * dtype.itemsize * 2 <= available_memory()
+
+
+def _finish(checkpoint: Checkpoint, loaded: tuple[PreTrainedModel, dict[str, object]]) -> PreTrainedModel:
+    model, info = loaded
+    missing = sorted(info["missing_keys"])  # type: ignore[call-overload]
+    mismatched = sorted(str(key) for key in info["mismatched_keys"])  # type: ignore[attr-defined]
+    if missing or mismatched:
+        problem = f"lacks {missing[0]}" if missing else f"has another shape than the model for {mismatched[0]}"
+        raise SwquantError(f"{checkpoint.name}: the checkpoint {problem}; config.json belongs to another model")
+    return model.eval()
+
+
+def build_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: str = "cpu") -> PreTrainedModel:
+    """The model with all weights in memory, as `dtype` (its own if None). Raises SwquantError where weights are missing."""
+    with quiet():
+        model_class = type(empty_model(checkpoint))
+        state = {name: checkpoint.read(name) for name in checkpoint.tensors}
+        loaded = model_class.from_pretrained(
+            None, config=checkpoint.config, state_dict=state, dtype=dtype or "auto", output_loading_info=True
+        )
+    return _finish(checkpoint, loaded).to(device)
+
+
+@contextmanager
+def offloaded_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[PreTrainedModel]:
+    """The model with its weights left in the safetensors files, read module by module as the forward pass needs them.
+
+    Weights that transformers converts while loading (fused experts) are rewritten into a temporary folder.
+    """
+    if checkpoint.kind != "safetensors":
+        raise SwquantError(
+            f"{checkpoint.name}: a {checkpoint.kind} model must fit in memory; convert it to safetensors first"
+        )
+    with tempfile.TemporaryDirectory(prefix="swquant-offload-") as folder, quiet():
+        loaded = type(empty_model(checkpoint)).from_pretrained(
+            os.fspath(checkpoint.folder),
+            dtype=dtype,
+            device_map={"": "disk"},
+            offload_folder=folder,
+            output_loading_info=True,
+            trust_remote_code=checkpoint.trust_remote_code,
+        )
+        yield _finish(checkpoint, loaded)

@@ -1,0 +1,112 @@
+"""The options of `compress`, declared once: the command line shows these texts, the manifest records these values.
+
+An option's fingerprint, together with the source's, identifies a result: equal fingerprints, equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from exporters.errors import SwquantError
+
+if TYPE_CHECKING:
+    import torch
+
+    from calibrationless import Block, Clip
+
+__all__ = ["DEFAULT_PROMPT", "CompressOptions", "option_help", "parse_bytes"]
+
+DEFAULT_PROMPT = "Apple Inc. is a worldwide tech company."
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class CompressOptions:
+    """What `compress` can be told. Raises SwquantError for values that make no sense, alone or together."""
+
+    bits: int = _option(4, "Bits per weight, 2 to 8. vLLM's kernels take 4 and 8.")
+    block: str = _option("128", "Weights that share a scale: 128, 64x64, channel, tensor or flat:512.")
+    symmetric: bool = _option(True, "Signed-maximum scale without zero point, or min/max with one.")
+    clip: str = _option("none", "Cut each block's outliers first: none, z=9, iqr=3 or quantile=0.999.")
+    restore: bool = _option(True, "Keep super weights and outliers exactly, in the sidecar.")
+    outliers: float = _option(0.0, "Fraction of each tensor kept in the sidecar, by rounding error: 0.0005.")
+    dense: tuple[str, ...] = _option(
+        (), "Leave tensors whose name contains PATTERN (or matches a * glob) alone; repeatable."
+    )
+    strict_block: bool = _option(
+        False, "Fail where the block does not divide a tensor, instead of taking a smaller one."
+    )
+    dtype: str = _option("auto", "Of dense tensors and scales: auto (the source's), bfloat16, float16 or float32.")
+    shard_size: str = _option("5GB", "Largest size of one file of weights.")
+    prompt: str = _option(DEFAULT_PROMPT, "The one prompt that detection runs.")
+
+    def __post_init__(self) -> None:
+        from calibrationless import check_bits  # here, not above: `swquant --help` must not wait for torch
+
+        try:
+            check_bits(self.bits)
+            self.parsed_block, self.parsed_clip  # noqa: B018 - raise on nonsense now, not after the probe
+        except ValueError as error:
+            raise SwquantError(str(error)) from None
+        if not 0 <= self.outliers <= 0.1:
+            raise SwquantError(f"outliers {self.outliers:g} is outside 0 to 0.1; 0.0005 keeps one weight in 2,000")
+        if self.outliers and not self.restore:
+            raise SwquantError("--outliers needs the sidecar that --no-restore leaves out; use one of the two")
+        if self.dtype != "auto" and self.dtype not in _DTYPES:
+            raise SwquantError(f"dtype {self.dtype!r} is not one of: auto, {', '.join(_DTYPES)}")
+        if any(not pattern for pattern in self.dense):
+            raise SwquantError("an empty --dense pattern would match every tensor; name a part of a tensor's name")
+        if parse_bytes(self.shard_size) < 1_000_000:
+            raise SwquantError(f"shard size {self.shard_size} is below 1MB; the usual size is 5GB")
+
+    @property
+    def parsed_block(self) -> Block:
+        from calibrationless import parse_block
+
+        return parse_block(self.block)
+
+    @property
+    def parsed_clip(self) -> Clip | None:
+        from calibrationless import parse_clip
+
+        return parse_clip(self.clip)
+
+    @property
+    def parsed_dtype(self) -> torch.dtype | None:
+        import torch
+
+        return getattr(torch, self.dtype) if self.dtype in _DTYPES else None
+
+    @property
+    def suffix(self) -> str:
+        """What is appended to a model's name for the default OUT: `-w4-b128`."""
+        return f"-w{self.bits}-b{self.block}".replace(":", "")
+
+    def as_dict(self) -> dict[str, Any]:
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    def fingerprint(self, source: str) -> str:
+        """sha256 over the source's fingerprint and every option."""
+        return hashlib.sha256(json.dumps([source, self.as_dict()], sort_keys=True).encode()).hexdigest()
+
+
+def option_help(name: str) -> str:
+    """The text of one option, for `--help`."""
+    return next(str(item.metadata["help"]) for item in fields(CompressOptions) if item.name == name)
+
+
+def parse_bytes(text: str) -> int:
+    """`5GB`, `500MB`, `1GiB` or a plain number of bytes. Raises SwquantError for anything else."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2].upper() not in units:
+        raise SwquantError(f"size {text!r} is not understood; write 5GB, 500MB or 1GiB")
+    return int(float(match[1]) * units[match[2].upper()])

@@ -1,0 +1,326 @@
+"""`compress`, from end to end: the only module that knows the order of things.
+
+    open -> probe and detect -> plan -> per tensor: read, round, pack, write -> sidecar, config, manifest -> verify -> rename
+
+Everything is written into a hidden folder beside OUT, verified there, and renamed as the last act. Whatever
+happens before that, OUT does not exist (or, with overwrite, is still the old one).
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+import swquant
+from calibrationless import Outliers, QuantizedTensor, block_elements, block_index, dequantize, measure, quantize, worst
+from exporters import compressed_tensors
+from exporters.errors import SwquantError
+from exporters.json_file import write_json
+from exporters.safetensors_file import FileRecord, SafetensorsWriter
+from exporters.sidecar import SIDECAR, SidecarWriter
+from swquant.checkpoint.base import Checkpoint
+from swquant.console import Progress, silent
+from swquant.detection import Found, find_super_weights
+from swquant.manifest import detection_record, loader_table, tensor_record, write_manifest
+from swquant.options import CompressOptions
+from swquant.plan import Plan, TensorPlan, make_plan
+from swquant.verification import file_sha256, verify
+
+__all__ = ["Compressed", "Prepared", "compress_checkpoint", "prepare", "write"]
+
+# The layout written here is the one that this version of compressed-tensors reads and writes.
+_FORMAT_VERSION = "0.20.0"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known before anything is written."""
+
+    checkpoint: Checkpoint
+    found: Found
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A finished checkpoint and its manifest."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+
+def prepare(
+    checkpoint: Checkpoint, options: CompressOptions, *, low_memory: bool = False, progress: Progress = silent
+) -> Prepared:
+    """Probe and plan; writes nothing."""
+    if checkpoint.kind == "swquant":
+        raise SwquantError(f"{checkpoint.name}: already compressed; start from the original model")
+    with progress.step(f"Probing {checkpoint.name} with one prompt"):
+        found = find_super_weights(checkpoint, options.prompt, low_memory=low_memory)
+    plan = make_plan(checkpoint, found.architecture, found.detection.super_weights, options)
+    return Prepared(checkpoint, found, plan)
+
+
+def check_destination(out: Path, overwrite: bool) -> None:
+    """Raise SwquantError unless OUT can be created. Called before the probe: nobody waits to be refused."""
+    if out.exists() and not overwrite:
+        raise SwquantError(f"{out}: exists already; give another OUT, or --overwrite to replace it")
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file())):
+        raise SwquantError(f"{out}: exists and is not a checkpoint; --overwrite replaces only checkpoints")
+    parent = out.resolve().parent
+    if not parent.is_dir():
+        raise SwquantError(f"{out}: the folder {parent} does not exist; create it first")
+
+
+def compress_checkpoint(
+    checkpoint: Checkpoint,
+    out: Path,
+    options: CompressOptions,
+    *,
+    overwrite: bool = False,
+    low_memory: bool = False,
+    progress: Progress = silent,
+) -> Compressed:
+    """Probe, plan and write. Raises SwquantError for everything the user can mend."""
+    check_destination(out, overwrite)
+    return write(
+        prepare(checkpoint, options, low_memory=low_memory, progress=progress),
+        out,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def write(prepared: Prepared, out: Path, *, overwrite: bool = False, progress: Progress = silent) -> Compressed:
+    """Carry out a plan. `out` appears whole or not at all."""
+    check_destination(out, overwrite)
+    _check_space(prepared.plan, out.resolve().parent)
+    with _unfinished(out) as folder:
+        try:
+            manifest = _write_all(prepared, folder, progress)
+            with progress.step("Verifying every byte"):
+                problems = verify(folder)
+            if problems:
+                raise SwquantError(f"{out}: the result does not verify ({problems[0]}); is the disk sound?")
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise SwquantError(_space_message(out.resolve().parent, prepared.plan.nbytes)) from None
+            raise SwquantError(f"{error.filename or out}: cannot be written ({error.strerror})") from None
+        _replace(folder, out)
+    return Compressed(out, manifest)
+
+
+def _space_message(folder: Path, needed: int) -> str:
+    free = shutil.disk_usage(folder).free
+    return (
+        f"{folder}: no space left; {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; choose another OUT"
+    )
+
+
+def _check_space(plan: Plan, folder: Path) -> None:
+    if shutil.disk_usage(folder).free < plan.nbytes:
+        raise SwquantError(_space_message(folder, plan.nbytes))
+
+
+@contextmanager
+def _unfinished(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out` that does not outlive the block, also not after Ctrl-C or SIGTERM."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.resolve().parent))
+    folder.chmod(0o755)  # mkdtemp's 0700 would stay with the finished checkpoint
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, stop) if in_main_thread else None
+    try:
+        yield folder
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, previous)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _replace(folder: Path, out: Path) -> None:
+    """Rename the finished folder to its name; an old checkpoint there moves aside first and goes last."""
+    if not out.exists():
+        folder.rename(out)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.replaced-", dir=out.resolve().parent))
+    out.rename(aside / "old")
+    try:
+        folder.rename(out)
+    except OSError:
+        (aside / "old").rename(out)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_all(prepared: Prepared, folder: Path, progress: Progress) -> Mapping[str, Any]:
+    checkpoint, plan = prepared.checkpoint, prepared.plan
+    (folder / "swquant").mkdir()
+    records, files = _write_weights(prepared, folder, progress)
+    checkpoint.save_companions(folder)
+    write_json(folder / "config.json", _config(checkpoint, plan))
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if name not in files:
+            files[name] = FileRecord(path.stat().st_size, file_sha256(path), {})
+    return write_manifest(
+        folder,
+        {
+            "swquant": swquant.__version__,
+            "source": {"name": checkpoint.name, "kind": checkpoint.kind, "fingerprint": checkpoint.fingerprint},
+            "options": plan.options.as_dict(),
+            "fingerprint": plan.options.fingerprint(checkpoint.fingerprint),
+            "detection": detection_record(prepared.found),
+            "loaders": loader_table(plan),
+            "totals": {
+                "bits_per_quantized_weight": round(plan.bits_per_weight, 4),
+                "quantized_weights": sum(tensor.source.numel for tensor in plan.quantized),
+                "weights": sum(tensor.source.numel for tensor in plan.tensors),
+                "bytes": sum(record.nbytes for record in files.values()),
+                "source_bytes": plan.source_bytes,
+            },
+            "notes": list(plan.notes),
+            "left_out": dict(plan.left_out),
+            "tensors": records,
+            "files": {
+                name: {"bytes": record.nbytes, "sha256": record.sha256} for name, record in sorted(files.items())
+            },
+        },
+    )
+
+
+def _write_weights(
+    prepared: Prepared, folder: Path, progress: Progress
+) -> tuple[dict[str, dict[str, Any]], dict[str, FileRecord]]:
+    """The shards, their index and the sidecar. Returns the tensors' records and the files'."""
+    plan = prepared.plan
+    files: dict[str, FileRecord] = {}
+    records: dict[str, dict[str, Any]] = {}
+    weight_map: dict[str, str] = {}
+    patched = [(tensor.name, tensor.points, tensor.source.dtype) for tensor in plan.tensors if tensor.points]
+    with ExitStack() as stack:
+        sidecar = SidecarWriter(folder / SIDECAR, patched) if patched else None
+        if sidecar is not None:
+            stack.callback(sidecar.close)
+        bar = stack.enter_context(progress.bytes("Compressing", plan.source_bytes))
+        for index, shard in enumerate(plan.shards, start=1):
+            name = f"model-{index:05d}-of-{len(plan.shards):05d}.safetensors"
+            layout = [(key, *form) for tensor in shard for key, form in tensor.layout.items()]
+            writer = SafetensorsWriter(folder / name, layout, {"format": "pt"})
+            stack.callback(writer.close)
+            errors = {tensor.name: _write_tensor(tensor, prepared, writer, sidecar, bar) for tensor in shard}
+            files[name] = writer.finish()
+            for tensor in shard:
+                records[tensor.name] = tensor_record(tensor, plan, name, files[name].tensors) | errors[tensor.name]
+                weight_map |= dict.fromkeys(tensor.layout, name)
+        if sidecar is not None:
+            files[SIDECAR] = sidecar.finish()
+    total = sum(tensor.nbytes for tensor in plan.tensors)
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return records, files
+
+
+def _write_tensor(
+    tensor: TensorPlan, prepared: Prepared, writer: SafetensorsWriter, sidecar: SidecarWriter | None, bar: Any
+) -> dict[str, Any]:
+    """Read, round, pack and write one tensor. Returns what its rounding cost (nothing for a dense one)."""
+    weight = prepared.checkpoint.read(tensor.name)
+    bar.advance(tensor.name, tensor.source.nbytes)
+    if tensor.block is None:
+        ((name, (dtype, _)),) = tensor.layout.items()
+        _check_finite(tensor.name, weight)
+        writer.write(name, weight.to(dtype))
+        return {}
+    options = prepared.plan.options
+    quantized = round_weight(weight, tensor, options)
+    for key, part in compressed_tensors.to_tensors(quantized).items():
+        writer.write(f"{tensor.module}.{key}", part)
+    kept = choose_outliers(weight, quantized, tensor) if tensor.points else None
+    if kept is not None and sidecar is not None:
+        sidecar.write(tensor.name, kept)
+    error = measure(weight, quantized, kept)
+    record: dict[str, Any] = {
+        "relative_error": float(f"{error.relative:.7g}"),
+        "largest_error": float(f"{error.largest:.7g}"),
+    }
+    if tensor.super_weights:
+        # What a loader sees that does not know the sidecar: the safety rule, in numbers.
+        decoded = dequantize(quantized, torch.float32)
+        record["super_weights"] = [
+            {"row": row, "col": col, "value": float(weight[row, col]), "without_sidecar": float(decoded[row, col])}
+            for row, col in tensor.super_weights
+        ]
+    return record
+
+
+def _check_finite(name: str, weight: torch.Tensor) -> None:
+    if weight.is_floating_point() and not bool(torch.isfinite(weight.to(torch.float32)).all()):
+        raise SwquantError(f"{name}: holds a NaN or infinite value; the source is damaged, fetch it again")
+
+
+def round_weight(weight: torch.Tensor, tensor: TensorPlan, options: CompressOptions) -> QuantizedTensor:
+    """Round one weight as planned; blocks that hold a super weight are not clipped."""
+    assert tensor.block is not None
+    scale_dtype = tensor.layout[f"{tensor.module}.weight_scale"][0]
+    unclipped = None
+    if options.parsed_clip is not None and tensor.super_weights:
+        rows, cols = torch.tensor(tensor.super_weights, dtype=torch.int64).T
+        count = tensor.source.numel // block_elements(tensor.block, tensor.shape)
+        unclipped = torch.zeros(count, dtype=torch.bool)
+        unclipped[block_index(rows, cols, tensor.block, tensor.shape)] = True
+    try:
+        return quantize(
+            weight,
+            tensor.block,
+            options.bits,
+            symmetric=options.symmetric,
+            clip=options.parsed_clip,
+            unclipped=unclipped,
+            scale_dtype=scale_dtype,
+        )
+    except ValueError as error:
+        raise SwquantError(f"{tensor.name}: {error}; the source is damaged, or keep this tensor with --dense") from None
+
+
+def choose_outliers(weight: torch.Tensor, quantized: QuantizedTensor, tensor: TensorPlan) -> Outliers:
+    """The points of a tensor's sidecar: its super weights, and as many of the worst rounded as were planned."""
+    candidates = worst(weight, quantized, tensor.points)
+    positions = [*tensor.super_weights, *zip(candidates.rows.tolist(), candidates.cols.tolist(), strict=True)]
+    rows, cols = torch.tensor(list(dict.fromkeys(positions))[: tensor.points], dtype=torch.int64).T
+    return Outliers.at(weight, rows, cols)
+
+
+def _config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+    schemes = {tensor.module: plan.scheme(tensor) for tensor in plan.quantized}
+    dense = [
+        tensor.module
+        for tensor in plan.tensors
+        if tensor.block is None
+        and tensor.name.endswith(".weight")
+        and len(tensor.source.shape) == 2
+        and tensor.reason != "embedding"
+    ]
+    if "lm_head" not in dense:
+        dense.append("lm_head")
+    config = dict(checkpoint.raw_config)
+    if plan.options.parsed_dtype is not None:
+        config["dtype"] = plan.options.dtype
+        config.pop("torch_dtype", None)
+    config["quantization_config"] = compressed_tensors.quantization_config(schemes, dense, _FORMAT_VERSION)
+    config["swquant"] = {"version": swquant.__version__, "manifest": "swquant/manifest.json", "sidecar": SIDECAR}
+    return config

@@ -1,0 +1,267 @@
+"""The plan: for every tensor of a checkpoint, how it will be stored or why it stays dense, before a byte is written.
+
+`--dry-run` prints it, the writer follows it to the byte, the manifest records it. The safety rule lives here: a
+loader that ignores the sidecar must still get a working model, so a super weight is either represented by its own
+block (the extreme of a block is exact) or its tensor stays dense.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from calibrationless import Block, Flat, Group, SuperWeight, Tile, block_elements, fit
+from exporters import compressed_tensors
+from exporters.compressed_tensors import Scheme
+from exporters.errors import SwquantError
+from exporters.sidecar import patch_bytes
+from swquant.architecture import Architecture, LinearWeight
+from swquant.checkpoint.base import Checkpoint, Stored
+from swquant.options import CompressOptions, parse_bytes
+
+__all__ = ["Plan", "TensorPlan", "make_plan"]
+
+# Weights in a block that may hold a super weight: beyond a few hundred, the step that represents it rounds all its
+# neighbours to zero.
+MAX_BLOCK_WITH_SUPER_WEIGHT = 512
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One tensor. block: None if it stays dense, then `reason` says why.
+
+    layout: stored name -> (dtype, shape) of what is written for it. points: number of its weights in the sidecar.
+    super_weights: (row, col) of those that the detection found in it.
+    """
+
+    name: str
+    source: Stored
+    layout: Layout
+    block: Block | None = None
+    reason: str = ""
+    points: int = 0
+    super_weights: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def module(self) -> str:
+        return self.name.removesuffix(".weight")
+
+    @property
+    def nbytes(self) -> int:
+        return sum(Stored(dtype, shape).nbytes for dtype, shape in self.layout.values())
+
+    @property
+    def sidecar_bytes(self) -> int:
+        return patch_bytes(self.points, self.source.dtype) if self.points else 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.source.shape[0], self.source.shape[1])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """tensors: in the order of the source. shards: the tensors of each file. left_out: name -> why it is not written."""
+
+    options: CompressOptions
+    tensors: tuple[TensorPlan, ...]
+    shards: tuple[tuple[TensorPlan, ...], ...]
+    left_out: Mapping[str, str]
+    notes: tuple[str, ...]
+
+    @property
+    def quantized(self) -> tuple[TensorPlan, ...]:
+        return tuple(tensor for tensor in self.tensors if tensor.block is not None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights and the sidecar, headers aside."""
+        return sum(tensor.nbytes + tensor.sidecar_bytes for tensor in self.tensors)
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(tensor.source.nbytes for tensor in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per quantized weight: codes, scales, zero points and outliers."""
+        stored = sum(tensor.nbytes + tensor.sidecar_bytes for tensor in self.quantized)
+        return 8 * stored / max(1, sum(tensor.source.numel for tensor in self.quantized))
+
+    def scheme(self, tensor: TensorPlan) -> Scheme:
+        """What the format declares for a quantized tensor."""
+        assert tensor.block is not None
+        carried = compressed_tensors.express(tensor.block, tensor.shape)
+        return Scheme(self.options.bits, carried.size if isinstance(carried, Group) else None, self.options.symmetric)
+
+
+def make_plan(
+    checkpoint: Checkpoint, architecture: Architecture, super_weights: Sequence[SuperWeight], options: CompressOptions
+) -> Plan:
+    """Decide for every tensor. Raises SwquantError where an option fits nothing, or --strict-block fails."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for weight in super_weights:
+        found.setdefault(weight.name, []).append((weight.row, weight.col))
+    _check_patterns(options.dense, checkpoint.tensors)
+    left_out = _tied(checkpoint)
+    tensors, fitted = [], {}
+    for name, stored in checkpoint.tensors.items():
+        if name in left_out:
+            continue
+        linear = architecture.weights.get(name)
+        points = tuple(found.get(name, ()))
+        choice = _choose(name, stored, linear, points, architecture, options)
+        if isinstance(choice, str):
+            dtype = options.parsed_dtype or _dense_dtype(checkpoint, stored)
+            layout: Layout = {name: (dtype if stored.dtype in _FLOATS else stored.dtype, stored.shape)}
+            tensors.append(TensorPlan(name, stored, layout, reason=choice, super_weights=points))
+            continue
+        if choice != options.parsed_block:
+            fitted[str(choice)] = fitted.get(str(choice), 0) + 1
+        tensors.append(_quantized(name, stored, choice, points, checkpoint, options))
+    if not any(tensor.block for tensor in tensors):
+        raise SwquantError(_nothing(checkpoint, tensors))
+    notes = [
+        f"block {options.block} does not divide {count} tensors, which take {block}" for block, count in fitted.items()
+    ]
+    return Plan(options, tuple(tensors), _shards(tensors, parse_bytes(options.shard_size)), left_out, tuple(notes))
+
+
+def _nothing(checkpoint: Checkpoint, tensors: Iterable[TensorPlan]) -> str:
+    """Why a plan without a quantized tensor cannot be what the user wants: the commonest reason, and the remedy."""
+    reasons: dict[str, int] = {}
+    for tensor in tensors:
+        if len(tensor.source.shape) >= 2 and tensor.reason not in ("embedding", "lm_head", "router"):
+            reasons[tensor.reason] = reasons.get(tensor.reason, 0) + 1
+    if not reasons:
+        return f"{checkpoint.name}: no linear weight in a decoder layer, nothing to compress"
+    reason = max(reasons, key=reasons.__getitem__)
+    return f"{checkpoint.name}: nothing would be compressed; {reasons[reason]} tensors: {reason}"
+
+
+def _tied(checkpoint: Checkpoint) -> dict[str, str]:
+    """The output embedding of a model that ties it to the input embedding: loaders ignore the stored copy."""
+    tied = getattr(checkpoint.config.get_text_config(), "tie_word_embeddings", False)
+    return {name: "tied to the embedding" for name in checkpoint.tensors if tied and name == "lm_head.weight"}
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) if "*" in pattern else pattern in name
+
+
+def _check_patterns(patterns: Sequence[str], names: Iterable[str]) -> None:
+    known = tuple(names)
+    for pattern in patterns:
+        if not any(_matches(pattern, name) for name in known):
+            raise SwquantError(f"--dense {pattern!r} matches no tensor; names look like {known[len(known) // 2]}")
+
+
+def _dense_dtype(checkpoint: Checkpoint, stored: Stored) -> torch.dtype:
+    """GGUF values are decoded to float32, which nobody wants on disk; others keep their dtype."""
+    return checkpoint.config.dtype if checkpoint.kind == "gguf" else stored.dtype
+
+
+def _choose(
+    name: str,
+    stored: Stored,
+    linear: LinearWeight | None,
+    points: Sequence[tuple[int, int]],
+    architecture: Architecture,
+    options: CompressOptions,
+) -> Block | str:
+    """The block of a tensor, or why it stays dense."""
+    if linear is None:
+        return architecture.dense.get(name, "unknown")
+    if pattern := next((pattern for pattern in options.dense if _matches(pattern, name)), None):
+        return f"--dense {pattern}"
+    if stored.dtype not in _FLOATS:
+        return f"stored as {str(stored.dtype).removeprefix('torch.')}"
+    if linear.kind == "conv1d":
+        return "Conv1D: compressed-tensors packs nn.Linear only; save the model with nn.Linear layers to compress it"
+    if linear.kind == "fused":
+        return "experts fused in one 3-D tensor: compressed-tensors has no name for a slice"
+    if linear.kind == "expert" and not options.symmetric:
+        return "expert: stock transformers decodes asymmetric experts without their zero point; use --symmetric"
+    shape = (stored.shape[0], stored.shape[1])
+    block = fit(options.parsed_block, shape)
+    if block is None or (options.strict_block and block != options.parsed_block):
+        problem = f"block {options.block} does not divide {_dimension(options.parsed_block, shape)} of {name}"
+        if options.strict_block:
+            raise SwquantError(f"{problem}; use {_remedy(options.parsed_block, shape)}")
+        return f"{problem} and no power of two from 16 does"
+    if compressed_tensors.express(block, shape) is None:
+        raise SwquantError(
+            f"block {block} straddles the rows of {name} {list(shape)}, which compressed-tensors cannot store; "
+            f"use {_remedy(Group(128), shape)}, or a flat block that is a multiple of {shape[1]}"
+        )
+    if points and block_elements(block, shape) > MAX_BLOCK_WITH_SUPER_WEIGHT:
+        return (
+            f"holds a super weight, which a block of {block_elements(block, shape)} weights cannot represent for loaders "
+            f"that ignore the sidecar (limit {MAX_BLOCK_WITH_SUPER_WEIGHT})"
+        )
+    return block
+
+
+def _dimension(block: Block, shape: tuple[int, int]) -> str:
+    match block:
+        case Flat():
+            return f"the {shape[0] * shape[1]} weights"
+        case Tile():
+            return f"shape {list(shape)}"
+        case _:
+            return f"in_features {shape[1]}"
+
+
+def _remedy(block: Block, shape: tuple[int, int]) -> str:
+    """Sizes near the one asked for that do divide the inputs, and `channel`."""
+    size = block.cols if isinstance(block, Tile) else getattr(block, "size", 128)
+    divisors = [number for number in range(16, shape[1] + 1) if shape[1] % number == 0]
+    below = [number for number in divisors if number <= size][-1:]
+    above = [number for number in divisors if number > size][:1]
+    return ", ".join(map(str, below + above)) + (" or channel" if below + above else "channel")
+
+
+def _quantized(
+    name: str,
+    stored: Stored,
+    block: Block,
+    points: tuple[tuple[int, int], ...],
+    checkpoint: Checkpoint,
+    options: CompressOptions,
+) -> TensorPlan:
+    shape = (stored.shape[0], stored.shape[1])
+    local = compressed_tensors.tensor_layout(
+        shape,
+        block,
+        options.bits,
+        symmetric=options.symmetric,
+        scale_dtype=options.parsed_dtype or _dense_dtype(checkpoint, stored),
+    )
+    module = name.removesuffix(".weight")
+    kept = (len(set(points)) + int(options.outliers * stored.numel)) if options.restore else 0
+    return TensorPlan(
+        name=name,
+        source=stored,
+        layout={f"{module}.{key}": form for key, form in local.items()},
+        block=block,
+        points=min(kept, stored.numel),
+        super_weights=points,
+    )
+
+
+def _shards(tensors: Sequence[TensorPlan], limit: int) -> tuple[tuple[TensorPlan, ...], ...]:
+    """Consecutive tensors, as many per file as the limit allows, at least one."""
+    shards: list[list[TensorPlan]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return tuple(tuple(shard) for shard in shards)

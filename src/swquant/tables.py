@@ -1,0 +1,286 @@
+"""Results as tables for people. Input is what `--json` prints, so both always say the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from swquant.console import human_bytes
+from swquant.manifest import detection_record, loader_table
+
+if TYPE_CHECKING:
+    from swquant.evaluation import Evaluation
+    from swquant.pipeline import Compressed, Prepared
+
+__all__ = [
+    "plan_record",
+    "show_detection",
+    "show_doctor",
+    "show_evaluation",
+    "show_manifest",
+    "show_plan",
+    "show_result",
+]
+
+
+def _table(title: str, *columns: tuple[str, str]) -> Table:
+    """A table with (heading, justification) columns."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    for heading, justify in columns:
+        table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    return table
+
+
+def _short(name: str) -> str:
+    """model.layers.11.mlp.down_proj.weight -> layers.11.mlp.down_proj"""
+    return name.removeprefix("model.").removesuffix(".weight")
+
+
+def _weights_table(title: str, weights: Iterable[Mapping[str, Any]], scored: bool) -> Table:
+    columns = [
+        ("role", "left"),
+        ("weight", "left"),
+        ("value", "right"),
+        ("input", "right"),
+        ("output", "right"),
+        ("share", "right"),
+    ]
+    table = _table(title, *columns, *([("KL if pruned", "right")] if scored else []))
+    for weight in weights:
+        table.add_row(
+            weight["role"],
+            f"{_short(weight['name'])} \\[{weight['row']}, {weight['col']}]",
+            f"{weight['value']:.4g}",
+            f"{weight['input']:,.4g}",
+            f"{weight['output']:,.5g}",
+            f"{weight['share']:.0%}",
+            *([f"{weight['kl']:.4g}"] if scored else []),
+        )
+    return table
+
+
+def show_detection(console: Console, name: str, record: Mapping[str, Any]) -> None:
+    """Super weights with their evidence, cancellers, super activations, and the published coordinates if there are any."""
+    weights = record["super_weights"]
+    if not weights:
+        peak = max(record["layers"], key=lambda item: item["output"])
+        console.print(
+            f"{escape(name)} has no super weight on this prompt. The largest output of a down projection is "
+            f"{peak['output']:,.4g} (layer {peak['layer']}, channel {peak['output_channel']})."
+        )
+    else:
+        console.print(_weights_table(f"Super weights of {escape(name)}", weights, scored=True))
+    if record["cancellers"]:
+        console.print(
+            _weights_table(
+                "Cancellers (they take the super activation away; pruning them matters little)",
+                record["cancellers"],
+                scored=False,
+            )
+        )
+    if record["super_activations"]:
+        table = _table(
+            "Super activations",
+            ("channel", "right"),
+            ("token", "left"),
+            ("largest value", "right"),
+            ("written by layer", "right"),
+            ("until layer", "right"),
+        )
+        for item in record["super_activations"]:
+            token = f"{item['token']} {escape(repr(record['tokens'][item['token']]))}"
+            until = "the end" if item["gone"] is None else str(item["gone"])
+            table.add_row(str(item["channel"]), token, f"{item['value']:,.5g}", str(item["born"]), until)
+        console.print(table)
+    for entry in record["published"]:
+        found = {(weight["layer"], weight["row"], weight["col"]) for weight in weights}
+        listed = [tuple(point) for point in entry["coordinates"]]
+        same = sum(point in found for point in listed)
+        console.print(
+            f"Published for {entry['model']}: {len(listed)}, of which {same} were found here: {', '.join(map(str, listed))}"
+        )
+
+
+def plan_record(prepared: Prepared, target: Path) -> dict[str, Any]:
+    """The plan as JSON can hold it, for `--dry-run --json`."""
+    plan = prepared.plan
+    return {
+        "out": str(target),
+        "options": plan.options.as_dict(),
+        "detection": detection_record(prepared.found),
+        "loaders": loader_table(plan),
+        "bits_per_quantized_weight": round(plan.bits_per_weight, 4),
+        "bytes": plan.nbytes,
+        "source_bytes": plan.source_bytes,
+        "notes": list(plan.notes),
+        "left_out": dict(plan.left_out),
+        "tensors": {
+            tensor.name: {
+                "shape": list(tensor.source.shape),
+                "bytes": tensor.nbytes,
+                **(
+                    {"dense": tensor.reason}
+                    if tensor.block is None
+                    else {"stored_as": str(plan.scheme(tensor)), "block": str(tensor.block), "outliers": tensor.points}
+                ),
+            }
+            for tensor in plan.tensors
+        },
+    }
+
+
+def show_plan(console: Console, prepared: Prepared, target: Path, *, every_tensor: bool) -> None:
+    """What will be done; with every_tensor one row each."""
+    record = plan_record(prepared, target)
+    weights = record["detection"]["super_weights"]
+    if weights:
+        console.print(_weights_table(f"Super weights of {escape(prepared.checkpoint.name)}", weights, scored=True))
+    else:
+        console.print(f"{escape(prepared.checkpoint.name)} has no super weight on this prompt.")
+    if every_tensor:
+        table = _table(
+            "Plan",
+            ("tensor", "left"),
+            ("shape", "left"),
+            ("stored as", "left"),
+            ("outliers", "right"),
+            ("size", "right"),
+        )
+        for name, tensor in record["tensors"].items():
+            shape = "x".join(map(str, tensor["shape"]))
+            stored = tensor.get("stored_as") or f"dense: {tensor['dense']}"
+            table.add_row(name, shape, stored, str(tensor.get("outliers", "")), human_bytes(tensor["bytes"]))
+        console.print(table)
+    else:
+        _show_schemes(console, record["tensors"])
+    for name, reason in record["left_out"].items():
+        console.print(f"Left out: {name} ({reason})")
+    for note in record["notes"]:
+        console.print(f"Note: {note}")
+    console.print(
+        f"{human_bytes(record['source_bytes'])} become {human_bytes(record['bytes'])} in {escape(str(target))}, "
+        f"{record['bits_per_quantized_weight']:.3f} bits per quantized weight."
+    )
+
+
+def _show_schemes(console: Console, tensors: Mapping[str, Mapping[str, Any]]) -> None:
+    """One row per scheme and per reason for staying dense."""
+    kinds: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        kinds.setdefault(tensor.get("stored_as") or f"dense: {tensor['dense']}", []).append(name)
+    table = _table("Tensors", ("stored as", "left"), ("tensors", "right"), ("size", "right"), ("for example", "left"))
+    for kind, names in kinds.items():
+        size = sum(tensors[name]["bytes"] for name in names)
+        table.add_row(escape(kind), str(len(names)), human_bytes(size), _short(names[0]))
+    console.print(table)
+
+
+def show_result(console: Console, result: Compressed) -> None:
+    """What was done, in a few lines."""
+    totals = result.manifest["totals"]
+    path = escape(str(result.path))
+    console.print(f"[bold green]Wrote {path}[/]: {human_bytes(totals['bytes'])}, every byte verified.")
+    console.print(f'Next: swquant inspect {path}   swquant generate {path} "The capital of France is"')
+
+
+def show_manifest(console: Console, path: Path, manifest: Mapping[str, Any]) -> None:
+    """`inspect`: origin, totals, schemes, outliers, dense tensors and loaders."""
+    totals, options = manifest["totals"], manifest["options"]
+    console.print(
+        f"[bold]{escape(str(path))}[/], made by swquant {manifest['swquant']} from {escape(manifest['source']['name'])} ({manifest['source']['kind']})"
+    )
+    console.print(
+        f"{human_bytes(totals['bytes'])} on disk; {totals['quantized_weights']:,} of {totals['weights']:,} weights quantized, "
+        f"{totals['bits_per_quantized_weight']:.3f} bits each with scales and outliers"
+    )
+    chosen = ", ".join(
+        f"{key} {escape(str(value))}"
+        for key, value in options.items()
+        if key != "prompt" and value not in (False, [], 0.0, "auto")
+    )
+    console.print(f"Options: {chosen}\nPrompt: {escape(repr(options['prompt']))}")
+    _show_schemes(console, manifest["tensors"])
+    _show_outliers(console, manifest)
+    quantized = {name: tensor for name, tensor in manifest["tensors"].items() if "dense" not in tensor}
+    table = _table(
+        "Largest relative rounding errors", ("tensor", "left"), ("stored as", "left"), ("relative error", "right")
+    )
+    for name, tensor in sorted(quantized.items(), key=lambda item: -item[1]["relative_error"])[:5]:
+        table.add_row(_short(name), tensor["stored_as"], f"{tensor['relative_error']:.4f}")
+    console.print(table)
+    table = _table("Loaders", ("loader", "left"), ("loads it?", "left"))
+    for loader, verdict in manifest["loaders"].items():
+        table.add_row(loader, escape(verdict))
+    console.print(table)
+    for note in manifest["notes"]:
+        console.print(f"Note: {escape(note)}")
+
+
+def _show_outliers(console: Console, manifest: Mapping[str, Any]) -> None:
+    weights = {(item["name"], item["row"], item["col"]): item for item in manifest["detection"]["super_weights"]}
+    table = _table(
+        "Super weights",
+        ("weight", "left"),
+        ("value", "right"),
+        ("without sidecar", "right"),
+        ("KL if pruned", "right"),
+        ("kept", "left"),
+    )
+    for (name, row, col), item in weights.items():
+        tensor = manifest["tensors"].get(name, {})
+        if "dense" in tensor or not tensor:
+            without, kept = f"{item['value']:.5g}", "dense tensor"
+        else:
+            point = next(point for point in tensor["super_weights"] if (point["row"], point["col"]) == (row, col))
+            without, kept = (
+                f"{point['without_sidecar']:.5g}",
+                "block and sidecar" if manifest["options"]["restore"] else "block",
+            )
+        table.add_row(f"{_short(name)} \\[{row}, {col}]", f"{item['value']:.5g}", without, f"{item['kl']:.4g}", kept)
+    if weights:
+        console.print(table)
+    else:
+        console.print("No super weights were found.")
+    count = sum(tensor.get("outliers", 0) for tensor in manifest["tensors"].values())
+    console.print(f"The sidecar holds {count:,} original value{'' if count == 1 else 's'}.")
+
+
+def show_evaluation(console: Console, result: Evaluation) -> None:
+    """One short table."""
+    table = _table("", ("measure", "left"), ("value", "right"))
+    table.title = None
+    table.add_row("perplexity", f"{result.perplexity:.4f}")
+    if result.original_perplexity is not None:
+        table.add_row("perplexity of the original", f"{result.original_perplexity:.4f}")
+        table.add_row("KL divergence from the original (nats)", f"{result.kl:.5f}")
+        table.add_row("top-1 agreement", f"{result.top1:.2%}")
+    table.add_row(
+        "predicted tokens", f"{result.tokens:,} in {result.windows} window{'' if result.windows == 1 else 's'}"
+    )
+    console.print(table)
+
+
+def show_doctor(console: Console, report: Mapping[str, Any]) -> None:
+    """Versions, devices, and how to mend what is missing."""
+    console.print(f"swquant {report['swquant']}, Python {report['python']}, {report['platform']}")
+    table = _table("", ("package", "left"), ("version", "left"))
+    table.title = None
+    for name, version in {**report["packages"], **report["optional"]}.items():
+        absent = "[yellow]not installed (optional)[/]" if name in report["optional"] else "[red]not installed[/]"
+        table.add_row(name, version or absent)
+    console.print(table)
+    console.print("Devices: " + "; ".join(report["devices"]))
+    if report["available_memory"]:
+        console.print(f"Free memory: {human_bytes(report['available_memory'])}")
+    for item in report["missing"]:
+        console.print(
+            f"[red]missing[/] {item['package']} ({item['problem']}), needed for {item['for']}: pip install {item['package']}"
+        )
+    if not report["missing"]:
+        console.print("[green]Nothing is missing.[/]")

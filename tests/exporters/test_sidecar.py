@@ -1,0 +1,168 @@
+"""The sidecar: what goes in comes out, and what is not understood is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calibrationless import Outliers
+from exporters.safetensors_file import CheckpointError
+from exporters.sidecar import SidecarReader, SidecarWriter, patch_bytes
+
+SETS = {"outliers": {"kind": "points", "mode": "replace"}}
+METADATA = {"format": "swquant-patches", "version": "1", "sets": json.dumps(SETS)}
+NAMES = ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.experts.7.w2", "lm_head", "weight.rows"]
+
+
+def points(count: int, dtype: torch.dtype, seed: int = 0) -> Outliers:
+    weight = torch.randn(50, 60, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    index = torch.randperm(3000, generator=torch.Generator().manual_seed(seed))[:count]
+    return Outliers.at(weight, index // 60, index % 60)
+
+
+def save(path: Path, outliers: dict[str, Outliers]) -> int:
+    writer = SidecarWriter(path, [(name, len(each), each.values.dtype) for name, each in outliers.items()])
+    for name, each in outliers.items():
+        writer.write(name, each)
+    return writer.finish().nbytes
+
+
+def parts(tensor: str = "x", count: int = 2, **changed: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors of a good sidecar of one weight, but for what is changed."""
+    good = {"rows": torch.zeros(count, dtype=torch.int32), "cols": torch.arange(count, dtype=torch.int32), "values": torch.ones(count)}
+    return {f"outliers/{tensor}.{part}": value for part, value in {**good, **changed}.items()}
+
+
+@given(st.dictionaries(st.sampled_from(NAMES), st.tuples(st.integers(0, 40), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))))
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_what_goes_in_comes_out(tmp_path_factory, sizes):
+    path = tmp_path_factory.mktemp("sidecar") / "outliers.safetensors"
+    written = {name: points(count, dtype, seed) for seed, (name, (count, dtype)) in enumerate(sizes.items())}
+    save(path, written)
+    reader = SidecarReader(path)
+    assert sorted(reader.tensors) == sorted(written)
+    for name, outliers in written.items():
+        read = reader.read(name)
+        assert reader.count(name) == len(outliers)
+        assert torch.equal(read.rows, outliers.rows) and torch.equal(read.cols, outliers.cols)
+        assert torch.equal(read.values, outliers.values) and read.values.dtype is outliers.values.dtype
+    assert reader.count("another") == 0
+    reader.close()
+
+
+def test_the_file_has_the_names_and_the_metadata_of_the_documentation(tmp_path):
+    save(tmp_path / "file", {"x": points(3, torch.bfloat16)})
+    stored = safetensors.torch.load_file(tmp_path / "file")
+    assert {name: (value.dtype, tuple(value.shape)) for name, value in stored.items()} == {
+        "outliers/x.rows": (torch.int32, (3,)),
+        "outliers/x.cols": (torch.int32, (3,)),
+        "outliers/x.values": (torch.bfloat16, (3,)),
+    }
+    with safetensors.safe_open(tmp_path / "file", "pt") as file:
+        assert {**file.metadata(), "sets": json.loads(file.metadata()["sets"])} == {**METADATA, "sets": SETS}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_point_takes_the_bytes_that_the_plan_counts(tmp_path, dtype):
+    nbytes = save(tmp_path / "file", {"x": points(164, dtype)})
+    header = int.from_bytes((tmp_path / "file").read_bytes()[:8], "little")
+    assert nbytes == 8 + header + patch_bytes(164, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_values_that_no_weight_has_are_refused(tmp_path, dtype):
+    safetensors.torch.save_file(parts(values=torch.ones(2).to(dtype)), tmp_path / "file", METADATA)
+    with pytest.raises(CheckpointError, match="file.*x"):
+        SidecarReader(tmp_path / "file").read("x")
+
+
+OTHER_SETS = {
+    "none": "",
+    "not JSON": "{",
+    "another set": json.dumps({**SETS, "tuned": {"kind": "blocks", "mode": "add"}}),
+    "another mode": json.dumps({"outliers": {"kind": "points", "mode": "add"}}),
+    "another kind": json.dumps({"outliers": {"kind": "blocks", "mode": "replace"}}),
+    "a list": "[]",
+    "deep nesting": "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("sets", OTHER_SETS)
+def test_sets_that_are_not_known_are_refused(tmp_path, sets):
+    safetensors.torch.save_file(parts(), tmp_path / "file", {**METADATA, "sets": OTHER_SETS[sets]})
+    with pytest.raises(CheckpointError, match="file.*sets.*update"):
+        SidecarReader(tmp_path / "file")
+
+
+@pytest.mark.parametrize("changed", [{"version": "2"}, {"version": ""}, {"format": "swquant-deltas"}])
+def test_another_version_or_format_is_refused(tmp_path, changed):
+    safetensors.torch.save_file(parts(), tmp_path / "file", {**METADATA, **changed})
+    with pytest.raises(CheckpointError, match="file.*is not swquant-patches 1; update"):
+        SidecarReader(tmp_path / "file")
+
+
+def test_metadata_that_is_missing_or_not_text_is_refused(tmp_path):
+    safetensors.torch.save_file(parts(), tmp_path / "file")
+    with pytest.raises(CheckpointError, match="is not swquant-patches"):
+        SidecarReader(tmp_path / "file")
+    header = json.dumps({"__metadata__": {**METADATA, "sets": 5}}).encode()
+    (tmp_path / "number").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointError, match="number"):
+        SidecarReader(tmp_path / "number")
+
+
+@pytest.mark.parametrize("missing", ["rows", "cols", "values"])
+def test_a_missing_part_is_refused_with_those_that_are_there(tmp_path, missing):
+    tensors = parts()
+    del tensors[f"outliers/x.{missing}"]
+    safetensors.torch.save_file(tensors, tmp_path / "file", METADATA)
+    with pytest.raises(CheckpointError, match="file.*outliers/x has the parts"):
+        SidecarReader(tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["outliers/x.extra", "tuned/x.rows", "x.rows", "rows"])
+def test_a_tensor_that_is_no_part_of_a_set_is_refused(tmp_path, name):
+    safetensors.torch.save_file({**parts(), name: torch.zeros(2, dtype=torch.int32)}, tmp_path / "file", METADATA)
+    with pytest.raises(CheckpointError, match="file.*has the parts"):
+        SidecarReader(tmp_path / "file")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_value_that_is_not_finite_is_refused_with_the_tensor(tmp_path, value):
+    safetensors.torch.save_file(parts(values=torch.tensor([1.0, value])), tmp_path / "file", METADATA)
+    with pytest.raises(CheckpointError, match="file.*outlier of x is NaN or infinite"):
+        SidecarReader(tmp_path / "file").read("x")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"rows": torch.zeros(2, dtype=torch.int64)},
+        {"cols": torch.zeros(2)},
+        {"rows": torch.zeros(3, dtype=torch.int32)},
+        {"values": torch.ones(1)},
+        {"values": torch.ones(2, 1)},
+        {"rows": torch.tensor(0, dtype=torch.int32), "cols": torch.tensor(0, dtype=torch.int32), "values": torch.tensor(1.0)},
+        {"rows": torch.zeros(2, 2, dtype=torch.int32), "cols": torch.zeros(2, 2, dtype=torch.int32), "values": torch.ones(2, 2)},
+    ],
+    ids=lambda changed: " ".join(f"{part} {value.dtype} {list(value.shape)}" for part, value in changed.items()),
+)
+def test_parts_that_do_not_belong_together_are_refused(tmp_path, changed):
+    safetensors.torch.save_file(parts(**changed), tmp_path / "file", METADATA)
+    with pytest.raises(CheckpointError, match="file.*x"):
+        reader = SidecarReader(tmp_path / "file")
+        assert reader.count("x") >= 0
+        reader.read("x")
+
+
+def test_points_of_another_number_than_announced_are_refused(tmp_path):
+    writer = SidecarWriter(tmp_path / "file", [("x", 3, torch.float32)])
+    with pytest.raises(ValueError, match=r"outliers/x.rows.*\[3\] was announced"):
+        writer.write("x", points(2, torch.float32))
+    with pytest.raises(ValueError, match="not written"):
+        writer.finish()
+    writer.close()
