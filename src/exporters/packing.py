@@ -76,22 +76,23 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         piece = codes[start : start + step]
         if cols % 32:
             piece = torch.nn.functional.pad(piece, (0, -cols % 32))
-        lanes = piece.contiguous().view(torch.int64)
+        # flat, because torch keeps odd strides of length-1 dimensions that a wider view then refuses
+        lanes = piece.contiguous().flatten().view(torch.int64)
         if bits < 8:
             lanes = _close_gaps(lanes, bits)
-        packed[start : start + step] = _low_bytes(lanes, bits).view(torch.int32)[:, :words]
+        packed[start : start + step] = _low_bytes(lanes, bits).view(torch.int32).view(len(piece), -1)[:, :words]
     return packed
 
 
 def _low_bytes(lanes: Tensor, bits: int) -> Tensor:
-    """The low `bits` bytes of every int64 lane, [rows, lanes * bits] uint8."""
+    """The low `bits` bytes of every int64 lane [lanes], uint8 [lanes * bits]."""
     if bits == 8:
         return lanes.view(torch.uint8)
     if bits == 4:  # whole integers cast faster than bytes gather
         return lanes.to(torch.int32).view(torch.uint8)
     if bits == 2:
         return lanes.to(torch.int16).view(torch.uint8)
-    return lanes.view(torch.uint8).reshape(lanes.shape[0], -1, 8)[:, :, :bits].reshape(lanes.shape[0], -1)
+    return lanes.view(torch.uint8).view(-1, 8)[:, :bits].flatten()
 
 
 def unpack(packed: Tensor, bits: int, cols: int) -> Tensor:
@@ -114,9 +115,9 @@ def unpack(packed: Tensor, bits: int, cols: int) -> Tensor:
         piece = packed[start : start + step]
         if words * 4 != units * bits:
             piece = torch.nn.functional.pad(piece, (0, units * bits // 4 - words))
-        stored = piece.contiguous().view(torch.uint8).reshape(piece.shape[0], units, bits)
+        stored = piece.contiguous().flatten().view(torch.uint8).view(-1, bits)
         if bits < 8:
             lanes = torch.nn.functional.pad(stored, (0, 8 - bits)).view(torch.int64).squeeze(-1)
             stored = _open_gaps(lanes, bits).view(torch.uint8)
-        codes[start : start + step] = stored.reshape(piece.shape[0], -1)[:, :cols]
+        codes[start : start + step] = stored.reshape(len(piece), -1)[:, :cols]
     return codes

@@ -1,9 +1,10 @@
 """What a model is made of: which stored tensors are linear weights, in which layer, and which are down projections.
 
 transformers builds the model without memory (on the meta device) and says under which parameter each stored
-tensor ends up; its modules say the rest. Three kinds of linear weights exist:
+tensor ends up; its modules say the rest. Five kinds of linear weights exist:
 
     linear   nn.Linear                          stored [out, in]
+    custom   a subclass with a forward its own  stored [out, in]
     conv1d   GPT-2's Conv1D                     stored [in, out]
     expert   one expert of a mixture            stored alone [out, in], fused with the others while loading
     fused    all experts of a layer             stored as one 3-D tensor
@@ -48,7 +49,7 @@ _ATTENTION = re.compile(r"att(entio)?n", re.IGNORECASE)
 class LinearWeight:
     """A stored tensor that is a linear weight of a decoder layer.
 
-    kind: linear, conv1d, expert or fused (see above). module, parameter, expert: where the model holds it.
+    kind: linear, custom, conv1d, expert or fused (see above). module, parameter, expert: where the model holds it.
     watch: name under which the probe sees it (fused tensors: one name per expert, `name[3]`).
     """
 
@@ -200,6 +201,12 @@ def _outside(target: str, model: PreTrainedModel) -> str:
     return "embedding" if isinstance(module, nn.Embedding) else "outside the decoder layers"
 
 
+def _kind(module: nn.Module) -> str:
+    if isinstance(module, Conv1D):
+        return "conv1d"
+    return "linear" if type(module).forward is nn.Linear.forward else "custom"
+
+
 def _classify(
     name: str,
     target: str,
@@ -225,10 +232,8 @@ def _classify(
         return LinearWeight(name, "expert", layer, module_name, parameter, expert, down, watch)
     if module_name.rpartition(".")[2] in _ROUTERS:
         return "router"
-    if parameter == "weight" and isinstance(module, nn.Linear):
-        return LinearWeight(name, "linear", layer, module_name, parameter, None, module_name in downs, name)
-    if parameter == "weight" and isinstance(module, Conv1D):
-        return LinearWeight(name, "conv1d", layer, module_name, parameter, None, module_name in downs, name)
+    if parameter == "weight" and isinstance(module, nn.Linear | Conv1D):
+        return LinearWeight(name, _kind(module), layer, module_name, parameter, None, module_name in downs, name)
     return f"{type(module).__name__} is not a linear layer"
 
 

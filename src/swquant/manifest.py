@@ -87,7 +87,7 @@ def _rounded(value: Any) -> Any:
 def loader_table(plan: Plan) -> dict[str, str]:
     """Loader -> what it does with the result, in one sentence each."""
     schemes = {plan.scheme(tensor) for tensor in plan.quantized}
-    odd = sorted({scheme.bits for scheme in schemes} - {4, 8})
+    odd = sorted({scheme.bits for scheme in schemes} - {4, 8}, reverse=True)
     groups = sorted({scheme.group_size for scheme in schemes if scheme.group_size} - {32, 64, 128})
     if odd:
         vllm = f"no: its kernels take 4 and 8 bits, not {odd[0]}"
@@ -97,10 +97,14 @@ def loader_table(plan: Plan) -> dict[str, str]:
         vllm = "yes, as mixture of experts; ignores the sidecar"
     else:
         vllm = "yes; ignores the sidecar"
-    minimum = "0.15" if odd and odd[0] in (3, 5, 6, 7) else "0.9"
+    if not plan.options.symmetric:
+        # 0.18 to 0.20 allocate the zero point unpacked and stop with a size mismatch; earlier ones pack odd bits otherwise.
+        versions = "0.15 to 0.17 (0.18 to 0.20 stop at packed zero points)"
+    else:
+        versions = "0.18 or later" if odd and odd[0] != 2 else "0.15 or later"
     return {
         "swquant.load": "yes; restores every outlier" if plan.options.restore else "yes; nothing to restore",
-        "transformers": f"yes, with compressed-tensors {minimum} or later; ignores the sidecar",
+        "transformers": f"yes, with compressed-tensors {versions}; ignores the sidecar",
         "vLLM": vllm,
     }
 

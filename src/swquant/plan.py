@@ -8,6 +8,7 @@ block (the extreme of a block is exact) or its tensor stays dense.
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -109,16 +110,20 @@ def make_plan(
         found.setdefault(weight.name, []).append((weight.row, weight.col))
     _check_patterns(options.dense, checkpoint.tensors)
     left_out = _tied(checkpoint)
-    tensors, fitted = [], {}
+    expert_block = _expert_block(checkpoint, architecture, found, options)
+    tensors: list[TensorPlan] = []
+    fitted: dict[str, int] = {}
     for name, stored in checkpoint.tensors.items():
         if name in left_out:
             continue
         linear = architecture.weights.get(name)
         points = tuple(found.get(name, ()))
-        choice = _choose(name, stored, linear, points, architecture, options)
+        is_expert = linear is not None and linear.kind == "expert"
+        choice = expert_block if is_expert else _choose(name, stored, linear, points, architecture, options)
+        assert choice is not None
         if isinstance(choice, str):
-            dtype = options.parsed_dtype or _dense_dtype(checkpoint, stored)
-            layout: Layout = {name: (dtype if stored.dtype in _FLOATS else stored.dtype, stored.shape)}
+            dtype = _dense_dtype(checkpoint, stored, options)
+            layout: Layout = {name: (dtype, stored.shape)}
             tensors.append(TensorPlan(name, stored, layout, reason=choice, super_weights=points))
             continue
         if choice != options.parsed_block:
@@ -161,9 +166,12 @@ def _check_patterns(patterns: Sequence[str], names: Iterable[str]) -> None:
             raise SwquantError(f"--dense {pattern!r} matches no tensor; names look like {known[len(known) // 2]}")
 
 
-def _dense_dtype(checkpoint: Checkpoint, stored: Stored) -> torch.dtype:
-    """GGUF values are decoded to float32, which nobody wants on disk; others keep their dtype."""
-    return checkpoint.config.dtype if checkpoint.kind == "gguf" else stored.dtype
+def _dense_dtype(checkpoint: Checkpoint, stored: Stored, options: CompressOptions) -> torch.dtype:
+    """What a tensor's unrounded values, or its scales, are stored as. GGUF values are decoded to float32, which nobody
+    wants on disk; others keep their dtype unless an option says otherwise."""
+    if stored.dtype not in _FLOATS:
+        return stored.dtype
+    return options.parsed_dtype or (torch.bfloat16 if checkpoint.kind == "gguf" else stored.dtype)
 
 
 def _choose(
@@ -182,11 +190,11 @@ def _choose(
     if stored.dtype not in _FLOATS:
         return f"stored as {str(stored.dtype).removeprefix('torch.')}"
     if linear.kind == "conv1d":
-        return "Conv1D: compressed-tensors packs nn.Linear only; save the model with nn.Linear layers to compress it"
+        return "Conv1D, which compressed-tensors cannot pack (it knows nn.Linear)"
+    if linear.kind == "custom":
+        return "a linear layer with a forward of its own, which stock loaders cannot decode"
     if linear.kind == "fused":
         return "experts fused in one 3-D tensor: compressed-tensors has no name for a slice"
-    if linear.kind == "expert" and not options.symmetric:
-        return "expert: stock transformers decodes asymmetric experts without their zero point; use --symmetric"
     shape = (stored.shape[0], stored.shape[1])
     block = fit(options.parsed_block, shape)
     if block is None or (options.strict_block and block != options.parsed_block):
@@ -204,6 +212,51 @@ def _choose(
             f"holds a super weight, which a block of {block_elements(block, shape)} weights cannot represent for loaders "
             f"that ignore the sidecar (limit {MAX_BLOCK_WITH_SUPER_WEIGHT})"
         )
+    return block
+
+
+_EXPERTS = "transformers loads a mixture only if all its experts are packed with one symmetric scheme"
+
+
+def _expert_block(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    found: Mapping[str, Sequence[tuple[int, int]]],
+    options: CompressOptions,
+) -> Block | None:
+    """The one block that all experts share, None where there are no experts. Raises SwquantError where there cannot be one:
+    a checkpoint whose experts are partly dense does not load."""
+    names = [name for name, linear in architecture.weights.items() if linear.kind == "expert"]
+    if not names:
+        return None
+    if not options.symmetric:
+        raise SwquantError(f"{_EXPERTS}; use --symmetric")
+    for pattern in options.dense:
+        if matched := next((name for name in names if _matches(pattern, name)), None):
+            raise SwquantError(f"--dense {pattern} matches {matched}, but {_EXPERTS}; give a narrower pattern")
+    if odd := next((name for name in names if checkpoint.tensors[name].dtype not in _FLOATS), None):
+        raise SwquantError(
+            f"{odd} is stored as {checkpoint.tensors[odd].dtype}, but {_EXPERTS}; convert it to bfloat16"
+        )
+    shapes = [(checkpoint.tensors[name].shape[0], checkpoint.tensors[name].shape[1]) for name in names]
+    common = (math.gcd(*(out for out, _ in shapes)), math.gcd(*(inputs for _, inputs in shapes)))
+    block = fit(options.parsed_block, common)
+    carried = {compressed_tensors.express(block, shape) for shape in shapes} if block else {None}
+    if block is None or len(carried) > 1 or None in carried:
+        raise SwquantError(
+            f"block {options.block} cannot be the same for experts of {common[1]} common inputs, but {_EXPERTS}; "
+            f"use {_remedy(options.parsed_block, common)}"
+        )
+    if options.strict_block and block != options.parsed_block:
+        raise SwquantError(
+            f"block {options.block} does not divide {names[0]}; use {_remedy(options.parsed_block, common)}"
+        )
+    for name, shape in zip(names, shapes, strict=True):
+        if found.get(name) and block_elements(block, shape) > MAX_BLOCK_WITH_SUPER_WEIGHT:
+            raise SwquantError(
+                f"{name} holds a super weight, which a block of {block_elements(block, shape)} weights cannot represent, but "
+                f"{_EXPERTS}; use a block of at most {MAX_BLOCK_WITH_SUPER_WEIGHT} weights, for example --block 128"
+            )
     return block
 
 
@@ -240,7 +293,7 @@ def _quantized(
         block,
         options.bits,
         symmetric=options.symmetric,
-        scale_dtype=options.parsed_dtype or _dense_dtype(checkpoint, stored),
+        scale_dtype=_dense_dtype(checkpoint, stored, options),
     )
     module = name.removesuffix(".weight")
     kept = (len(set(points)) + int(options.outliers * stored.numel)) if options.restore else 0

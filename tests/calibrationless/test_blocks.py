@@ -30,7 +30,11 @@ relaxed = settings(max_examples=50, deadline=None, derandomize=True)
 small = st.integers(1, 13)
 sizes = st.integers(1, 10_000)
 any_block = st.one_of(
-    st.builds(Group, sizes), st.builds(Tile, sizes, sizes), st.builds(Flat, sizes), st.just(Channel()), st.just(Tensor())
+    st.builds(Group, sizes),
+    st.builds(Tile, sizes, sizes),
+    st.builds(Flat, sizes),
+    st.just(Channel()),
+    st.just(Tensor()),
 )
 
 
@@ -154,7 +158,23 @@ def test_a_block_is_read_back_from_its_own_word(block):
 
 @pytest.mark.parametrize(
     "word",
-    ["", "0", "-128", "+1", "128x", "x128", "0x16", "16x0", "1x2x3", "flat:", "flat:0", "flat:8x8", "chanel", "12.5", "1e3"]
+    [
+        "",
+        "0",
+        "-128",
+        "+1",
+        "128x",
+        "x128",
+        "0x16",
+        "16x0",
+        "1x2x3",
+        "flat:",
+        "flat:0",
+        "flat:8x8",
+        "chanel",
+        "12.5",
+        "1e3",
+    ]
     + ["group:128", "128 128", "1_0", "99999999999", "１２８", "None", "128\n64"],
 )
 def test_other_words_are_answered_with_the_forms(word):

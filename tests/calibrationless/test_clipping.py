@@ -64,7 +64,9 @@ def test_quantile_is_a_magnitude_of_the_block_below_which_nothing_is_cut(blocks,
     assert threshold.flatten().tolist() == [reference_quantile(row, f"{thousandths}/1000") for row in rows_of(weight)]
 
 
-@pytest.mark.parametrize(("count", "value", "cut"), [(1000, 0.999, 1), (1000, 0.9985, 1), (999, 0.999, 0), (10, 0.7, 3), (8, 1.0, 0)])
+@pytest.mark.parametrize(
+    ("count", "value", "cut"), [(1000, 0.999, 1), (1000, 0.9985, 1), (999, 0.999, 0), (10, 0.7, 3), (8, 1.0, 0)]
+)
 def test_quantile_cuts_the_number_of_weights_that_its_value_says(count, value, cut):
     weight = torch.arange(1.0, count + 1).unsqueeze(0)
     threshold = clip_threshold(weight, Clip("quantile", value))
@@ -127,7 +129,9 @@ def test_a_rule_without_a_number_is_answered_with_an_example(word):
         parse_clip(word)
 
 
-@pytest.mark.parametrize("word", ["z=0", "z=-1", "z=inf", "z=nan", "z=1e7", "iqr=0", "quantile=0", "quantile=1.01", "quantile=-0.5"])
+@pytest.mark.parametrize(
+    "word", ["z=0", "z=-1", "z=inf", "z=nan", "z=1e7", "iqr=0", "quantile=0", "quantile=1.01", "quantile=-0.5"]
+)
 def test_a_value_outside_the_range_is_answered_with_the_range(word):
     name, _, number = word.partition("=")
     with pytest.raises(ValueError, match=f"{name}.*above 0.*at most.*{number}"):

@@ -35,7 +35,9 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         parts = enumerate((x[:, :2], x[:, 2:]))
-        return torch.cat([part @ self.down[e] if self.transposed else F.linear(part, self.down[e]) for e, part in parts], dim=1)
+        return torch.cat(
+            [part @ self.down[e] if self.transposed else F.linear(part, self.down[e]) for e, part in parts], dim=1
+        )
 
 
 class Layer(nn.Module):
@@ -85,7 +87,9 @@ def test_energy_and_peaks_are_those_of_a_loop(kind):
     x, weight, bias = by_hand(model, watch, prompt)
     record = probe_of(model, watch, prompt).linears["down"]
     for col in range(INNER):
-        assert record.energy[col].item() == pytest.approx(sum(value**2 for value in x[:, col].tolist()) / len(x), rel=1e-5)
+        assert record.energy[col].item() == pytest.approx(
+            sum(value**2 for value in x[:, col].tolist()) / len(x), rel=1e-5
+        )
     for peak, activation in ((record.input, x), (record.output, x @ weight.T + bias)):
         rows = activation.tolist()
         places = [(token, channel) for token in range(len(rows)) for channel in range(len(rows[0]))]
@@ -135,7 +139,10 @@ def down_weight(model: nn.Sequential, watch: Watch) -> Tensor:
     return weight.T if watch.transposed else weight
 
 
-@given(st.sampled_from(list(DOWNS)), st.lists(st.tuples(st.integers(0, HIDDEN - 1), st.integers(0, INNER - 1)), unique=True, max_size=4))
+@given(
+    st.sampled_from(list(DOWNS)),
+    st.lists(st.tuples(st.integers(0, HIDDEN - 1), st.integers(0, INNER - 1)), unique=True, max_size=4),
+)
 @relaxed
 def test_pruning_equals_zeroing_the_weights(kind, points):
     model, watch, prompt = build(kind)
@@ -158,7 +165,9 @@ def test_a_pruned_weight_contributes_nothing(kind):
     pruned = probe_of(model, watch, prompt, prune=[Scalar("down", 2, col)]).linears["down"]
     down_weight(model, watch)[2, col] = 0
     expected = probe_of(model, watch, prompt).linears["down"]
-    assert [c.share for c in pruned.contributions] == pytest.approx([c.share for c in expected.contributions], rel=1e-3, abs=1e-5)
+    assert [c.share for c in pruned.contributions] == pytest.approx(
+        [c.share for c in expected.contributions], rel=1e-3, abs=1e-5
+    )
 
 
 def test_pruning_a_super_weight_of_a_bfloat16_model_equals_zeroing_it():
@@ -206,7 +215,9 @@ class ByKeyword(nn.Linear):
 
 def test_a_weight_passed_by_keyword_is_seen():
     model = nn.Sequential(ByKeyword(4, 3))
-    assert isinstance(run_probe(model, lambda: model(torch.ones(2, 4)), [Watch("w", "0")], []).linears.get("w"), LinearRecord)
+    assert isinstance(
+        run_probe(model, lambda: model(torch.ones(2, 4)), [Watch("w", "0")], []).linears.get("w"), LinearRecord
+    )
 
 
 @every_down

@@ -7,7 +7,18 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibrationless import Channel, Group, Outliers, QuantizedTensor, Tensor, Tile, dequantize, expand, quantize, restore
+from calibrationless import (
+    Channel,
+    Group,
+    Outliers,
+    QuantizedTensor,
+    Tensor,
+    Tile,
+    dequantize,
+    expand,
+    quantize,
+    restore,
+)
 from exporters.compressed_tensors import to_tensors
 
 relaxed = settings(max_examples=40, deadline=None, derandomize=True)
@@ -33,7 +44,9 @@ def stock_decompress(quantized: QuantizedTensor) -> torch.Tensor:
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.dtype is other.dtype and torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+    return one.dtype is other.dtype and torch.equal(
+        one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)
+    )
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -137,7 +150,10 @@ def test_restore_works_in_place_and_casts_to_the_weights_dtype():
     assert weight[2, 3] == torch.tensor(1.7).bfloat16()
 
 
-@pytest.mark.parametrize(("row", "col", "what"), [(-1, 0, "row.*0 .. 2"), (3, 0, "row.*0 .. 2"), (0, -1, "column.*0 .. 4"), (0, 5, "column.*0 .. 4")])
+@pytest.mark.parametrize(
+    ("row", "col", "what"),
+    [(-1, 0, "row.*0 .. 2"), (3, 0, "row.*0 .. 2"), (0, -1, "column.*0 .. 4"), (0, 5, "column.*0 .. 4")],
+)
 def test_a_coordinate_outside_the_weight_is_refused_before_anything_is_written(row, col, what):
     weight = torch.zeros(3, 5)
     rows, cols = torch.tensor([1, row], dtype=torch.int32), torch.tensor([1, col], dtype=torch.int32)

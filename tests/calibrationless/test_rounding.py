@@ -82,7 +82,9 @@ def test_scale_zero_point_and_codes_are_those_of_a_loop_in_double_precision(case
     zeros = [2 ** (bits - 1)] * len(codes) if symmetric else quantized.zero_point.flatten().tolist()
     for index, values in enumerate(to_blocks(weight, block).double().tolist()):
         scale, zero = reference_scale(values, bits, symmetric, weight.dtype)
-        assert quantized.scale.flatten()[index].item() == pytest.approx(scale, rel=3e-7 if weight.dtype is torch.float32 else 0)
+        assert quantized.scale.flatten()[index].item() == pytest.approx(
+            scale, rel=3e-7 if weight.dtype is torch.float32 else 0
+        )
         scale = quantized.scale.flatten()[index].item()
         if not near_a_tie(min(*values, 0.0) / scale):
             assert zeros[index] == zero
@@ -94,7 +96,9 @@ def test_scale_zero_point_and_codes_are_those_of_a_loop_in_double_precision(case
 def test_a_tie_goes_to_the_even_code():
     steps = torch.tensor([[-2.5, -1.5, -0.5, 0.5, 1.5, 2.5]])
     assert round_to_codes(steps, torch.ones(1, 1), None, 4).tolist() == [[6, 6, 8, 8, 10, 10]]
-    assert round_to_codes(steps, torch.ones(1, 1), torch.tensor([[3]], dtype=torch.uint8), 4).tolist() == [[1, 1, 3, 3, 5, 5]]
+    assert round_to_codes(steps, torch.ones(1, 1), torch.tensor([[3]], dtype=torch.uint8), 4).tolist() == [
+        [1, 1, 3, 3, 5, 5]
+    ]
 
 
 @given(weights(), widths, st.booleans())
@@ -107,7 +111,9 @@ def test_no_error_exceeds_half_a_step_but_at_the_end_without_a_mirror_image(case
     scale = expand(quantized.scale, block, tuple(weight.shape)).double()
     blocks = to_blocks(exact, block)
     span = (blocks.amax(1).clamp(min=0) - blocks.amin(1).clamp(max=0)).unsqueeze(1)
-    slack = expand(span * 2 * torch.finfo(weight.dtype).eps, block, tuple(weight.shape))  # the scale and the product are rounded
+    slack = expand(
+        span * 2 * torch.finfo(weight.dtype).eps, block, tuple(weight.shape)
+    )  # the scale and the product are rounded
     mirrored = exact / scale > 2 ** (bits - 1) - 0.5 if symmetric else torch.zeros_like(error, dtype=torch.bool)
     assert bool((error <= scale.abs() / 2 + slack)[~mirrored].all())
     assert bool((error <= scale.abs() + slack)[mirrored].all())

@@ -63,13 +63,20 @@ def test_the_layout_is_known_before_the_weight_is(case, bits, symmetric, dtype):
     tensors = to_tensors(quantize(random_weight(shape), block, bits, symmetric=symmetric, scale_dtype=dtype))
     layout = tensor_layout(shape, block, bits, symmetric=symmetric, scale_dtype=dtype)
     assert list(layout.items()) == [(name, (tensor.dtype, tuple(tensor.shape))) for name, tensor in tensors.items()]
-    assert list(layout) == [name for name in LOCAL_NAMES if name in layout] and ("weight_zero_point" in layout) != symmetric
+    assert (
+        list(layout) == [name for name in LOCAL_NAMES if name in layout]
+        and ("weight_zero_point" in layout) != symmetric
+    )
     assert all(tensor.is_contiguous() for tensor in tensors.values())
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize(("block", "shape"), [(Tile(3, 11), (33, 55)), (Tile(4, 7), (8, 7)), (Tensor(), (37, 41)), (Flat(13), (5, 39))], ids=str)
+@pytest.mark.parametrize(
+    ("block", "shape"),
+    [(Tile(3, 11), (33, 55)), (Tile(4, 7), (8, 7)), (Tensor(), (37, 41)), (Flat(13), (5, 39))],
+    ids=str,
+)
 def test_blocks_that_the_format_lacks_are_decoded_by_a_stock_loader_all_the_same(block, shape, bits, symmetric):
     quantized = quantize(random_weight(shape), block, bits, symmetric=symmetric)
     target = express(block, shape)
@@ -80,7 +87,9 @@ def test_blocks_that_the_format_lacks_are_decoded_by_a_stock_loader_all_the_same
         strategy="group" if grouped else "channel",
         group_size=target.size if grouped else None,
     )
-    stock = PackedQuantizationCompressor.decompress(to_tensors(quantized), QuantizationScheme(targets=[], weights=weights))
+    stock = PackedQuantizationCompressor.decompress(
+        to_tensors(quantized), QuantizationScheme(targets=[], weights=weights)
+    )
     assert torch.equal(stock["weight"], dequantize(quantized))
 
 
@@ -147,7 +156,9 @@ def test_tensors_that_contradict_each_other_are_refused(name, replacement):
 
 LINEARS = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(3) for name in "qko"]
 LINEARS += [f"model.layers.{layer}.{mlp}.down_proj" for layer in range(12) for mlp in ("mlp", "shared_mlp")]
-LINEARS += [f"model.layers.{layer}.mlp.experts.{expert}.w{n}" for layer in range(2) for expert in (0, 1, 10) for n in (2, 22)]
+LINEARS += [
+    f"model.layers.{layer}.mlp.experts.{expert}.w{n}" for layer in range(2) for expert in (0, 1, 10) for n in (2, 22)
+]
 LINEARS += ["lm_head", "model.embed_out", "vision.blocks.0.mlp.down_proj", "dense.0", "dense.1"]
 SCHEMES = [Scheme(4, 64, True), Scheme(4, None, True), Scheme(8, 32, False)]
 
@@ -185,7 +196,11 @@ def test_every_module_is_matched_by_its_own_scheme_and_no_other(choice):
     assert_targets_match_exactly({name: scheme for name, scheme in zip(LINEARS, choice, strict=True) if scheme})
 
 
-@given(st.fixed_dictionaries({kind: st.sampled_from([None, *SCHEMES]) for kind in ("q_proj", "k_proj", "mlp.down_proj", "w2", "w22", "head")}))
+@given(
+    st.fixed_dictionaries(
+        {kind: st.sampled_from([None, *SCHEMES]) for kind in ("q_proj", "k_proj", "mlp.down_proj", "w2", "w22", "head")}
+    )
+)
 @settings(relaxed, max_examples=30)
 def test_a_scheme_for_each_kind_of_layer_is_matched_exactly(choice):
     chosen = {name: scheme for kind, scheme in choice.items() for name in LINEARS if name.endswith(kind) and scheme}
@@ -193,7 +208,9 @@ def test_a_scheme_for_each_kind_of_layer_is_matched_exactly(choice):
 
 
 def test_one_pattern_for_each_kind_survives_a_loaders_prefixes():
-    schemes = {name: SCHEMES[0] for name in LINEARS if name.startswith(("model.layers", "vision")) and "shared" not in name}
+    schemes = {
+        name: SCHEMES[0] for name in LINEARS if name.startswith(("model.layers", "vision")) and "shared" not in name
+    }
     config = assert_targets_match_exactly(schemes)
     targets = config.config_groups["group_0"].targets
     assert len(targets) == 6 and all(target.startswith("re:") for target in targets)
@@ -204,7 +221,11 @@ def test_one_pattern_for_each_kind_survives_a_loaders_prefixes():
 
 def test_the_config_declares_what_the_tensors_are():
     config = quantization_config({"a.0.down": Scheme(3, None, False)}, ["lm_head"], "0.20.0")
-    assert (config["quant_method"], config["format"], config["version"]) == ("compressed-tensors", "pack-quantized", "0.20.0")
+    assert (config["quant_method"], config["format"], config["version"]) == (
+        "compressed-tensors",
+        "pack-quantized",
+        "0.20.0",
+    )
     weights = QuantizationConfig.model_validate(config).config_groups["group_0"].weights
     assert (weights.num_bits, weights.type, weights.strategy, weights.symmetric) == (3, "int", "channel", False)
     assert config["ignore"] == ["lm_head"] and str(Scheme(3, None, False)) == "int3 channel asymmetric"

@@ -29,7 +29,9 @@ def everything() -> dict[str, torch.Tensor]:
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> FileRecord:
-    writer = SafetensorsWriter(path, [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()], metadata)
+    writer = SafetensorsWriter(
+        path, [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()], metadata
+    )
     for name, tensor in tensors.items():
         writer.write(name, tensor)
     return writer.finish()
@@ -185,7 +187,9 @@ def test_what_cannot_be_opened_is_refused_with_the_reason(tmp_path):
         SafetensorsReader(tmp_path)
 
 
-@pytest.mark.parametrize("wrong", [("b", torch.ones(2)), ("a", torch.ones(3)), ("a", torch.ones(2).half()), ("a", torch.ones(2, 1))])
+@pytest.mark.parametrize(
+    "wrong", [("b", torch.ones(2)), ("a", torch.ones(3)), ("a", torch.ones(2).half()), ("a", torch.ones(2, 1))]
+)
 def test_another_tensor_than_the_announced_one_is_refused(tmp_path, wrong):
     writer = SafetensorsWriter(tmp_path / "file", [("a", torch.float32, (2,)), ("b", torch.float32, (2,))])
     with pytest.raises(ValueError, match=r"a torch.float32 \[2\] was announced"):

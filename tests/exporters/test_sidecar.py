@@ -33,11 +33,20 @@ def save(path: Path, outliers: dict[str, Outliers]) -> int:
 
 def parts(tensor: str = "x", count: int = 2, **changed: torch.Tensor) -> dict[str, torch.Tensor]:
     """The tensors of a good sidecar of one weight, but for what is changed."""
-    good = {"rows": torch.zeros(count, dtype=torch.int32), "cols": torch.arange(count, dtype=torch.int32), "values": torch.ones(count)}
+    good = {
+        "rows": torch.zeros(count, dtype=torch.int32),
+        "cols": torch.arange(count, dtype=torch.int32),
+        "values": torch.ones(count),
+    }
     return {f"outliers/{tensor}.{part}": value for part, value in {**good, **changed}.items()}
 
 
-@given(st.dictionaries(st.sampled_from(NAMES), st.tuples(st.integers(0, 40), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))))
+@given(
+    st.dictionaries(
+        st.sampled_from(NAMES),
+        st.tuples(st.integers(0, 40), st.sampled_from([torch.float32, torch.float16, torch.bfloat16])),
+    )
+)
 @settings(max_examples=30, deadline=None, derandomize=True)
 def test_what_goes_in_comes_out(tmp_path_factory, sizes):
     path = tmp_path_factory.mktemp("sidecar") / "outliers.safetensors"
@@ -146,8 +155,16 @@ def test_a_value_that_is_not_finite_is_refused_with_the_tensor(tmp_path, value):
         {"rows": torch.zeros(3, dtype=torch.int32)},
         {"values": torch.ones(1)},
         {"values": torch.ones(2, 1)},
-        {"rows": torch.tensor(0, dtype=torch.int32), "cols": torch.tensor(0, dtype=torch.int32), "values": torch.tensor(1.0)},
-        {"rows": torch.zeros(2, 2, dtype=torch.int32), "cols": torch.zeros(2, 2, dtype=torch.int32), "values": torch.ones(2, 2)},
+        {
+            "rows": torch.tensor(0, dtype=torch.int32),
+            "cols": torch.tensor(0, dtype=torch.int32),
+            "values": torch.tensor(1.0),
+        },
+        {
+            "rows": torch.zeros(2, 2, dtype=torch.int32),
+            "cols": torch.zeros(2, 2, dtype=torch.int32),
+            "values": torch.ones(2, 2),
+        },
     ],
     ids=lambda changed: " ".join(f"{part} {value.dtype} {list(value.shape)}" for part, value in changed.items()),
 )
