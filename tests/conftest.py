@@ -121,10 +121,7 @@ def plant(model: PreTrainedModel, row: int = 37, col: int = 101) -> str:
     in_layer = {name: parameter for name, parameter in parameters.items() if layer.search(name)}
     experts = {name: parameter for name, parameter in in_layer.items() if ".experts." in name}
     with torch.no_grad():
-        if experts:
-            name = _plant_in_expert(model, experts, row, col)
-        else:
-            name = _plant_in_mlp(model, in_layer, row, col)
+        name = _plant_in_expert(model, experts, row, col) if experts else _plant_in_mlp(model, in_layer, row, col)
         for key, parameter in in_layer.items():
             if "post_feedforward_layernorm" in key:
                 parameter[row] = 60.0

@@ -20,6 +20,7 @@ from calibrationless.blocks import (
 from calibrationless.clipping import RULES, Clip, clip_threshold, parse_clip
 from calibrationless.detection import Detection, LayerSpike, SuperActivation, SuperWeight, detect
 from calibrationless.errors import WeightError, measure, worst
+from calibrationless.pieces import for_pieces
 from calibrationless.probe import Contribution, LinearRecord, Peak, Probe, Residual, Scalar, Watch, run_probe
 from calibrationless.quantized import (
     MAX_BITS,
@@ -67,6 +68,7 @@ __all__ = [
     "divides",
     "expand",
     "fit",
+    "for_pieces",
     "from_blocks",
     "measure",
     "parse_block",

@@ -39,7 +39,7 @@ def _row_sum(matrix: Tensor) -> Tensor:
     rows, count = matrix.shape
     width = 4096
     if count % width or count == width:
-        pieces = matrix.split(width, dim=1)
+        pieces = [matrix[:, start : start + width] for start in range(0, count, width)]
         return torch.stack([piece.sum(dim=1, dtype=torch.float64) for piece in pieces], dim=1).sum(1, keepdim=True)
     return matrix.reshape(-1, width).sum(dim=1, dtype=torch.float64).reshape(rows, -1).sum(dim=1, keepdim=True)
 
@@ -89,7 +89,7 @@ class Clip:
     value: float
 
     def __str__(self) -> str:
-        return f"{self.rule}={self.value:g}"
+        return f"{self.rule}={self.value!r}".removesuffix(".0")
 
 
 def parse_clip(text: str) -> Clip | None:

@@ -9,7 +9,7 @@ every layer. Whole activations are never stored.
 Watching happens at the call of the matrix product, not on modules: `nn.Linear`, GPT-2's `Conv1D` and
 one expert's slice of a fused 3-D parameter all end in `linear`, `addmm` or `matmul`, so one small
 interceptor serves every architecture, and it sees weights that are only in memory during the call.
-The same place can take a scalar weight out (`prune`): subtracting its product equals zeroing it.
+The same place can take a scalar weight out (`prune`): the product then uses a copy with a zero.
 """
 
 from __future__ import annotations
@@ -129,16 +129,36 @@ def _explain(inputs: Tensor, weight: Tensor, output: Peak) -> tuple[Contribution
     )
 
 
-_LINEAR = torch.nn.functional.linear
-_PRODUCTS: Mapping[Any, tuple[int, int, bool]] = {
-    # function: (position of the input, position of the weight, weight is [in, out])
-    _LINEAR: (0, 1, False),
-    torch.addmm: (1, 2, True),
-    torch.matmul: (0, 1, True),
-    torch.mm: (0, 1, True),
-    torch.Tensor.matmul: (0, 1, True),
-    torch.Tensor.__matmul__: (0, 1, True),
+@dataclass(frozen=True)
+class _Product:
+    """How a function takes its factors: (position, keyword) of each. in_out: the weight is given as [in, out]."""
+
+    inputs: tuple[int, str]
+    weight: tuple[int, str]
+    in_out: bool = True
+
+
+_PRODUCTS: Mapping[Any, _Product] = {
+    torch.nn.functional.linear: _Product((0, "input"), (1, "weight"), in_out=False),
+    torch.addmm: _Product((1, "mat1"), (2, "mat2")),
+    torch.matmul: _Product((0, "input"), (1, "other")),
+    torch.mm: _Product((0, "input"), (1, "mat2")),
+    torch.Tensor.matmul: _Product((0, "self"), (1, "other")),
+    torch.Tensor.__matmul__: _Product((0, "self"), (1, "other")),
 }
+
+
+def _argument(where: tuple[int, str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    position, keyword = where
+    return args[position] if len(args) > position else kwargs.get(keyword)
+
+
+def _with_weight(product: _Product, weight: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """(args, kwargs) with another weight."""
+    position, keyword = product.weight
+    if len(args) > position:
+        return (*args[:position], weight, *args[position + 1 :]), kwargs
+    return args, {**kwargs, keyword: weight}
 
 
 def _experts(watch: Watch, parameter: Tensor) -> int:
@@ -161,34 +181,38 @@ class _Watcher(TorchFunctionMode):
         self.linears: dict[str, LinearRecord] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        product = _PRODUCTS.get(func)
-        if product is None or not self.inside:
-            return result
-        position, weight_position, transposed = product
-        if len(args) <= weight_position or not isinstance(args[weight_position], Tensor):
-            return result
-        weight = args[weight_position]
+        kwargs = kwargs or {}
+        product = _PRODUCTS.get(func) if self.inside else None
+        if product is None:
+            return func(*args, **kwargs)
+        weight: Tensor = _argument(product.weight, args, kwargs)
         watch = self._find(weight)
         if watch is None:
-            return result
-        inputs, matrix = args[position], weight.T if transposed else weight  # [out, in]
-        for scalar in self.prune.get(watch.name, ()):
-            result = result.clone()
-            result[..., scalar.row] -= inputs[..., scalar.col] * matrix[scalar.row, scalar.col]
+            return func(*args, **kwargs)
+        if watch.name in self.prune:
+            # A copy with zeros, rather than a difference of the outputs: exact in every dtype.
+            weight = weight.detach().clone()
+            for scalar in self.prune[watch.name]:
+                weight[(scalar.col, scalar.row) if product.in_out else (scalar.row, scalar.col)] = 0
+            args, kwargs = _with_weight(product, weight, args, kwargs)
+        result = func(*args, **kwargs)
+        inputs = _argument(product.inputs, args, kwargs)
         if self.record and inputs.numel():
+            matrix = weight.T if product.in_out else weight  # [out, in]
             with torch._C.DisableTorchFunction():
                 self._keep(watch, inputs.reshape(-1, matrix.shape[1]), matrix, result.reshape(-1, matrix.shape[0]))
         return result
 
-    def _find(self, weight: Tensor) -> Watch | None:
+    def _find(self, weight: object) -> Watch | None:
         """The watch whose parameter `weight` is, or is a slice of."""
+        if not isinstance(weight, Tensor):
+            return None
         name, module = self.inside[-1]
         for watch in self.by_module[name]:
             parameter = module._parameters.get(watch.parameter)
             if parameter is None or parameter.device != weight.device:
                 continue
-            if weight is parameter:
+            if weight is parameter and watch.expert is None:
                 return watch
             # A view: the transpose that some modules multiply with, or one expert's slice.
             if weight.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from calibrationless.blocks import Block, from_blocks, scale_shape, to_blocks
+from calibrationless.pieces import for_pieces
 
 __all__ = ["MAX_BITS", "MIN_BITS", "Outliers", "QuantizedTensor", "check_bits", "dequantize", "restore"]
 
@@ -46,6 +47,10 @@ class QuantizedTensor:
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
+        if self.zero_point is not None and self.zero_point.shape != self.scale.shape:
+            raise ValueError(
+                f"zero_point {list(self.zero_point.shape)} is not shaped like scale {list(self.scale.shape)}"
+            )
         expected = scale_shape(self.block, self.shape)
         if tuple(self.scale.shape) != expected:
             raise ValueError(
@@ -81,20 +86,34 @@ class Outliers:
         return Outliers(rows.to(torch.int32), cols.to(torch.int32), weight[rows, cols].clone())
 
 
-def dequantize(quantized: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
-    """[out, in] weight that the codes stand for.
+def decode_blocks(quantized: QuantizedTensor, codes: Tensor, piece: slice) -> Tensor:
+    """float32 values of some blocks: codes uint8 [blocks, elements], `piece` their place among all blocks.
 
-    The product is rounded once, to the scale's dtype, exactly as compressed-tensors does: values equal
-    a stock loader's bit for bit. `dtype` then casts the result.
+    The product is rounded once, to the scale's dtype, exactly as compressed-tensors does.
     """
-    scale = quantized.scale.reshape(-1, 1)
+    scale = quantized.scale.reshape(-1, 1)[piece]
+    values = codes.to(torch.float32)
     if quantized.zero_point is None:
-        zero_point: Tensor | int = 1 << (quantized.bits - 1)
+        values.sub_(1 << (quantized.bits - 1))
     else:
-        zero_point = quantized.zero_point.reshape(-1, 1).to(torch.float32)
-    codes = to_blocks(quantized.codes, quantized.block).to(torch.float32)
-    weight = codes.sub_(zero_point).mul_(scale.to(torch.float32)).to(scale.dtype)
-    return from_blocks(weight, quantized.block, quantized.shape).to(dtype or scale.dtype)
+        values.sub_(quantized.zero_point.reshape(-1, 1)[piece])
+    values.mul_(scale)
+    return values if scale.dtype is torch.float32 else values.to(scale.dtype).to(torch.float32)
+
+
+def dequantize(quantized: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
+    """[out, in] weight that the codes stand for, in the scale's dtype, equal to a stock loader's bit for bit.
+
+    `dtype` casts the result.
+    """
+    codes = to_blocks(quantized.codes, quantized.block)
+    weight = torch.empty(codes.shape, dtype=dtype or quantized.scale.dtype)
+
+    def work(piece: slice) -> None:
+        weight[piece] = decode_blocks(quantized, codes[piece], piece)
+
+    for_pieces(work, *codes.shape)
+    return from_blocks(weight, quantized.block, quantized.shape)
 
 
 def restore(weight: Tensor, outliers: Outliers) -> Tensor:

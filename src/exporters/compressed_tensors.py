@@ -113,9 +113,10 @@ def from_tensors(tensors: Mapping[str, Tensor], bits: int) -> QuantizedTensor:
 
     Raises ValueError where shapes contradict each other.
     """
-    declared = tensors["weight_shape"].tolist()
+    declared = [int(size) for size in tensors["weight_shape"].flatten()]
     packed, scale = tensors["weight_packed"], tensors["weight_scale"]
-    if len(declared) != 2 or min(declared) < 1 or scale.ndim != 2 or not len(packed) == len(scale) == declared[0]:
+    matrices = tensors["weight_shape"].shape == (2,) and packed.ndim == scale.ndim == 2
+    if not matrices or min(declared) < 1 or not len(packed) == len(scale) == declared[0]:
         raise ValueError(
             f"weight_shape {declared} contradicts weight_packed {list(packed.shape)}, weight_scale {list(scale.shape)}"
         )

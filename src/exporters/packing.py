@@ -17,15 +17,12 @@ import sys
 import torch
 from torch import Tensor
 
-from calibrationless import check_bits
+from calibrationless import check_bits, for_pieces
 
 __all__ = ["pack", "packed_words", "unpack"]
 
 if sys.byteorder != "little":  # pragma: no cover - every byte below is laid out for little-endian words
     raise ImportError("exporters.packing needs a little-endian machine")
-
-# Rows are packed in pieces of this many codes: the 64-bit temporaries then stay in the cache.
-_PIECE = 1 << 20
 
 
 def packed_words(count: int, bits: int) -> int:
@@ -71,17 +68,25 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     rows, cols = codes.shape
     words = packed_words(cols, bits)
     packed = torch.empty(rows, words, dtype=torch.int32)
-    step = max(1, _PIECE // max(cols, 1))
-    for start in range(0, rows, step):
-        piece = codes[start : start + step]
+
+    def work(piece: slice) -> None:
+        part = codes[piece]
         if cols % 32:
-            piece = torch.nn.functional.pad(piece, (0, -cols % 32))
-        # flat, because torch keeps odd strides of length-1 dimensions that a wider view then refuses
-        lanes = piece.contiguous().flatten().view(torch.int64)
+            part = torch.nn.functional.pad(part, (0, -cols % 32))
+        lanes = _flat(part, 8).view(torch.int64)
         if bits < 8:
             lanes = _close_gaps(lanes, bits)
-        packed[start : start + step] = _low_bytes(lanes, bits).view(torch.int32).view(len(piece), -1)[:, :words]
+        packed[piece] = _low_bytes(lanes, bits).view(torch.int32).view(len(part), -1)[:, :words]
+
+    for_pieces(work, rows, cols)
     return packed
+
+
+def _flat(matrix: Tensor, width: int) -> Tensor:
+    """The elements in one dimension that can be viewed as wider ones: torch refuses odd strides, which it keeps for
+    dimensions of length 1, and memory that does not begin at a multiple of `width` elements."""
+    flat = matrix.contiguous().flatten()
+    return flat.clone() if flat.storage_offset() % width else flat
 
 
 def _low_bytes(lanes: Tensor, bits: int) -> Tensor:
@@ -110,14 +115,16 @@ def unpack(packed: Tensor, bits: int, cols: int) -> Tensor:
         )
     codes = torch.empty(rows, cols, dtype=torch.uint8)
     units = -(-cols // 32) * 4  # int64 lanes per row
-    step = max(1, _PIECE // max(cols, 1))
-    for start in range(0, rows, step):
-        piece = packed[start : start + step]
+
+    def work(piece: slice) -> None:
+        part = packed[piece]
         if words * 4 != units * bits:
-            piece = torch.nn.functional.pad(piece, (0, units * bits // 4 - words))
-        stored = piece.contiguous().flatten().view(torch.uint8).view(-1, bits)
+            part = torch.nn.functional.pad(part, (0, units * bits // 4 - words))
+        stored = _flat(part, 1).view(torch.uint8).view(-1, bits)
         if bits < 8:
             lanes = torch.nn.functional.pad(stored, (0, 8 - bits)).view(torch.int64).squeeze(-1)
             stored = _open_gaps(lanes, bits).view(torch.uint8)
-        codes[start : start + step] = stored.reshape(len(piece), -1)[:, :cols]
+        codes[piece] = stored.reshape(len(part), -1)[:, :cols]
+
+    for_pieces(work, rows, cols)
     return codes

@@ -95,7 +95,7 @@ def _parse_entry(path: Path, name: str, raw: Any, data_start: int, size: int) ->
         path,
         f"no dtype, shape and offsets for {name}",
     )
-    if raw["dtype"] not in _DTYPES:
+    if not isinstance(raw["dtype"], str) or raw["dtype"] not in _DTYPES:
         raise CheckpointError(f"{path}: {name} has the unknown dtype {raw['dtype']!r}; known are {', '.join(_DTYPES)}")
     shape, offsets = raw["shape"], raw["data_offsets"]
     _check(isinstance(shape, list) and all(map(_natural, shape)), path, f"{name} has the shape {shape}")
@@ -164,9 +164,9 @@ class SafetensorsReader:
         entry = self.entries[name]
         buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
         self._file.seek(entry.start)
-        view, done = memoryview(buffer.numpy()), 0
+        view, done = memoryview(buffer.numpy().data), 0
         while done < entry.nbytes:
-            count = self._file.readinto(view[done:])  # type: ignore[attr-defined]
+            count = self._file.readinto(view[done:])
             _check(count > 0, self.path, f"{name} ends after {done} of {entry.nbytes} bytes")
             done += count
         return buffer
@@ -229,12 +229,18 @@ class SafetensorsWriter:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Append the next announced tensor. Raises ValueError if it is another, or of another form."""
+        if len(self._done) == len(self._expected):
+            raise ValueError(f"{self.path}: {name} was not announced")
         expected, entry = self._expected[len(self._done)]
         if (name, tensor.dtype, tuple(tensor.shape)) != (expected, entry.dtype, entry.shape):
             raise ValueError(
                 f"{expected} {entry.dtype} {list(entry.shape)} was announced, got {name} {tensor.dtype} {list(tensor.shape)}"
             )
-        data = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()) if entry.nbytes else memoryview(b"")
+        data = (
+            memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+            if entry.nbytes
+            else memoryview(b"")
+        )
         self._emit(data)
         self._done[name] = hashlib.sha256(data).hexdigest()
 

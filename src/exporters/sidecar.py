@@ -18,11 +18,11 @@ names it does not know.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from calibrationless import Outliers
 from exporters.errors import CheckpointError
@@ -33,6 +33,7 @@ __all__ = ["OUTLIERS", "SIDECAR", "SidecarReader", "SidecarWriter", "patch_bytes
 SIDECAR = "swquant/outliers.safetensors"
 OUTLIERS = "outliers"
 _FORMAT, _VERSION = "swquant-patches", "1"
+_VALUES = (torch.float32, torch.float16, torch.bfloat16)
 _SETS = {OUTLIERS: {"kind": "points", "mode": "replace"}}
 
 
@@ -85,7 +86,7 @@ class SidecarReader:
             raise CheckpointError(f"{path}: format {form[0]} {form[1]} is not {_FORMAT} {_VERSION}; update swquant")
         try:
             sets = json.loads(metadata.get("sets", ""))
-        except ValueError:
+        except (ValueError, TypeError, RecursionError):
             sets = None
         if sets != _SETS:
             raise CheckpointError(
@@ -103,23 +104,22 @@ class SidecarReader:
 
     def count(self, tensor: str) -> int:
         """Number of points of a tensor, 0 if it has none."""
-        return self._reader.entries[_names(tensor)[0]].shape[0] if tensor in self.tensors else 0
+        return math.prod(self._reader.entries[_names(tensor)[0]].shape) if tensor in self.tensors else 0
 
     def read(self, tensor: str) -> Outliers:
+        """The points of a tensor. Raises CheckpointError where they are malformed; their range is the caller's to check."""
         rows, cols, values = (self._reader.read(name) for name in _names(tensor))
+        one_each = rows.ndim == 1 and rows.shape == cols.shape == values.shape
         if (
-            rows.dtype is not torch.int32
+            not one_each
+            or rows.dtype is not torch.int32
             or cols.dtype is not torch.int32
-            or not rows.shape == cols.shape == values.shape
+            or values.dtype not in _VALUES
         ):
             raise CheckpointError(f"{self._reader.path}: the points of {tensor} do not belong together")
-        return Outliers(rows, cols, _finite(self._reader.path, tensor, values))
+        if not bool(torch.isfinite(values).all()):
+            raise CheckpointError(f"{self._reader.path}: an outlier of {tensor} is NaN or infinite")
+        return Outliers(rows, cols, values)
 
     def close(self) -> None:
         self._reader.close()
-
-
-def _finite(path: Path, tensor: str, values: Tensor) -> Tensor:
-    if not bool(torch.isfinite(values).all()):
-        raise CheckpointError(f"{path}: an outlier of {tensor} is NaN or infinite")
-    return values

@@ -95,7 +95,7 @@ def _decoder_layers(model: PreTrainedModel) -> tuple[str, ...]:
     """Names of the decoder layers: the outermost list of as many modules as the configuration has layers."""
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
+        if isinstance(module, nn.ModuleList) and depth and len(module) == depth:
             return tuple(f"{name}.{index}" for index in range(depth))
     raise SwquantError(
         f"{type(model).__name__}: no list of {depth} decoder layers found; this architecture is not known"
@@ -104,7 +104,7 @@ def _decoder_layers(model: PreTrainedModel) -> tuple[str, ...]:
 
 def _features(module: nn.Module) -> tuple[int, int]:
     """(out, in) of a Linear or Conv1D."""
-    rows, cols = module.weight.shape
+    rows, cols = module.get_parameter("weight").shape
     return (cols, rows) if isinstance(module, Conv1D) else (rows, cols)
 
 
@@ -116,9 +116,9 @@ def _down_projections(model: PreTrainedModel, layers: tuple[str, ...], hidden: i
         by_parent: dict[str, list[str]] = {}
         for local, module in model.get_submodule(layer).named_modules():
             parent, _, leaf = local.rpartition(".")
-            if isinstance(module, nn.Linear | Conv1D) and not _ATTENTION.search(parent) and leaf not in _ROUTERS:
-                if _features(module)[0] == hidden:
-                    by_parent.setdefault(parent, []).append(local)
+            outside = not _ATTENTION.search(parent) and leaf not in _ROUTERS
+            if outside and isinstance(module, nn.Linear | Conv1D) and _features(module)[0] == hidden:
+                by_parent.setdefault(parent, []).append(local)
         for candidates in by_parent.values():
             named = [name for name in candidates if name.rpartition(".")[2] in DOWN_PROJECTIONS]
             found.add(f"{layer}.{(named or candidates)[-1]}")
@@ -159,7 +159,6 @@ def describe(checkpoint: Checkpoint, model: PreTrainedModel | None = None) -> Ar
     dense: dict[str, str] = {}
     for name, stored in checkpoint.tensors.items():
         target, how = rename(name)
-        module_name, _, parameter = target.rpartition(".")
         layer = next((index for index, prefix in enumerate(layers) if target.startswith(prefix + ".")), None)
         if how == "unknown":
             dense[name] = "not a parameter of the model"

@@ -80,7 +80,7 @@ def find_super_weights(checkpoint: Checkpoint, prompt: str = DEFAULT_PROMPT, *, 
     with _one_thread(), _probed_model(checkpoint, low_memory) as model:
         # One expert after the other, as plain products: the fused kernels cannot be watched.
         model.config._experts_implementation = "eager"
-        vocabulary = model.get_input_embeddings().weight.shape[0]
+        vocabulary = model.get_input_embeddings().get_parameter("weight").shape[0]
         if max(ids) >= vocabulary:
             raise SwquantError(
                 f"{checkpoint.name}: the tokenizer produced token {max(ids)}, the model knows 0 to {vocabulary - 1}; "

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -170,7 +171,7 @@ def generate_text(
     """Continue a prompt greedily by at most `tokens` tokens. Returns prompt and continuation."""
     tokenizer = checkpoint.tokenizer()
     with quiet():
-        model = build_model(checkpoint, torch.float32)
+        model: Any = build_model(checkpoint, torch.float32)
         inputs = tokenizer(prompt, return_tensors="pt")
         if inputs["input_ids"].shape[1] == 0:
             raise SwquantError("the prompt is empty; give some words to continue")

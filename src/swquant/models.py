@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import transformers
@@ -52,10 +53,11 @@ def fits_in_memory(checkpoint: Checkpoint, dtype: torch.dtype) -> bool:
     return sum(stored.numel for stored in checkpoint.tensors.values()) * dtype.itemsize * 2 <= available_memory()
 
 
-def _finish(checkpoint: Checkpoint, loaded: tuple[PreTrainedModel, dict[str, object]]) -> PreTrainedModel:
+def _finish(checkpoint: Checkpoint, loaded: Any) -> PreTrainedModel:
+    """loaded: (model, loading information) as from_pretrained returns them."""
     model, info = loaded
-    missing = sorted(info["missing_keys"])  # type: ignore[call-overload]
-    mismatched = sorted(str(key) for key in info["mismatched_keys"])  # type: ignore[attr-defined]
+    missing = sorted(info["missing_keys"])
+    mismatched = sorted(str(key) for key in info["mismatched_keys"])
     if missing or mismatched:
         problem = f"lacks {missing[0]}" if missing else f"has another shape than the model for {mismatched[0]}"
         raise SwquantError(f"{checkpoint.name}: the checkpoint {problem}; config.json belongs to another model")
@@ -65,12 +67,13 @@ def _finish(checkpoint: Checkpoint, loaded: tuple[PreTrainedModel, dict[str, obj
 def build_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: str = "cpu") -> PreTrainedModel:
     """The model with all weights in memory, as `dtype` (its own if None). Raises SwquantError where weights are missing."""
     with quiet():
-        model_class = type(empty_model(checkpoint))
+        model_class: Any = type(empty_model(checkpoint))
         state = {name: checkpoint.read(name) for name in checkpoint.tensors}
         loaded = model_class.from_pretrained(
             None, config=checkpoint.config, state_dict=state, dtype=dtype or "auto", output_loading_info=True
         )
-    return _finish(checkpoint, loaded).to(device)
+    model: Any = _finish(checkpoint, loaded)  # transformers wraps .to() in a way mypy cannot follow
+    return model.to(device)
 
 
 @contextmanager
@@ -84,7 +87,8 @@ def offloaded_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[PreT
             f"{checkpoint.name}: a {checkpoint.kind} model must fit in memory; convert it to safetensors first"
         )
     with tempfile.TemporaryDirectory(prefix="swquant-offload-") as folder, quiet():
-        loaded = type(empty_model(checkpoint)).from_pretrained(
+        model_class: Any = type(empty_model(checkpoint))
+        loaded = model_class.from_pretrained(
             os.fspath(checkpoint.folder),
             dtype=dtype,
             device_map={"": "disk"},

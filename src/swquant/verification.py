@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from exporters.errors import CheckpointError, SwquantError
 from exporters.safetensors_file import SafetensorsReader
@@ -42,7 +44,7 @@ def verify(folder: Path) -> list[str]:
     return problems
 
 
-def _verify_weights(path: Path, name: str, manifest: dict) -> list[str]:
+def _verify_weights(path: Path, name: str, manifest: Mapping[str, Any]) -> list[str]:
     if file_sha256(path) != manifest["files"][name]["sha256"]:
         return [f"{name}: its sha256 is not the manifest's" + _damaged_tensor(path, name, manifest)]
     try:
@@ -60,7 +62,7 @@ def _verify_weights(path: Path, name: str, manifest: dict) -> list[str]:
     return []
 
 
-def _damaged_tensor(path: Path, name: str, manifest: dict) -> str:
+def _damaged_tensor(path: Path, name: str, manifest: Mapping[str, Any]) -> str:
     """Which tensor of a damaged file is damaged, where that can be told."""
     try:
         with SafetensorsReader(path) as reader:
@@ -68,7 +70,7 @@ def _damaged_tensor(path: Path, name: str, manifest: dict) -> str:
                 for part, expected in record["sha256"].items() if record["file"] == name else ():
                     if (
                         part in reader.entries
-                        and hashlib.sha256(reader.read_bytes(part).numpy()).hexdigest() != expected
+                        and hashlib.sha256(reader.read_bytes(part).numpy().data).hexdigest() != expected
                     ):
                         return f" ({part} of {tensor} differs)"
     except CheckpointError as error:
@@ -76,7 +78,7 @@ def _damaged_tensor(path: Path, name: str, manifest: dict) -> str:
     return ""
 
 
-def _verify_sidecar(path: Path, manifest: dict) -> list[str]:
+def _verify_sidecar(path: Path, manifest: Mapping[str, Any]) -> list[str]:
     problems = []
     sidecar = SidecarReader(path)
     try:

@@ -65,7 +65,8 @@ def test_quantile_is_a_magnitude_of_the_block_below_which_nothing_is_cut(blocks,
 
 
 @pytest.mark.parametrize(
-    ("count", "value", "cut"), [(1000, 0.999, 1), (1000, 0.9985, 1), (999, 0.999, 0), (10, 0.7, 3), (8, 1.0, 0)]
+    ("count", "value", "cut"),
+    [(1000, 0.999, 1), (1000, 0.9985, 1), (999, 0.999, 0), (1000, 0.9, 100), (10, 0.7, 3), (8, 1.0, 0), (5, 1e-12, 4)],
 )
 def test_quantile_cuts_the_number_of_weights_that_its_value_says(count, value, cut):
     weight = torch.arange(1.0, count + 1).unsqueeze(0)
@@ -82,17 +83,18 @@ def test_a_block_of_equal_magnitudes_is_left_alone(clip, elements):
 
 
 @pytest.mark.parametrize("clip", [Clip("z", 3.0), Clip("iqr", 3.0), Clip("quantile", 0.99)], ids=str)
-@pytest.mark.parametrize("shape", [(1, 100_003), (1, 4096 * 13), (2, 50_000), (3, 4096 * 9), (400, 300)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 300_001), (1, 4096 * 13), (2, 50_000), (3, 4096 * 9), (400, 300)], ids=str)
 def test_a_threshold_does_not_depend_on_the_number_of_threads(clip, shape):
-    weight, threads = heavy_tailed(*shape), torch.get_num_threads()
+    threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
-        alone = clip_threshold(weight, clip)
-        torch.set_num_threads(2)
-        together = clip_threshold(weight, clip)
+        for seed in range(12):
+            weight = heavy_tailed(*shape, seed).double()  # whose last bits tell
+            torch.set_num_threads(1)
+            alone = clip_threshold(weight, clip)
+            torch.set_num_threads(2)
+            assert torch.equal(clip_threshold(weight, clip), alone)
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(alone, together)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +121,7 @@ def test_a_clip_is_read_back_from_its_own_word(rule, value):
 
 @pytest.mark.parametrize("word", ["", "std=3", "9", "none=1", "=3", "zz=3", "quantile 0.9"])
 def test_an_unknown_rule_is_answered_with_the_known_ones(word):
-    with pytest.raises(ValueError, match="none.*z=9.*iqr=3.*quantile=0.999"):
+    with pytest.raises(ValueError, match=r"none.*z=9.*iqr=3.*quantile=0.999"):
         parse_clip(word)
 
 

@@ -82,10 +82,11 @@ def test_measure_leaves_the_weight_as_it_was(block, dtype):
     assert torch.equal(weight, before)
 
 
+@pytest.mark.parametrize("largest", [0, -1], ids=["in the first piece", "in the last piece"])
 @pytest.mark.parametrize("block", [Group(64), Channel(), Tensor()], ids=str)
-def test_a_weight_of_several_pieces_is_measured_whole(block):
+def test_a_weight_of_several_pieces_is_measured_whole(block, largest):
     weight = random_weight((1031, 640))
-    weight[-1, -1] = 40  # the largest error is in the last piece
+    weight[largest, largest] = 40
     quantized = quantize(weight, block, 4, clip=Clip("z", 5.0))
     assert_close(measure(weight.clone(), quantized), reference_error(weight, dequantize(quantized)))
 
@@ -100,6 +101,21 @@ def test_the_figures_do_not_depend_on_the_number_of_threads(block, shape):
         alone = measure(weight.clone(), quantized)
         torch.set_num_threads(2)
         assert measure(weight.clone(), quantized) == alone
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_figures_of_one_enormous_block_do_not_depend_on_it_either():
+    codes = torch.full((1, 34_000_000), 8, dtype=torch.uint8)  # its sums have more parts than torch adds on one thread
+    quantized, threads = QuantizedTensor(codes, torch.ones(1, 1), None, Tensor(), 4), torch.get_num_threads()
+    weight = random_weight((1, 34_000_000))
+    weight[0, ::2] *= 0.1
+    codes[0, 1::2] = 9
+    try:
+        torch.set_num_threads(1)
+        alone = measure(weight, quantized)
+        torch.set_num_threads(2)
+        assert measure(weight, quantized) == alone
     finally:
         torch.set_num_threads(threads)
 

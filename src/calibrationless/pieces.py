@@ -1,0 +1,40 @@
+"""Work on a large tensor in pieces that fit the cache, one core per piece.
+
+torch splits every single operation over its threads and waits for all of them. A pass of a dozen operations over
+hundreds of pieces would wait thousands of times, and each wait costs milliseconds when something else uses a core
+(measured: 90 to 9,000 ms for the same 16 million weights). Here a few threads take whole pieces instead, and torch
+stays on one thread inside each: as fast on an idle machine, and no slower than its share on a busy one. Results do
+not depend on the number of threads, because pieces do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+__all__ = ["for_pieces"]
+
+# Elements per piece: 2 MiB of float32, so that the handful of temporaries stays in the cache.
+_PIECE = 1 << 19
+
+T = TypeVar("T")
+
+
+def for_pieces(work: Callable[[slice], T], rows: int, elements: int) -> list[T]:
+    """Call `work` with slices that cover `rows` rows of `elements` elements each. Returns its results in order.
+
+    `work` runs on several threads at once and must touch only its own rows.
+    """
+    step = max(1, _PIECE // max(elements, 1))
+    slices = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    threads = torch.get_num_threads()
+    if threads == 1 or len(slices) == 1:
+        return [work(piece) for piece in slices]
+    try:
+        with ThreadPoolExecutor(min(threads, len(slices)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(work, slices))
+    finally:
+        torch.set_num_threads(threads)  # the workers' setting is also the default of threads to come

@@ -1,0 +1,5 @@
+"""`python -m swquant` is the command line."""
+
+from swquant.cli import main
+
+main()

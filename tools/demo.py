@@ -1,0 +1,38 @@
+"""`make demo`: compress a real model, say what was found and saved, and let both versions write.
+
+Runs the same commands that a user would type, and shows them.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+PROMPT = "The capital of France is"
+
+
+def run(*arguments: str) -> None:
+    """Show a swquant command and run it."""
+    print(f"\n$ swquant {shlex.join(arguments)}", flush=True)
+    result = subprocess.run([sys.executable, "-m", "swquant", *arguments])
+    if result.returncode:
+        sys.exit(result.returncode)
+
+
+def main() -> None:
+    model = Path(sys.argv[1])
+    out = Path("demo") / "SmolLM2-135M-w4-b128"
+    shutil.rmtree(out, ignore_errors=True)
+    out.parent.mkdir(exist_ok=True)
+    run("compress", str(model), str(out), "--bits", "4", "--block", "128")
+    run("inspect", str(out))
+    for title, source in (("Original", str(model)), ("Compressed to 4 bits", str(out))):
+        print(f"\n== {title} ==", end="")
+        run("generate", source, PROMPT, "--tokens", "32")
+
+
+if __name__ == "__main__":
+    main()
