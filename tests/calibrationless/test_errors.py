@@ -108,7 +108,7 @@ def test_the_figures_do_not_depend_on_the_number_of_threads(block, shape):
 def test_the_figures_of_one_enormous_block_do_not_depend_on_it_either():
     codes = torch.full((1, 34_000_000), 8, dtype=torch.uint8)  # its sums have more parts than torch adds on one thread
     quantized, threads = QuantizedTensor(codes, torch.ones(1, 1), None, Tensor(), 4), torch.get_num_threads()
-    weight = random_weight((1, 34_000_000))
+    weight = random_weight((1, 34_000_000), seed=5)  # most seeds give equal sums by luck
     weight[0, ::2] *= 0.1
     codes[0, 1::2] = 9
     try:
