@@ -33,6 +33,7 @@ __all__ = [
     "Tensor",
     "Tile",
     "block_elements",
+    "block_index",
     "divides",
     "expand",
     "fit",

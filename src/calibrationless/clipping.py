@@ -22,26 +22,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from calibrationless.pieces import row_sum
+
 __all__ = ["RULES", "Clip", "clip_threshold", "parse_clip"]
 
 
 def _z_score(magnitudes: Tensor, z: float) -> Tensor:
-    # Sums per row, then of rows: torch splits a single long reduction over threads, which would make
-    # the threshold of a tensor-wide block depend on their number.
     count = magnitudes.shape[1]
-    mean = _row_sum(magnitudes) / count
-    variance = _row_sum((magnitudes.double() - mean).square_()) / max(count - 1, 1)
+    mean = row_sum(magnitudes) / count
+    variance = row_sum((magnitudes.double() - mean).square_()) / max(count - 1, 1)
     return (mean + z * variance.sqrt()).to(magnitudes.dtype)
-
-
-def _row_sum(matrix: Tensor) -> Tensor:
-    """Sum of each row, [blocks, 1] float64, the same for any number of threads."""
-    rows, count = matrix.shape
-    width = 4096
-    if count % width or count == width:
-        pieces = [matrix[:, start : start + width] for start in range(0, count, width)]
-        return torch.stack([piece.sum(dim=1, dtype=torch.float64) for piece in pieces], dim=1).sum(1, keepdim=True)
-    return matrix.reshape(-1, width).sum(dim=1, dtype=torch.float64).reshape(rows, -1).sum(dim=1, keepdim=True)
 
 
 def _kth_smallest(ordered: Tensor, position: float) -> Tensor:

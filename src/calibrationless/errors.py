@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from calibrationless.blocks import to_blocks
-from calibrationless.pieces import for_pieces
+from calibrationless.pieces import for_pieces, row_sum
 from calibrationless.quantized import Outliers, QuantizedTensor, decode_blocks, dequantize
 
 __all__ = ["WeightError", "measure", "worst"]
@@ -49,10 +49,8 @@ def measure(weight: Tensor, quantized: QuantizedTensor, restored: Outliers | Non
 
 
 def _square_sum(matrix: Tensor) -> Tensor:
-    """float64 scalar. By short rows first: torch would split one long sum over its threads."""
-    flat = matrix.to(torch.float32).square().flatten()
-    head = flat[: flat.numel() // 1024 * 1024].view(-1, 1024).sum(dim=1, dtype=torch.float64)
-    return head.sum() + flat[head.numel() * 1024 :].sum(dtype=torch.float64)
+    """float64 scalar."""
+    return row_sum(matrix.to(torch.float32).square().view(1, -1)).squeeze()
 
 
 def worst(weight: Tensor, quantized: QuantizedTensor, count: int) -> Outliers:

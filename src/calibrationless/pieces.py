@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
-__all__ = ["for_pieces"]
+__all__ = ["for_pieces", "row_sum"]
 
 # Elements per piece: 2 MiB of float32, so that the handful of temporaries stays in the cache.
 _PIECE = 1 << 19
@@ -31,10 +32,23 @@ def for_pieces(work: Callable[[slice], T], rows: int, elements: int) -> list[T]:
     step = max(1, _PIECE // max(elements, 1))
     slices = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
     threads = torch.get_num_threads()
-    if threads == 1 or len(slices) == 1:
+    if threads == 1 or len(slices) <= 1:
         return [work(piece) for piece in slices]
     try:
         with ThreadPoolExecutor(min(threads, len(slices)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(work, slices))
     finally:
         torch.set_num_threads(threads)  # the workers' setting is also the default of threads to come
+
+
+def row_sum(matrix: Tensor) -> Tensor:
+    """Sum of each row of [rows, elements], float64 [rows, 1], the same for any number of threads.
+
+    Rows are folded by 1024 until one number is left: torch splits a long sum over its threads, a short one never.
+    """
+    rows = matrix.shape[0]
+    sums = matrix
+    while sums.shape[1] > 1:
+        sums = torch.nn.functional.pad(sums, (0, -sums.shape[1] % min(1024, sums.shape[1])))
+        sums = sums.view(rows, -1, min(1024, sums.shape[1])).sum(dim=2, dtype=torch.float64)
+    return sums.to(torch.float64)

@@ -80,10 +80,10 @@ class Outliers:
 
     @staticmethod
     def at(weight: Tensor, rows: Tensor, cols: Tensor) -> Outliers:
-        """The weights at (rows[i], cols[i]) of a [out, in] tensor, sorted by position."""
+        """The weights at (rows[i], cols[i]) of a [out, in] tensor, sorted by position, each once."""
         flat = torch.unique(rows.to(torch.int64) * weight.shape[1] + cols.to(torch.int64))
         rows, cols = flat // weight.shape[1], flat % weight.shape[1]
-        return Outliers(rows.to(torch.int32), cols.to(torch.int32), weight[rows, cols].clone())
+        return Outliers(rows.to(torch.int32), cols.to(torch.int32), weight[rows, cols])
 
 
 def decode_blocks(quantized: QuantizedTensor, codes: Tensor, piece: slice) -> Tensor:

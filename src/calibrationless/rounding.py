@@ -98,7 +98,7 @@ def quantize(
     check_bits(bits)
     shape = (weight.shape[0], weight.shape[1])
     dtype = scale_dtype or weight.dtype
-    blocks = to_blocks(weight, block)
+    blocks = to_blocks(weight.detach(), block)
     codes = torch.empty(blocks.shape, dtype=torch.uint8)
 
     def work(piece: slice) -> tuple[Tensor, Tensor | None]:

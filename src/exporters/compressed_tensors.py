@@ -116,6 +116,7 @@ def from_tensors(tensors: Mapping[str, Tensor], bits: int) -> QuantizedTensor:
     declared = [int(size) for size in tensors["weight_shape"].flatten()]
     packed, scale = tensors["weight_packed"], tensors["weight_scale"]
     matrices = tensors["weight_shape"].shape == (2,) and packed.ndim == scale.ndim == 2
+    matrices = matrices and not tensors["weight_shape"].is_floating_point()
     if not matrices or min(declared) < 1 or not len(packed) == len(scale) == declared[0]:
         raise ValueError(
             f"weight_shape {declared} contradicts weight_packed {list(packed.shape)}, weight_scale {list(scale.shape)}"

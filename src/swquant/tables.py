@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,36 +32,30 @@ __all__ = [
 
 def _table(title: str, *columns: tuple[str, str]) -> Table:
     """A table with (heading, justification) columns."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     for heading, justify in columns:
-        table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        table.add_column(heading, justify=justify, overflow="fold", no_wrap=heading in ("weight", "row, col"))  # type: ignore[arg-type]
     return table
 
 
 def _short(name: str) -> str:
-    """model.layers.11.mlp.down_proj.weight -> layers.11.mlp.down_proj"""
-    return name.removeprefix("model.").removesuffix(".weight")
+    """model.layers.11.mlp.down_proj.weight -> 11.mlp.down_proj: an 80-column terminal must hold the whole table."""
+    return re.sub(r"^.*?\.(\d+\.)", r"\1", name.removesuffix(".weight"), count=1)
 
 
 def _weights_table(title: str, weights: Iterable[Mapping[str, Any]], scored: bool) -> Table:
-    columns = [
-        ("role", "left"),
-        ("weight", "left"),
-        ("value", "right"),
-        ("input", "right"),
-        ("output", "right"),
-        ("share", "right"),
-    ]
-    table = _table(title, *columns, *([("KL if pruned", "right")] if scored else []))
+    numbers = ("value", "input", "output", "share", *(["KL if pruned"] if scored else []))
+    table = _table(title, ("role", "left"), ("weight", "left"), ("row, col", "left"), *((key, "right") for key in numbers))
     for weight in weights:
         table.add_row(
             weight["role"],
-            f"{_short(weight['name'])} \\[{weight['row']}, {weight['col']}]",
-            f"{weight['value']:.4g}",
+            _short(weight["name"]),
+            f"{weight['row']}, {weight['col']}",
+            f"{weight['value']:.3g}",
             f"{weight['input']:,.4g}",
             f"{weight['output']:,.5g}",
             f"{weight['share']:.0%}",
-            *([f"{weight['kl']:.4g}"] if scored else []),
+            *([f"{weight['kl']:.3g}"] if scored else []),
         )
     return table
 
@@ -79,7 +74,7 @@ def show_detection(console: Console, name: str, record: Mapping[str, Any]) -> No
     if record["cancellers"]:
         console.print(
             _weights_table(
-                "Cancellers (they take the super activation away; pruning them matters little)",
+                "Cancellers, which take the super activation away (pruning them matters little)",
                 record["cancellers"],
                 scored=False,
             )
@@ -227,6 +222,7 @@ def _show_outliers(console: Console, manifest: Mapping[str, Any]) -> None:
     table = _table(
         "Super weights",
         ("weight", "left"),
+        ("row, col", "left"),
         ("value", "right"),
         ("without sidecar", "right"),
         ("KL if pruned", "right"),
@@ -242,7 +238,7 @@ def _show_outliers(console: Console, manifest: Mapping[str, Any]) -> None:
                 f"{point['without_sidecar']:.5g}",
                 "block and sidecar" if manifest["options"]["restore"] else "block",
             )
-        table.add_row(f"{_short(name)} \\[{row}, {col}]", f"{item['value']:.5g}", without, f"{item['kl']:.4g}", kept)
+        table.add_row(_short(name), f"{row}, {col}", f"{item['value']:.5g}", without, f"{item['kl']:.4g}", kept)
     if weights:
         console.print(table)
     else:

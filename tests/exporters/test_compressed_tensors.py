@@ -131,7 +131,7 @@ def test_a_flat_block_that_straddles_rows_is_refused(size):
         ("weight_shape", torch.tensor([4, 2**62])),
         ("weight_shape", torch.tensor([4, 32, 1])),
         ("weight_shape", torch.tensor(4)),
-        ("weight_shape", torch.tensor([4.0, 32.0])),
+        ("weight_shape", torch.tensor([4.5, 32.0])),
         ("weight_packed", torch.zeros(3, 4, dtype=torch.int32)),
         ("weight_packed", torch.zeros(4, 5, dtype=torch.int32)),
         ("weight_packed", torch.zeros(4, 4, dtype=torch.int64)),
