@@ -143,7 +143,9 @@ def break_grid(checkpoint: Checkpoint, folder: Path, seed: int = 0) -> Permutati
 def largest_difference(one: Checkpoint, other: Checkpoint, prompt: str = PROMPT) -> float:
     """Largest difference of any logit of two models on a prompt, in float32; they are in memory one at a time."""
     ids = torch.tensor([one.tokenizer()(prompt)["input_ids"]])
-    logits = [build_model(checkpoint, torch.float32)(input_ids=ids, use_cache=False).logits for checkpoint in (one, other)]
+    logits = [
+        build_model(checkpoint, torch.float32)(input_ids=ids, use_cache=False).logits for checkpoint in (one, other)
+    ]
     return float((logits[0] - logits[1]).abs().max())
 
 

@@ -31,41 +31,37 @@ def plot_detection(record: Mapping[str, Any], path: Path, *, title: str) -> None
     from matplotlib import pyplot
 
     layers = [item["layer"] for item in record["layers"]]
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.2), sharex=True, layout="constrained")
-    marks: dict[tuple[int, int, int], Mapping[str, Any]] = {}
+    figure, panels = pyplot.subplots(2, 1, figsize=(9, 6.2), sharex=True, layout="constrained")
+    by_layer: dict[int, list[Mapping[str, Any]]] = {}
     for weight in (*record["super_weights"], *record["cancellers"]):
-        marks.setdefault((weight["layer"], weight["row"], weight["col"]), weight)
-    for panel, key, axis in ((panels[0], "input", "col"), (panels[1], "output", "row")):
+        by_layer.setdefault(weight["layer"], []).append(weight)
+    for panel, key in zip(panels, ("input", "output"), strict=True):
         values = {item["layer"]: item[key] for item in record["layers"]}
         panel.plot(layers, [values[layer] for layer in layers], color=_BLUE, marker="o", markersize=3.5, linewidth=1.2)
-        labelled: set[int] = set()
-        for weight in marks.values():
-            layer = weight["layer"]
-            kept = weight["role"] != "canceller"
-            color = _ORANGE if kept else _GREY
-            panel.plot(
-                [layer],
-                [values[layer]],
-                color=color,
-                marker="*" if kept else "X",
-                markersize=13 if kept else 8,
-                linestyle="none",
-                zorder=3,
+        for layer, weights in by_layer.items():
+            kept = weights[0]["role"] != "canceller"
+            style = (
+                {"color": _ORANGE, "marker": "*", "markersize": 13}
+                if kept
+                else {"color": _GREY, "marker": "X", "markersize": 8}
             )
-            if layer not in labelled:
-                labelled.add(layer)
-                side = "left" if layer < len(layers) * 0.6 else "right"
-                text = f"{weight['role']}\nlayer {layer}, {axis} {weight[axis]}"
-                panel.annotate(
-                    text, (layer, values[layer]), xytext=(9 if side == "left" else -9, -3), textcoords="offset points",
-                    ha=side, va="center", fontsize=8, color=color,
-                )  # fmt: skip
+            panel.plot([layer], [values[layer]], linestyle="none", zorder=3, **style)
+            lines = [
+                f"layer {layer}",
+                *(f"{weight['role']} [{weight['row']}, {weight['col']}]" for weight in weights[:3]),
+            ]
+            early = layer < len(layers) * 0.6
+            panel.annotate(
+                "\n".join(lines), (layer, values[layer]), xytext=(10 if early else -10, 0), textcoords="offset points",
+                ha="left" if early else "right", va="top", fontsize=7.5, color=style["color"], zorder=4,
+                bbox={"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1},
+            )  # fmt: skip
         panel.set_yscale("log")
-        panel.set_xlabel("layer")
         panel.set_ylabel(f"largest |{key}|")
         panel.set_title(f"{key} of down projection", fontsize=10)
         panel.grid(True, which="major", alpha=0.25)
         panel.margins(y=0.12)
+    panels[1].set_xlabel("layer")
     panels[0].xaxis.get_major_locator().set_params(integer=True)
     found = len(record["super_weights"])
     figure.suptitle(f"{title}: {found or 'no'} super weight{'' if found == 1 else 's'}", fontsize=11)

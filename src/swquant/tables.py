@@ -32,9 +32,11 @@ __all__ = [
 
 def _table(title: str, *columns: tuple[str, str]) -> Table:
     """A table with (heading, justification) columns."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(
+        title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False, padding=(0, 1, 0, 0)
+    )
     for heading, justify in columns:
-        table.add_column(heading, justify=justify, overflow="fold", no_wrap=heading in ("weight", "row, col"))  # type: ignore[arg-type]
+        table.add_column(heading, justify=justify, overflow="fold", no_wrap=heading in ("role", "weight", "row, col"))  # type: ignore[arg-type]
     return table
 
 
@@ -45,7 +47,9 @@ def _short(name: str) -> str:
 
 def _weights_table(title: str, weights: Iterable[Mapping[str, Any]], scored: bool) -> Table:
     numbers = ("value", "input", "output", "share", *(["KL if pruned"] if scored else []))
-    table = _table(title, ("role", "left"), ("weight", "left"), ("row, col", "left"), *((key, "right") for key in numbers))
+    table = _table(
+        title, ("role", "left"), ("weight", "left"), ("row, col", "left"), *((key, "right") for key in numbers)
+    )
     for weight in weights:
         table.add_row(
             weight["role"],

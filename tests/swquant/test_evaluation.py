@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROMPT, VOCABULARY, Planted
+from conftest import PROMPT, VOCABULARY, Planted, save_model, tiny_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -17,7 +17,9 @@ import swquant
 from swquant.checkpoint.open import open_checkpoint
 from swquant.evaluation import make_windows
 
-IDS = torch.randint(0, VOCABULARY, (83,), generator=torch.Generator().manual_seed(0)).tolist()
+# Not t0…, t1… and t3…: the special tokens t0, t1 and t3 are cut out of longer words, too.
+WORDS = torch.tensor([index for index in range(VOCABULARY) if str(index)[0] not in "013"])
+IDS = WORDS[torch.randint(0, len(WORDS), (83,), generator=torch.Generator().manual_seed(0))].tolist()
 TEXT = " ".join(f"t{index}" for index in IDS)
 
 
@@ -62,7 +64,7 @@ def plainly(model: Path, original: Path | None, window: int, bos: int | None) ->
 
 
 @pytest.mark.parametrize("bos", [None, 3])
-@pytest.mark.parametrize("window", [2, 7, 40, 41, 83, 2048])
+@pytest.mark.parametrize("window", [6, 40, 41, 83, 2048])
 def test_it_equals_a_plain_loop(bf16_llama: Planted, control_llama: Path, tmp_path: Path, window: int, bos: int | None) -> None:
     model, original = tmp_path / "model", tmp_path / "original"
     shutil.copytree(bf16_llama.folder, model)
@@ -105,13 +107,11 @@ def test_a_model_does_not_diverge_from_itself(compressed: Path) -> None:
     assert result.perplexity == result.original_perplexity
 
 
-def test_fewer_bits_are_worse(bf16_llama: Planted, tmp_path: Path) -> None:
-    kl = [
-        swquant.evaluate(
-            swquant.compress(bf16_llama.folder, tmp_path / str(bits), prompt=PROMPT, bits=bits).path, TEXT, bf16_llama.folder
-        ).kl
-        for bits in (8, 4, 2)
-    ]
+def test_fewer_bits_are_worse(control_llama: Path, tmp_path: Path) -> None:
+    kl = []
+    for bits in (8, 4, 2):
+        out = swquant.compress(control_llama, tmp_path / str(bits), prompt=PROMPT, bits=bits).path
+        kl.append(swquant.evaluate(out, TEXT, control_llama).kl)
     assert 0 < 10 * kl[0] < kl[1] and 3 * kl[1] < kl[2]
 
 
@@ -124,11 +124,12 @@ def test_without_its_super_weight_a_model_is_another(bf16_llama: Planted, source
     assert math.isfinite(result.perplexity)
 
 
-def test_restoring_is_what_the_sidecar_is_for(bf16_llama: Planted, compressed: Path) -> None:
-    with_it = swquant.evaluate(compressed, TEXT, bf16_llama.folder)
-    without = swquant.evaluate(compressed, TEXT, bf16_llama.folder, restore=False)
-    assert with_it.kl is not None and without.kl is not None
-    assert with_it.kl < without.kl
+def test_more_outliers_are_better_and_only_with_the_sidecar(control_llama: Path, tmp_path: Path) -> None:
+    out = swquant.compress(control_llama, tmp_path / "out", prompt=PROMPT, bits=3, outliers=0.1).path
+    with_it = swquant.evaluate(out, TEXT, control_llama).kl
+    without = swquant.evaluate(out, TEXT, control_llama, restore=False).kl
+    assert with_it is not None and without is not None
+    assert 1.2 * with_it < without
 
 
 @pytest.mark.parametrize("text", ["", "t5", "   "])
@@ -167,8 +168,6 @@ def test_a_tokenizer_that_drops_the_end_reads_the_text_differently(bf16_llama: P
 
 
 def test_models_of_different_vocabularies_are_not_compared(bf16_llama: Planted, tmp_path: Path) -> None:
-    from conftest import save_model, tiny_model
-
     other = save_model(tiny_model("llama", vocab_size=144), tmp_path / "other")
     with pytest.raises(swquant.SwquantError, match="different vocabularies; compare with the original"):
         swquant.evaluate(other, TEXT, bf16_llama.folder)
@@ -193,9 +192,9 @@ def test_an_original_of_nan_is_refused_too(bf16_llama: Planted, source: Path) ->
 
 
 def test_generating_twice_gives_the_same_text(compressed: Path) -> None:
-    first = swquant.generate(compressed, "t5 t9 t17", tokens=8)
-    assert first.startswith("t5 t9 t17 ") and 4 <= len(first.split()) <= 11
-    assert swquant.generate(compressed, "t5 t9 t17", tokens=8) == first
+    first = swquant.generate(compressed, "t5 t9 t27", tokens=8)
+    assert first.startswith("t5 t9 t27 ") and 4 <= len(first.split()) <= 11
+    assert swquant.generate(compressed, "t5 t9 t27", tokens=8) == first
 
 
 @pytest.mark.parametrize(("prompt", "tokens"), [("", 5), ("t5", 0), ("t5", -1)])
