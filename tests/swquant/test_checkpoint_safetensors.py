@@ -87,7 +87,8 @@ def edit_header(old: str, new: str) -> Callable[[Path], None]:
 
     def damage(folder: Path) -> None:
         data = (folder / SINGLE).read_bytes()
-        assert data.count(old.encode()) >= 1 and len(old) == len(new)
+        assert data.count(old.encode()) >= 1
+        assert len(old) == len(new)
         (folder / SINGLE).write_bytes(data.replace(old.encode(), new.encode(), 1))
 
     return damage
@@ -224,7 +225,8 @@ def test_tensors_that_the_model_does_not_know_are_kept_as_they_are(source: Path,
     written = load_file(result.path / "model-00001-of-00001.safetensors")
     for name, (tensor, reason) in EXTRAS.items():
         assert result.manifest["tensors"][name]["dense"] == reason
-        assert written[name].dtype is tensor.dtype and torch.equal(written[name], tensor)
+        assert written[name].dtype is tensor.dtype
+        assert torch.equal(written[name], tensor)
     assert swquant.verify(result.path) == []
     swquant.load(result.path)
 

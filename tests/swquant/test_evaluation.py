@@ -65,7 +65,9 @@ def plainly(model: Path, original: Path | None, window: int, bos: int | None) ->
 
 @pytest.mark.parametrize("bos", [None, 3])
 @pytest.mark.parametrize("window", [6, 40, 41, 83, 2048])
-def test_it_equals_a_plain_loop(bf16_llama: Planted, control_llama: Path, tmp_path: Path, window: int, bos: int | None) -> None:
+def test_it_equals_a_plain_loop(
+    bf16_llama: Planted, control_llama: Path, tmp_path: Path, window: int, bos: int | None
+) -> None:
     model, original = tmp_path / "model", tmp_path / "original"
     shutil.copytree(bf16_llama.folder, model)
     shutil.copytree(control_llama, original)
@@ -78,7 +80,9 @@ def test_it_equals_a_plain_loop(bf16_llama: Planted, control_llama: Path, tmp_pa
     assert got.perplexity == pytest.approx(expected["perplexity"], rel=1e-4)
     assert got.kl == pytest.approx(expected["kl"], rel=1e-4)
     assert got.top1 == expected["top1"]
-    assert got.original_perplexity == pytest.approx(plainly(original, None, min(window, 127), bos)["perplexity"], rel=1e-4)
+    assert got.original_perplexity == pytest.approx(
+        plainly(original, None, min(window, 127), bos)["perplexity"], rel=1e-4
+    )
 
 
 def test_a_window_never_exceeds_the_models_context(source: Path) -> None:
@@ -112,7 +116,8 @@ def test_fewer_bits_are_worse(control_llama: Path, tmp_path: Path) -> None:
     for bits in (8, 4, 2):
         out = swquant.compress(control_llama, tmp_path / str(bits), prompt=PROMPT, bits=bits).path
         kl.append(swquant.evaluate(out, TEXT, control_llama).kl)
-    assert 0 < 10 * kl[0] < kl[1] and 3 * kl[1] < kl[2]
+    assert 0 < 10 * kl[0] < kl[1]
+    assert 3 * kl[1] < kl[2]
 
 
 def test_without_its_super_weight_a_model_is_another(bf16_llama: Planted, source: Path) -> None:
@@ -120,7 +125,8 @@ def test_without_its_super_weight_a_model_is_another(bf16_llama: Planted, source
     weights[bf16_llama.name][bf16_llama.row, bf16_llama.col] = 0
     save_file(weights, source / "model.safetensors", {"format": "pt"})
     result = swquant.evaluate(source, PROMPT, bf16_llama.folder)
-    assert result.kl is not None and result.kl > 0.1
+    assert result.kl is not None
+    assert result.kl > 0.1
     assert math.isfinite(result.perplexity)
 
 
@@ -128,7 +134,8 @@ def test_more_outliers_are_better_and_only_with_the_sidecar(control_llama: Path,
     out = swquant.compress(control_llama, tmp_path / "out", prompt=PROMPT, bits=3, outliers=0.1).path
     with_it = swquant.evaluate(out, TEXT, control_llama).kl
     without = swquant.evaluate(out, TEXT, control_llama, restore=False).kl
-    assert with_it is not None and without is not None
+    assert with_it is not None
+    assert without is not None
     assert 1.2 * with_it < without
 
 
@@ -193,7 +200,8 @@ def test_an_original_of_nan_is_refused_too(bf16_llama: Planted, source: Path) ->
 
 def test_generating_twice_gives_the_same_text(compressed: Path) -> None:
     first = swquant.generate(compressed, "t5 t9 t27", tokens=8)
-    assert first.startswith("t5 t9 t27 ") and 4 <= len(first.split()) <= 11
+    assert first.startswith("t5 t9 t27 ")
+    assert 4 <= len(first.split()) <= 11
     assert swquant.generate(compressed, "t5 t9 t27", tokens=8) == first
 
 

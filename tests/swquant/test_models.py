@@ -118,7 +118,9 @@ def test_a_loader_that_ignores_the_sidecar_still_has_the_super_weight(
     if block in ("tensor", "64x64"):  # too many weights for one step that represents 60
         assert "super weight" in record["dense"]
     else:
-        assert record["super_weights"] == [{"row": 37, "col": 101, "value": 60.0, "without_sidecar": pytest.approx(60, rel=0.05)}]
+        assert record["super_weights"] == [
+            {"row": 37, "col": 101, "value": 60.0, "without_sidecar": pytest.approx(60, rel=0.05)}
+        ]
     stock = AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
     without = logits(stock)
     assert stock.get_parameter(bf16_llama.name)[37, 101].item() == pytest.approx(60, rel=0.05)

@@ -186,7 +186,8 @@ def test_shards_are_as_small_as_asked_and_the_index_knows_them(wide_llama: Plant
     assert index["metadata"]["total_size"] == total
     whole = read_weights(one)
     together = read_weights(many)
-    assert whole.keys() == together.keys() and all(torch.equal(whole[name], together[name]) for name in whole)
+    assert whole.keys() == together.keys()
+    assert all(torch.equal(whole[name], together[name]) for name in whole)
 
 
 def test_a_source_in_several_shards_gives_what_a_single_file_gives(wide_llama: Planted, tmp_path: Path) -> None:
@@ -200,7 +201,8 @@ def test_a_source_in_several_shards_gives_what_a_single_file_gives(wide_llama: P
     swquant.compress(wide_llama.folder, tmp_path / "a", prompt=PROMPT)
     swquant.compress(single, tmp_path / "b", prompt=PROMPT)
     a, b = read_weights(tmp_path / "a"), read_weights(tmp_path / "b")
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_tied_embedding_is_written_once(tmp_path: Path) -> None:

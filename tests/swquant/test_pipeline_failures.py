@@ -130,7 +130,8 @@ def test_overwrite_replaces_an_empty_folder_but_no_other_folder_and_no_file(
             swquant.compress(bf16_llama.folder, refused, prompt=PROMPT, overwrite=True)
     swquant.compress(bf16_llama.folder, empty, prompt=PROMPT, overwrite=True)
     assert swquant.verify(empty) == []
-    assert (other / "cat.jpg").read_bytes() == b"cat" and file.read_text() == "text"
+    assert (other / "cat.jpg").read_bytes() == b"cat"
+    assert file.read_text() == "text"
 
 
 @pytest.mark.parametrize("moment", [MOMENTS[1], MOMENTS[-3], MOMENTS[-2]], ids=named)
@@ -146,7 +147,9 @@ def test_the_old_checkpoint_survives_a_failed_overwrite(
     assert [path.name for path in damaged.parent.iterdir()] == [damaged.name]
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()], ids=["EIO", "Ctrl-C"])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()], ids=["EIO", "Ctrl-C"]
+)
 def test_the_old_checkpoint_survives_a_failure_between_the_two_renames(
     bf16_llama: Planted, damaged: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
@@ -240,5 +243,6 @@ def test_a_file_size_limit_of_the_system_is_one_message(bf16_llama: Planted, tmp
         text=True,
     )
     assert result.returncode == 1
-    assert "cannot be written (File too large)" in result.stderr and "Traceback" not in result.stderr
+    assert "cannot be written (File too large)" in result.stderr
+    assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []

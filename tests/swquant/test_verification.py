@@ -42,7 +42,8 @@ def test_one_flipped_bit_is_reported(damaged: Path, name: str, where: float) -> 
     data[int(where * (len(data) - 1))] ^= 1
     (damaged / name).write_bytes(data)
     problems = swquant.verify(damaged)
-    assert len(problems) == 1 and problems[0].startswith(f"{name}: its sha256 is not the manifest's")
+    assert len(problems) == 1
+    assert problems[0].startswith(f"{name}: its sha256 is not the manifest's")
 
 
 def test_a_flipped_bit_names_the_tensor_that_it_hit(damaged: Path) -> None:
@@ -77,7 +78,9 @@ def test_a_deleted_file_is_reported(damaged: Path, name: str) -> None:
     assert swquant.verify(damaged) == [f"{name}: listed in the manifest, but not there"]
 
 
-@pytest.mark.parametrize("name", ["model-00002-of-00002.safetensors", "swquant/other.json", "remote_code.py", ".hidden"])
+@pytest.mark.parametrize(
+    "name", ["model-00002-of-00002.safetensors", "swquant/other.json", "remote_code.py", ".hidden"]
+)
 def test_a_file_that_was_added_is_reported(damaged: Path, name: str) -> None:
     (damaged / name).write_text("x")
     assert swquant.verify(damaged) == [f"{name}: there, but not listed in the manifest"]
@@ -108,7 +111,11 @@ def test_several_damages_are_all_reported(damaged: Path) -> None:
     (damaged / "tokenizer.json").unlink()
     (damaged / "config.json").write_text("{}")
     (damaged / "new").write_text("")
-    assert [problem.partition(":")[0] for problem in swquant.verify(damaged)] == ["tokenizer.json", "new", "config.json"]
+    assert [problem.partition(":")[0] for problem in swquant.verify(damaged)] == [
+        "tokenizer.json",
+        "new",
+        "config.json",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +198,10 @@ def test_an_impossible_outlier_is_reported_and_not_loaded(damaged: Path, part: s
     name = "model.layers.1.mlp.down_proj.weight"
     change_sidecar(damaged, name, part, value)
     problems = swquant.verify(damaged)
-    assert len(problems) == 1 and SIDECAR in problems[0] and name in problems[0] and problem in problems[0]
+    assert len(problems) == 1
+    assert SIDECAR in problems[0]
+    assert name in problems[0]
+    assert problem in problems[0]
     with pytest.raises(swquant.SwquantError, match="outlier"):
         swquant.load(damaged)
 
