@@ -34,8 +34,8 @@ KINDS = {
     "Q4_0": gguf.GGMLQuantizationType.Q4_0,
 }
 SPECIAL = ["<unk>", "<s>", "</s>"]
-WORDS = [*SPECIAL, *(f"\u2581t{index}" for index in range(VOCABULARY - len(SPECIAL)))]
-PROMPT = "t2 t6 t14 t30 t61 t78 t37 t8 t96"  # the ids 5, 9, 17, … for which the super weight was planted
+WORDS = [*SPECIAL, "\u2581", "t", *(f"\u2581t{index}" for index in range(VOCABULARY - 16)), *"0123456789", "\u2581t"]
+PROMPT = "t0 t4 t12 t28 t59 t76 t35"  # the ids 5, 9, 17, … for which the super weight was planted
 
 
 def stored_name(name: str) -> str:

@@ -6,21 +6,29 @@ Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 somet
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.markup import escape
 
 from exporters.errors import SwquantError
+from swquant.cli.common import (
+    CheckpointArgument,
+    JsonOption,
+    LowMemoryOption,
+    ModelArgument,
+    PromptOption,
+    RestoreOption,
+    TrustOption,
+    err,
+    make_progress,
+    out,
+    print_json,
+    text_of,
+)
 from swquant.options import DEFAULT_PROMPT, CompressOptions, option_help
-
-if TYPE_CHECKING:
-    from swquant.console import Progress
 
 __all__ = ["app", "main"]
 
@@ -33,48 +41,6 @@ app = typer.Typer(
     help="Compress large language models without calibration data: super weights are found with one prompt and kept.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
-
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        help="A Hugging Face folder, a .gguf file, a hub id (OWNER/NAME) or a compressed checkpoint.",
-        show_default=False,
-    ),
-]
-CheckpointArgument = Annotated[Path, typer.Argument(help="A folder made by `swquant compress`.", show_default=False)]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
-TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
-LowMemoryOption = Annotated[
-    bool, typer.Option("--low-memory", help="Probe with one layer's weights in memory at a time.")
-]
-PromptOption = Annotated[str, typer.Option("--prompt", help=option_help("prompt"))]
-RestoreOption = Annotated[
-    bool,
-    typer.Option("--restore/--no-restore", help="Lay the sidecar's outliers back, or see what a stock loader sees."),
-]
-
-
-def _progress(as_json: bool) -> Progress:
-    from swquant.console import Progress, Terminal
-
-    return Progress() if as_json else Terminal(err)
-
-
-@contextmanager
-def _usable(path: Path) -> Iterator[str]:
-    """The text of a file given by the user."""
-    try:
-        yield path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise SwquantError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise SwquantError(f"{path}: not UTF-8 text; give a plain text file") from None
-
-
-def _print_json(content: Any) -> None:
-    sys.stdout.write(json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 @app.command()
@@ -103,11 +69,11 @@ def detect(
     if plot is not None:
         check_plot_file(plot)
     with open_checkpoint(model, trust_remote_code=trust_remote_code) as checkpoint:
-        with _progress(as_json).step(f"Probing {checkpoint.name} with one prompt"):
+        with make_progress(as_json).step(f"Probing {checkpoint.name} with one prompt"):
             found = find_super_weights(checkpoint, prompt, low_memory=low_memory)
         record = detection_record(found)
         if as_json:
-            _print_json({"model": checkpoint.name, **record})
+            print_json({"model": checkpoint.name, **record})
         else:
             show_detection(out, checkpoint.name, record)
         if plot is not None:
@@ -160,7 +126,7 @@ def compress(
     from swquant.pipeline import check_destination, prepare, write
     from swquant.tables import plan_record, show_plan, show_result
 
-    progress = _progress(as_json)
+    progress = make_progress(as_json)
     with open_checkpoint(model, trust_remote_code=trust_remote_code) as checkpoint:
         target = out_folder if out_folder is not None else Path(checkpoint.name + options.suffix)
         if not dry_run:
@@ -170,11 +136,11 @@ def compress(
             show_plan(out, prepared, target, every_tensor=dry_run)
         if dry_run:
             if as_json:
-                _print_json(plan_record(prepared, target))
+                print_json(plan_record(prepared, target))
             return
         result = write(prepared, target, overwrite=overwrite, progress=progress)
     if as_json:
-        _print_json({"path": str(result.path), "manifest": result.manifest})
+        print_json({"path": str(result.path), "manifest": result.manifest})
     else:
         show_result(out, result)
 
@@ -187,7 +153,7 @@ def inspect(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None
 
     manifest = read_manifest(checkpoint)
     if as_json:
-        _print_json(manifest)
+        print_json(manifest)
     else:
         show_manifest(out, checkpoint, manifest)
 
@@ -201,7 +167,7 @@ def verify(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None:
 
     problems = verify_checkpoint(checkpoint)
     if as_json:
-        _print_json({"ok": not problems, "problems": problems})
+        print_json({"ok": not problems, "problems": problems})
     elif not problems:
         files = read_manifest(checkpoint)["files"]
         size = human_bytes(sum(record["bytes"] for record in files.values()))
@@ -248,14 +214,16 @@ def evaluate(
     if max_kl is not None and against is None:
         raise SwquantError("--max-kl needs an original to compare with; add --against ORIGINAL")
     with ExitStack() as stack:
-        content = stack.enter_context(_usable(text))
+        content = text_of(text)
         checkpoint = stack.enter_context(open_checkpoint(model, restored=restore, trust_remote_code=trust_remote_code))
         original = (
             stack.enter_context(open_checkpoint(against, trust_remote_code=trust_remote_code)) if against else None
         )
-        result = evaluate_model(checkpoint, content, original, window=window, limit=limit, progress=_progress(as_json))
+        result = evaluate_model(
+            checkpoint, content, original, window=window, limit=limit, progress=make_progress(as_json)
+        )
     if as_json:
-        _print_json(asdict(result))
+        print_json(asdict(result))
     else:
         show_evaluation(out, result)
     for label, value, bound in (
@@ -278,10 +246,10 @@ def generate(
     """Continue a prompt, always with the likeliest token."""
     from swquant.api import generate as continue_prompt
 
-    with _progress(as_json).step("Generating"):
+    with make_progress(as_json).step("Generating"):
         text = continue_prompt(model, prompt, tokens=tokens, restore=restore, trust_remote_code=trust_remote_code)
     if as_json:
-        _print_json({"prompt": prompt, "text": text})
+        print_json({"prompt": prompt, "text": text})
     else:
         out.print(text, markup=False)
 
@@ -294,7 +262,7 @@ def doctor(as_json: JsonOption = False) -> None:
 
     report = examine()
     if as_json:
-        _print_json(report)
+        print_json(report)
     else:
         show_doctor(out, report)
     if report["missing"]:
@@ -323,7 +291,7 @@ def main() -> None:
     try:
         app()
     except SwquantError as error:
-        err.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         err.print("interrupted; nothing was left behind")
@@ -331,9 +299,3 @@ def main() -> None:
     except BrokenPipeError:  # `swquant inspect … | head`
         sys.stderr.close()
         sys.exit(1)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

@@ -1,0 +1,74 @@
+"""What all commands share: the consoles, the arguments that several of them take, and JSON output."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from exporters.errors import SwquantError
+from swquant.options import option_help
+
+if TYPE_CHECKING:
+    from swquant.console import Progress
+
+__all__ = [
+    "CheckpointArgument",
+    "JsonOption",
+    "LowMemoryOption",
+    "ModelArgument",
+    "PromptOption",
+    "RestoreOption",
+    "TrustOption",
+    "err",
+    "make_progress",
+    "out",
+    "print_json",
+    "text_of",
+]
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A Hugging Face folder, a .gguf file, a hub id (OWNER/NAME) or a compressed checkpoint.",
+        show_default=False,
+    ),
+]
+CheckpointArgument = Annotated[Path, typer.Argument(help="A folder made by `swquant compress`.", show_default=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+LowMemoryOption = Annotated[
+    bool, typer.Option("--low-memory", help="Probe with one layer's weights in memory at a time.")
+]
+PromptOption = Annotated[str, typer.Option("--prompt", help=option_help("prompt"))]
+RestoreOption = Annotated[
+    bool,
+    typer.Option("--restore/--no-restore", help="Lay the sidecar's outliers back, or see what a stock loader sees."),
+]
+
+
+def make_progress(as_json: bool) -> Progress:
+    from swquant.console import Progress, Terminal
+
+    return Progress() if as_json else Terminal(err)
+
+
+def text_of(path: Path) -> str:
+    """The text of a file given by the user."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SwquantError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise SwquantError(f"{path}: not UTF-8 text; give a plain text file") from None
+
+
+def print_json(content: Any) -> None:
+    sys.stdout.write(json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
