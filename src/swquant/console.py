@@ -6,12 +6,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.progress import Progress as RichProgress
 
 __all__ = ["Bar", "Progress", "Terminal", "human_bytes", "silent"]
@@ -26,9 +36,13 @@ def human_bytes(count: float) -> str:
     raise AssertionError("unreachable")
 
 
+def _human_tokens(count: float) -> str:
+    return f"{count:,.0f} tokens"
+
+
 class Bar(Protocol):
     def advance(self, label: str, amount: int) -> None:
-        """`amount` more bytes are being worked on, those of `label`."""
+        """`amount` more is being worked on, that of `label`."""
 
 
 class Progress:
@@ -42,6 +56,11 @@ class Progress:
     @contextmanager
     def bytes(self, text: str, total: int) -> Iterator[Bar]:
         """`total` bytes will be worked through."""
+        yield _NoBar()
+
+    @contextmanager
+    def tokens(self, text: str, total: int) -> Iterator[Bar]:
+        """`total` tokens will be worked through."""
         yield _NoBar()
 
 
@@ -64,8 +83,8 @@ class _RichBar:
 class _LineBar:
     """One line for every tenth of the work."""
 
-    def __init__(self, console: Console, text: str, total: int) -> None:
-        self._console, self._text, self._total = console, text, max(total, 1)
+    def __init__(self, console: Console, text: str, total: int, human: Callable[[float], str]) -> None:
+        self._console, self._text, self._total, self._human = console, text, max(total, 1), human
         self._done, self._printed, self._start = 0, 0, time.monotonic()
 
     def advance(self, label: str, amount: int) -> None:
@@ -76,9 +95,10 @@ class _LineBar:
             rate = self._done / max(time.monotonic() - self._start, 1e-9)
             left = (self._total - self._done) / rate
             self._console.print(
-                f"{self._text} {tenth * 10} %, {human_bytes(self._done)} of {human_bytes(self._total)}, "
-                f"{human_bytes(rate)}/s, {left:.0f} s left",
+                f"{self._text} {tenth * 10} %, {self._human(self._done)} of {self._human(self._total)}, "
+                f"{self._human(rate)}/s, {left:.0f} s left",
                 highlight=False,
+                soft_wrap=True,
             )
 
 
@@ -91,19 +111,31 @@ class Terminal(Progress):
     @contextmanager
     def step(self, text: str) -> Iterator[None]:
         if self.console.is_terminal:
-            with self.console.status(text):
+            with self.console.status(escape(text)):
                 yield
         else:
-            self.console.print(text, highlight=False)
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
             yield
 
     @contextmanager
     def bytes(self, text: str, total: int) -> Iterator[Bar]:
+        with self._bar(text, total, human_bytes, (DownloadColumn(), TransferSpeedColumn())) as bar:
+            yield bar
+
+    @contextmanager
+    def tokens(self, text: str, total: int) -> Iterator[Bar]:
+        with self._bar(text, total, _human_tokens, (MofNCompleteColumn(), TextColumn("tokens"))) as bar:
+            yield bar
+
+    @contextmanager
+    def _bar(
+        self, text: str, total: int, human: Callable[[float], str], measure: tuple[ProgressColumn, ...]
+    ) -> Iterator[Bar]:
         if not self.console.is_terminal:
-            yield _LineBar(self.console, text, total)
+            yield _LineBar(self.console, text, total, human)
             return
         columns = (
-            TextColumn(text), BarColumn(bar_width=24), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+            TextColumn(text), BarColumn(bar_width=24), *measure, TimeRemainingColumn(),
             TextColumn("[dim]{task.fields[label]}"),
         )  # fmt: skip
         with RichProgress(*columns, console=self.console, transient=True) as progress:

@@ -12,6 +12,7 @@ __all__ = ["examine"]
 # package -> what it is for
 _NEEDED = {
     "torch": "everything",
+    "numpy": "everything",
     "transformers": "model code and tokenizers",
     "safetensors": "reading by transformers",
     "compressed-tensors": "loading compressed checkpoints in stock transformers",
@@ -19,6 +20,7 @@ _NEEDED = {
     "gguf": "GGUF files",
     "huggingface-hub": "hub ids",
     "matplotlib": "detect --plot",
+    "psutil": "deciding whether a model fits in memory",
 }
 _OPTIONAL = {"vllm": "serving", "onnxruntime": "ONNX models", "onnxruntime-gpu": "ONNX models on CUDA"}
 
@@ -35,7 +37,7 @@ def _broken(package: str) -> str | None:
     try:
         importlib.import_module(package.replace("-", "_"))
     except Exception as error:  # a broken wheel raises anything
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return None
 
 
@@ -49,14 +51,15 @@ def examine() -> dict[str, Any]:
     ]
     devices = []
     memory = None
-    if packages["torch"]:
+    if not any(item["package"] == "torch" for item in missing):
         import torch
 
         devices = [f"cpu, {torch.get_num_threads()} threads"]
         devices += [f"cuda:{index}, {torch.cuda.get_device_name(index)}" for index in range(torch.cuda.device_count())]
-        from swquant.models import available_memory
+    if not any(item["package"] == "psutil" for item in missing):
+        import psutil
 
-        memory = available_memory()
+        memory = psutil.virtual_memory().available
     from swquant import __version__
 
     return {

@@ -134,7 +134,7 @@ def evaluate_model(
                 raise SwquantError(
                     f"{checkpoint.name} and {against.name} have different vocabularies; compare with the original"
                 )
-        bar = stack.enter_context(progress.bytes("Evaluating", windows.predicted))
+        bar = stack.enter_context(progress.tokens("Evaluating", windows.predicted))
         for ids in windows.ids:
             logits, targets = _logits(model, ids, windows.bos)
             nll += _likelihood(_log_softmax(logits), targets)

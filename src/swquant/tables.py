@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,13 +32,25 @@ __all__ = [
 
 
 def _table(title: str, *columns: tuple[str, str]) -> Table:
-    """A table with (heading, justification) columns."""
+    """A table with (heading, justification) columns. Names may be broken over lines, numbers and coordinates never."""
     table = Table(
         title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False, padding=(0, 1, 0, 0)
     )
     for heading, justify in columns:
-        table.add_column(heading, justify=justify, overflow="fold", no_wrap=heading in ("role", "weight", "row, col"))  # type: ignore[arg-type]
+        whole = justify == "right" or heading in ("role", "row, col")
+        table.add_column(heading, justify=justify, overflow="fold", no_wrap=whole)  # type: ignore[arg-type]
     return table
+
+
+def _show(console: Console, table: Table) -> None:
+    """Print a table; a window of under 80 columns breaks its lines rather than losing their ends."""
+    if console.width < 80:
+        table.width = 80
+    console.print(table, crop=False)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _short(name: str) -> str:
@@ -46,7 +59,7 @@ def _short(name: str) -> str:
 
 
 def _weights_table(title: str, weights: Iterable[Mapping[str, Any]], scored: bool) -> Table:
-    numbers = ("value", "input", "output", "share", *(["KL if pruned"] if scored else []))
+    numbers = ("value", "input", "output", "share", *(["KL if\npruned"] if scored else []))
     table = _table(
         title, ("role", "left"), ("weight", "left"), ("row, col", "left"), *((key, "right") for key in numbers)
     )
@@ -56,8 +69,8 @@ def _weights_table(title: str, weights: Iterable[Mapping[str, Any]], scored: boo
             _short(weight["name"]),
             f"{weight['row']}, {weight['col']}",
             f"{weight['value']:.3g}",
-            f"{weight['input']:,.4g}",
-            f"{weight['output']:,.5g}",
+            _number(weight["input"]),
+            _number(weight["output"]),
             f"{weight['share']:.0%}",
             *([f"{weight['kl']:.3g}"] if scored else []),
         )
@@ -68,21 +81,17 @@ def show_detection(console: Console, name: str, record: Mapping[str, Any]) -> No
     """Super weights with their evidence, cancellers, super activations, and the published coordinates if there are any."""
     weights = record["super_weights"]
     if not weights:
-        peak = max(record["layers"], key=lambda item: item["output"])
-        console.print(
-            f"{escape(name)} has no super weight on this prompt. The largest output of a down projection is "
-            f"{peak['output']:,.4g} (layer {peak['layer']}, channel {peak['output_channel']})."
-        )
-    else:
-        console.print(_weights_table(f"Super weights of {escape(name)}", weights, scored=True))
-    if record["cancellers"]:
-        console.print(
-            _weights_table(
-                "Cancellers, which take the super activation away (pruning them matters little)",
-                record["cancellers"],
-                scored=False,
+        console.print(f"{escape(name)} has no super weight on this prompt.")
+        for peak in sorted(record["layers"], key=lambda item: -item["output"])[:1]:
+            console.print(
+                f"The largest output of a down projection is {_number(peak['output'])} (layer {peak['layer']}, channel "
+                f"{peak['output_channel']})."
             )
-        )
+    else:
+        _show(console, _weights_table(f"Super weights of {escape(name)}", weights, scored=True))
+    if record["cancellers"]:
+        title = "Cancellers, which take the super activation away"
+        _show(console, _weights_table(title, record["cancellers"], scored=False))
     if record["super_activations"]:
         table = _table(
             "Super activations",
@@ -95,15 +104,16 @@ def show_detection(console: Console, name: str, record: Mapping[str, Any]) -> No
         for item in record["super_activations"]:
             token = f"{item['token']} {escape(repr(record['tokens'][item['token']]))}"
             until = "the end" if item["gone"] is None else str(item["gone"])
-            table.add_row(str(item["channel"]), token, f"{item['value']:,.5g}", str(item["born"]), until)
-        console.print(table)
+            table.add_row(str(item["channel"]), token, _number(item["value"]), str(item["born"]), until)
+        _show(console, table)
     for entry in record["published"]:
         found = {(weight["layer"], weight["row"], weight["col"]) for weight in weights}
         listed = [tuple(point) for point in entry["coordinates"]]
         same = sum(point in found for point in listed)
-        console.print(
-            f"Published for {entry['model']}: {len(listed)}, of which {same} were found here: {', '.join(map(str, listed))}"
-        )
+        console.print(f"Published for {entry['model']}, which has this shape; {same} of {len(listed)} found here:")
+        for layer, row, col in listed:
+            verdict = "found" if (layer, row, col) in found else "not found"
+            console.print(f"  layer {layer} [{row}, {col}]  {verdict}", markup=False)
 
 
 def plan_record(prepared: Prepared, target: Path) -> dict[str, Any]:
@@ -139,7 +149,7 @@ def show_plan(console: Console, prepared: Prepared, target: Path, *, every_tenso
     record = plan_record(prepared, target)
     weights = record["detection"]["super_weights"]
     if weights:
-        console.print(_weights_table(f"Super weights of {escape(prepared.checkpoint.name)}", weights, scored=True))
+        _show(console, _weights_table(f"Super weights of {escape(prepared.checkpoint.name)}", weights, scored=True))
     else:
         console.print(f"{escape(prepared.checkpoint.name)} has no super weight on this prompt.")
     if every_tensor:
@@ -154,18 +164,23 @@ def show_plan(console: Console, prepared: Prepared, target: Path, *, every_tenso
         for name, tensor in record["tensors"].items():
             shape = "x".join(map(str, tensor["shape"]))
             stored = tensor.get("stored_as") or f"dense: {tensor['dense']}"
-            table.add_row(name, shape, stored, str(tensor.get("outliers", "")), human_bytes(tensor["bytes"]))
-        console.print(table)
+            table.add_row(_short(name), shape, stored, str(tensor.get("outliers", "")), human_bytes(tensor["bytes"]))
+        _show(console, table)
     else:
         _show_schemes(console, record["tensors"])
     for name, reason in record["left_out"].items():
-        console.print(f"Left out: {name} ({reason})")
+        console.print(f"Left out: {name} ({reason})", markup=False)
     for note in record["notes"]:
-        console.print(f"Note: {note}")
+        console.print(f"Note: {note}", markup=False)
+    decoded = ", decoded to float32," if prepared.checkpoint.kind == "gguf" else ""
     console.print(
-        f"{human_bytes(record['source_bytes'])} become {human_bytes(record['bytes'])} in {escape(str(target))}, "
+        f"{human_bytes(record['source_bytes'])} of weights{decoded} become {human_bytes(record['bytes'])}, "
         f"{record['bits_per_quantized_weight']:.3f} bits per quantized weight."
     )
+    if every_tensor:
+        console.print(
+            f"Nothing was written; without --dry-run this would become {target}", markup=False, soft_wrap=True
+        )
 
 
 def _show_schemes(console: Console, tensors: Mapping[str, Mapping[str, Any]]) -> None:
@@ -177,15 +192,33 @@ def _show_schemes(console: Console, tensors: Mapping[str, Mapping[str, Any]]) ->
     for kind, names in kinds.items():
         size = sum(tensors[name]["bytes"] for name in names)
         table.add_row(escape(kind), str(len(names)), human_bytes(size), _short(names[0]))
-    console.print(table)
+    _show(console, table)
 
 
 def show_result(console: Console, result: Compressed) -> None:
     """What was done, in a few lines."""
     totals = result.manifest["totals"]
-    path = escape(str(result.path))
-    console.print(f"[bold green]Wrote {path}[/]: {human_bytes(totals['bytes'])}, every byte verified.")
-    console.print(f'Next: swquant inspect {path}   swquant generate {path} "The capital of France is"')
+    files = f"{human_bytes(totals['bytes'])} in {len(result.manifest['files'])} files, every byte verified"
+    console.print(f"[bold green]Wrote {escape(str(result.path))}[/]: {files}.", soft_wrap=True)
+    path = escape(shlex.quote(str(result.path)))
+    console.print(f"Next: swquant inspect {path}   swquant eval {path} --text FILE", soft_wrap=True)
+
+
+def _as_typed(options: Mapping[str, Any]) -> str:
+    """Options as the command line takes them; those that change nothing are left out."""
+    words: list[str] = []
+    for key, value in options.items():
+        flag = "--" + key.replace("_", "-")
+        if key in ("symmetric", "restore"):
+            off = {"symmetric": "--asymmetric", "restore": "--no-restore"}[key]
+            words.append(flag if value else off)
+        elif isinstance(value, bool):
+            words += [flag] if value else []
+        elif isinstance(value, list):
+            words += [word for item in value for word in (flag, item)]
+        elif value not in (0.0, "auto"):
+            words += [flag, str(value)]
+    return shlex.join(words)
 
 
 def show_manifest(console: Console, path: Path, manifest: Mapping[str, Any]) -> None:
@@ -198,12 +231,7 @@ def show_manifest(console: Console, path: Path, manifest: Mapping[str, Any]) -> 
         f"{human_bytes(totals['bytes'])} on disk; {totals['quantized_weights']:,} of {totals['weights']:,} weights quantized, "
         f"{totals['bits_per_quantized_weight']:.3f} bits each with scales and outliers"
     )
-    chosen = ", ".join(
-        f"{key} {escape(str(value))}"
-        for key, value in options.items()
-        if key != "prompt" and value not in (False, [], 0.0, "auto")
-    )
-    console.print(f"Options: {chosen}\nPrompt: {escape(repr(options['prompt']))}")
+    console.print(f"Options: {_as_typed(options)}", markup=False)
     _show_schemes(console, manifest["tensors"])
     _show_outliers(console, manifest)
     quantized = {name: tensor for name, tensor in manifest["tensors"].items() if "dense" not in tensor}
@@ -212,13 +240,13 @@ def show_manifest(console: Console, path: Path, manifest: Mapping[str, Any]) -> 
     )
     for name, tensor in sorted(quantized.items(), key=lambda item: -item[1]["relative_error"])[:5]:
         table.add_row(_short(name), tensor["stored_as"], f"{tensor['relative_error']:.4f}")
-    console.print(table)
+    _show(console, table)
     table = _table("Loaders", ("loader", "left"), ("loads it?", "left"))
     for loader, verdict in manifest["loaders"].items():
         table.add_row(loader, escape(verdict))
-    console.print(table)
+    _show(console, table)
     for note in manifest["notes"]:
-        console.print(f"Note: {escape(note)}")
+        console.print(f"Note: {note}", markup=False)
 
 
 def _show_outliers(console: Console, manifest: Mapping[str, Any]) -> None:
@@ -228,9 +256,9 @@ def _show_outliers(console: Console, manifest: Mapping[str, Any]) -> None:
         ("weight", "left"),
         ("row, col", "left"),
         ("value", "right"),
-        ("without sidecar", "right"),
-        ("KL if pruned", "right"),
-        ("kept", "left"),
+        ("without\nsidecar", "right"),
+        ("KL if\npruned", "right"),
+        ("kept in", "left"),
     )
     for (name, row, col), item in weights.items():
         tensor = manifest["tensors"].get(name, {})
@@ -240,11 +268,11 @@ def _show_outliers(console: Console, manifest: Mapping[str, Any]) -> None:
             point = next(point for point in tensor["super_weights"] if (point["row"], point["col"]) == (row, col))
             without, kept = (
                 f"{point['without_sidecar']:.5g}",
-                "block and sidecar" if manifest["options"]["restore"] else "block",
+                "block, sidecar" if manifest["options"]["restore"] else "block",
             )
         table.add_row(_short(name), f"{row}, {col}", f"{item['value']:.5g}", without, f"{item['kl']:.4g}", kept)
     if weights:
-        console.print(table)
+        _show(console, table)
     else:
         console.print("No super weights were found.")
     count = sum(tensor.get("outliers", 0) for tensor in manifest["tensors"].values())
@@ -263,7 +291,7 @@ def show_evaluation(console: Console, result: Evaluation) -> None:
     table.add_row(
         "predicted tokens", f"{result.tokens:,} in {result.windows} window{'' if result.windows == 1 else 's'}"
     )
-    console.print(table)
+    _show(console, table)
 
 
 def show_doctor(console: Console, report: Mapping[str, Any]) -> None:
@@ -274,13 +302,15 @@ def show_doctor(console: Console, report: Mapping[str, Any]) -> None:
     for name, version in {**report["packages"], **report["optional"]}.items():
         absent = "[yellow]not installed (optional)[/]" if name in report["optional"] else "[red]not installed[/]"
         table.add_row(name, version or absent)
-    console.print(table)
-    console.print("Devices: " + "; ".join(report["devices"]))
+    _show(console, table)
+    console.print(f"Devices: {'; '.join(report['devices']) or 'none, without torch'}", markup=False)
     if report["available_memory"]:
         console.print(f"Free memory: {human_bytes(report['available_memory'])}")
     for item in report["missing"]:
+        problem = escape(item["problem"])
         console.print(
-            f"[red]missing[/] {item['package']} ({item['problem']}), needed for {item['for']}: pip install {item['package']}"
+            f"[red]missing[/] {item['package']} ({problem}), needed for {item['for']}: pip install {item['package']}",
+            soft_wrap=True,
         )
     if not report["missing"]:
         console.print("[green]Nothing is missing.[/]")

@@ -23,6 +23,7 @@ __all__ = [
     "ModelArgument",
     "PromptOption",
     "RestoreOption",
+    "SourceArgument",
     "TrustOption",
     "err",
     "make_progress",
@@ -34,14 +35,23 @@ __all__ = [
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
+SourceArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A Hugging Face folder, a .gguf file or a hub id (OWNER/NAME).", show_default=False
+    ),
+]
 ModelArgument = Annotated[
     str,
     typer.Argument(
+        metavar="MODEL",
         help="A Hugging Face folder, a .gguf file, a hub id (OWNER/NAME) or a compressed checkpoint.",
         show_default=False,
     ),
 ]
-CheckpointArgument = Annotated[Path, typer.Argument(help="A folder made by `swquant compress`.", show_default=False)]
+CheckpointArgument = Annotated[
+    Path, typer.Argument(metavar="OUT", help="A folder made by `swquant compress`.", show_default=False)
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 LowMemoryOption = Annotated[
@@ -72,3 +82,4 @@ def text_of(path: Path) -> str:
 
 def print_json(content: Any) -> None:
     sys.stdout.write(json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    sys.stdout.flush()  # a reader that went away is noticed here, not when Python ends

@@ -21,6 +21,7 @@ from swquant.cli.common import (
     ModelArgument,
     PromptOption,
     RestoreOption,
+    SourceArgument,
     TrustOption,
     err,
     make_progress,
@@ -78,15 +79,15 @@ def detect(
             show_detection(out, checkpoint.name, record)
         if plot is not None:
             plot_detection(record, plot, title=checkpoint.name)
-            err.print(f"Drew {plot}")
+            err.print(f"Drew {escape(str(plot))}", soft_wrap=True)
 
 
 @app.command()
 def compress(
-    model: ModelArgument,
+    model: SourceArgument,
     out_folder: Annotated[
         Path | None,
-        typer.Argument(metavar="[OUT]", help="The folder to create; <name>-w4-b128 by default.", show_default=False),
+        typer.Argument(metavar="OUT", help="The folder to create; <name>-w4-b128 by default.", show_default=False),
     ] = None,
     bits: Annotated[int, typer.Option(help=option_help("bits"))] = CompressOptions.bits,
     block: Annotated[str, typer.Option(help=option_help("block"))] = CompressOptions.block,
@@ -171,9 +172,9 @@ def verify(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None:
     elif not problems:
         files = read_manifest(checkpoint)["files"]
         size = human_bytes(sum(record["bytes"] for record in files.values()))
-        out.print(f"{checkpoint}: {len(files)} files, {size}, every byte as written")
+        out.print(f"{escape(str(checkpoint))}: {len(files)} files, {size}, every byte as written", soft_wrap=True)
     for problem in problems if not as_json else ():
-        err.print(f"[red]damaged[/] {problem}", markup=True)
+        err.print(f"[bold red]damaged:[/] {escape(problem)}", soft_wrap=True)
     if problems:
         raise typer.Exit(1)
 
@@ -237,7 +238,7 @@ def evaluate(
 @app.command()
 def generate(
     model: ModelArgument,
-    prompt: Annotated[str, typer.Argument(help="The text to continue.", show_default=False)],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.", show_default=False)],
     tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 40,
     restore: RestoreOption = True,
     as_json: JsonOption = False,
@@ -251,7 +252,7 @@ def generate(
     if as_json:
         print_json({"prompt": prompt, "text": text})
     else:
-        out.print(text, markup=False)
+        out.print(text, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -287,15 +288,20 @@ def _root(
 
 
 def main() -> None:
-    """Entry point: turns what users can mend into one line on stderr."""
+    """Entry point: turns what users can mend into one line on stderr. Typer turns Ctrl-C into exit code 130, and a reader
+    that went away (`swquant inspect … | head`) into 1."""
     try:
         app()
     except SwquantError as error:
-        err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        err.print("interrupted; nothing was left behind")
-        sys.exit(130)
-    except BrokenPipeError:  # `swquant inspect … | head`
-        sys.stderr.close()
-        sys.exit(1)
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except SystemExit as end:
+        if end.code == 130:
+            err.print("interrupted; nothing was left behind")
+        raise
+
+
+def _fail(message: str) -> None:
+    err.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+    sys.exit(1)
