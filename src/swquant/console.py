@@ -41,6 +41,8 @@ def _human_tokens(count: float) -> str:
 
 
 class Bar(Protocol):
+    """Told of every step of a measured piece of work."""
+
     def advance(self, label: str, amount: int) -> None:
         """`amount` more is being worked on, that of `label`."""
 

@@ -16,6 +16,7 @@ __all__ = ["file_sha256", "verify"]
 
 
 def file_sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

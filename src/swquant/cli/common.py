@@ -65,6 +65,7 @@ RestoreOption = Annotated[
 
 
 def make_progress(as_json: bool) -> Progress:
+    """What reports progress on stderr; with --json nothing does."""
     from swquant.console import Progress, Terminal
 
     return Progress() if as_json else Terminal(err)
@@ -81,5 +82,6 @@ def text_of(path: Path) -> str:
 
 
 def print_json(content: Any) -> None:
+    """One document on stdout, for machines: whatever the width of the terminal, nothing wraps it."""
     sys.stdout.write(json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
     sys.stdout.flush()  # a reader that went away is noticed here, not when Python ends

@@ -1,0 +1,124 @@
+"""The architecture, read from the sources: who may import whom, how long a module is, what is documented."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCES = Path(__file__).parent.parent / "src"
+MODULES = sorted(SOURCES.rglob("*.py"))
+MAX_LINES = 400
+# calibrationless <- exporters <- swquant
+MAY_IMPORT_OF_OURS = {
+    "calibrationless": {"calibrationless"},
+    "exporters": {"calibrationless", "exporters"},
+    "swquant": {"calibrationless", "exporters", "swquant"},
+}
+
+
+def module_id(path: Path) -> str:
+    return path.relative_to(SOURCES).as_posix()
+
+
+def package(path: Path) -> str:
+    return path.relative_to(SOURCES).parts[0]
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of everything that a module imports, wherever in it, also for type checking only."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module_id(path)}:{node.lineno} imports relatively; name the package"
+            names.add(str(node.module))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
+            function = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
+            if function in ("import_module", "__import__") and package(path) != "swquant":
+                raise AssertionError(f"{module_id(path)}:{node.lineno} imports by name, which nobody can check")
+    return {name.partition(".")[0] for name in names}
+
+
+def of_package(name: str) -> list[Path]:
+    modules = [path for path in MODULES if package(path) == name]
+    assert len(modules) >= 5, f"only {len(modules)} modules of {name}: is the folder where it was?"
+    return modules
+
+
+def test_there_are_three_packages() -> None:
+    assert {package(path) for path in MODULES} == set(MAY_IMPORT_OF_OURS)
+
+
+@pytest.mark.parametrize("name", MAY_IMPORT_OF_OURS)
+def test_imports_go_to_the_left_only(name: str) -> None:
+    for path in of_package(name):
+        ours = imported(path) & set(MAY_IMPORT_OF_OURS)
+        assert ours <= MAY_IMPORT_OF_OURS[name], module_id(path)
+
+
+def test_calibrationless_needs_nothing_but_torch() -> None:
+    for path in of_package("calibrationless"):
+        others = imported(path) - set(sys.stdlib_module_names) - {"calibrationless", "torch"}
+        assert not others, module_id(path)
+
+
+def test_calibrationless_reads_and_writes_nothing() -> None:
+    for path in of_package("calibrationless"):
+        assert not imported(path) & {"io", "json", "os", "pathlib", "shutil", "subprocess", "tempfile"}, module_id(path)
+        calls = {node.func.id for node in walk(path, ast.Call) if isinstance(node.func, ast.Name)}
+        assert not calls & {"open", "print", "input"}, module_id(path)
+
+
+def test_exporters_know_no_models_and_no_terminal() -> None:
+    forbidden = {"accelerate", "huggingface_hub", "rich", "tokenizers", "transformers", "typer"}
+    for path in of_package("exporters"):
+        assert not imported(path) & forbidden, module_id(path)
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    """Whatever the command line imports at the top is waited for by `swquant --help`."""
+    for path in [*sorted((SOURCES / "swquant/cli").glob("*.py")), SOURCES / "swquant/options.py"]:
+        top = ast.parse(path.read_text()).body
+        names = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
+        names |= {str(node.module) for node in top if isinstance(node, ast.ImportFrom)}
+        assert not {name.partition(".")[0] for name in names} & {
+            "torch",
+            "transformers",
+            "calibrationless",
+            "matplotlib",
+        }
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_id)
+def test_a_module_is_short_and_says_what_it_is(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= MAX_LINES
+    assert ast.get_docstring(ast.parse(text))
+
+
+def walk(path: Path, kind: type) -> Iterator:
+    return (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kind))
+
+
+def public_names(tree: ast.Module) -> list[str]:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and [getattr(target, "id", "") for target in node.targets] == ["__all__"]:
+            return list(ast.literal_eval(node.value))
+    return []
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path.name != "__main__.py"], ids=module_id)
+def test_what_is_public_exists_and_is_documented(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    names = public_names(tree)
+    defined = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    assert names or path.name == "__init__.py", "no __all__"
+    assert [name for name in names if name in defined and not ast.get_docstring(defined[name])] == []
+    known = set(defined) | {node.id for node in walk(path, ast.Name) if isinstance(node.ctx, ast.Store)}
+    known |= {alias.asname or alias.name for node in walk(path, ast.ImportFrom) for alias in node.names}
+    assert set(names) <= known
