@@ -73,10 +73,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         part = codes[piece]
         if cols % 32:
             part = torch.nn.functional.pad(part, (0, -cols % 32))
-        lanes = _flat(part, 8).view(torch.int64)
-        if bits < 8:
-            lanes = _close_gaps(lanes, bits)
-        packed[piece] = _low_bytes(lanes, bits).view(torch.int32).view(len(part), -1)[:, :words]
+        stream = _packed_bytes(_flat(part, 8), bits)
+        packed[piece] = stream.view(torch.int32).view(len(part), -1)[:, :words]
 
     for_pieces(work, rows, cols)
     return packed
@@ -89,13 +87,15 @@ def _flat(matrix: Tensor, width: int) -> Tensor:
     return flat.clone() if flat.storage_offset() % width else flat
 
 
-def _low_bytes(lanes: Tensor, bits: int) -> Tensor:
-    """The low `bits` bytes of every int64 lane [lanes], uint8 [lanes * bits]."""
+def _packed_bytes(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes [n], n a multiple of 8 -> their bit stream, uint8 [n * bits / 8]."""
     if bits == 8:
-        return lanes.view(torch.uint8)
-    if bits == 4:  # whole integers cast faster than bytes gather
-        return lanes.to(torch.int32).view(torch.uint8)
-    if bits == 2:
+        return codes
+    if bits == 4:  # two codes make a byte: one merge instead of three, in half the memory
+        pairs = codes.view(torch.int16)
+        return (pairs >> 4).bitwise_or_(pairs).to(torch.uint8)
+    lanes = _close_gaps(codes.view(torch.int64), bits)
+    if bits == 2:  # whole integers cast faster than bytes gather
         return lanes.to(torch.int16).view(torch.uint8)
     return lanes.view(torch.uint8).view(-1, 8)[:, :bits].flatten()
 
