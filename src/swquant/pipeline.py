@@ -23,7 +23,17 @@ from typing import Any
 import torch
 
 import swquant
-from calibrationless import Outliers, QuantizedTensor, block_elements, block_index, dequantize, measure, quantize, worst
+from calibrationless import (
+    Outliers,
+    QuantizedTensor,
+    block_elements,
+    block_index,
+    dequantize,
+    for_pieces,
+    measure,
+    quantize,
+    worst,
+)
 from exporters import compressed_tensors
 from exporters.errors import SwquantError
 from exporters.json_file import write_json
@@ -269,7 +279,14 @@ def _write_tensor(
 
 
 def _check_finite(name: str, weight: torch.Tensor) -> None:
-    if weight.is_floating_point() and not bool(torch.isfinite(weight.to(torch.float32)).all()):
+    if not weight.is_floating_point():
+        return
+    values = weight.flatten()
+
+    def finite(piece: slice) -> bool:  # of a whole embedding, the temporaries would take five times its bytes
+        return bool(torch.isfinite(values[piece].to(torch.float32)).all())
+
+    if not all(for_pieces(finite, values.numel(), 1)):
         raise SwquantError(f"{name}: holds a NaN or infinite value; the source is damaged, fetch it again")
 
 
