@@ -35,6 +35,7 @@ __all__ = [
     "block_elements",
     "block_index",
     "divides",
+    "element_position",
     "expand",
     "fit",
     "from_blocks",
@@ -233,3 +234,12 @@ def block_index(rows: TorchTensor, cols: TorchTensor, block: Block, shape: tuple
         case _:
             index = (rows * shape[1] + cols) // block_elements(block, shape)
     return index.to(torch.int64)
+
+
+def element_position(index: TorchTensor, block: Block, shape: tuple[int, int]) -> tuple[TorchTensor, TorchTensor]:
+    """(rows, cols) in a [out, in] weight of elements counted through its blocks: `to_blocks` the other way round."""
+    if not isinstance(block, Tile):
+        return index // shape[1], index % shape[1]
+    tile, inside = index // (block.rows * block.cols), index % (block.rows * block.cols)
+    across = shape[1] // block.cols
+    return tile // across * block.rows + inside // block.cols, tile % across * block.cols + inside % block.cols

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calibrationless.blocks import to_blocks
+from calibrationless.blocks import element_position, to_blocks
 from calibrationless.pieces import for_pieces, row_sum
-from calibrationless.quantized import Outliers, QuantizedTensor, decode_blocks, dequantize
+from calibrationless.quantized import Outliers, QuantizedTensor, decode_blocks
 
 __all__ = ["WeightError", "measure", "worst"]
 
@@ -54,11 +54,39 @@ def _square_sum(matrix: Tensor) -> Tensor:
 
 
 def worst(weight: Tensor, quantized: QuantizedTensor, count: int) -> Outliers:
-    """The `count` weights with the largest rounding error; of equal ones, those that come first."""
-    errors = dequantize(quantized, torch.float32).sub_(weight).abs_().flatten()
-    count = min(count, errors.numel())
-    threshold = errors.topk(count, sorted=False).values.min() if count > 0 else torch.inf
-    above = torch.nonzero(errors > threshold).flatten()
-    equal = torch.nonzero(errors == threshold).flatten()[: count - above.numel()]
-    index = torch.cat([above, equal])
-    return Outliers.at(weight, index // weight.shape[1], index % weight.shape[1])
+    """The `count` weights with the largest rounding error; of equal ones, those that come first.
+
+    Two passes over the pieces, so that a large tensor's errors never stand in memory together: one counts how many
+    errors fall into each bucket, the other collects the few that can be among the largest.
+    """
+    original = to_blocks(weight, quantized.block)
+    codes = to_blocks(quantized.codes, quantized.block)
+    count = max(0, min(count, weight.numel()))
+
+    def errors(piece: slice) -> Tensor:
+        return decode_blocks(quantized, codes[piece], piece).sub_(original[piece]).abs_().flatten()
+
+    def histogram(piece: slice) -> Tensor:
+        return torch.bincount(_bucket(errors(piece)), minlength=_BUCKETS)
+
+    at_least = torch.stack(for_pieces(histogram, *original.shape)).sum(dim=0).flip(0).cumsum(dim=0).flip(0)
+    lowest = int((at_least >= count).sum()) - 1  # the highest bucket with `count` errors in it and above
+
+    def candidates(piece: slice) -> tuple[Tensor, Tensor]:
+        found = errors(piece)
+        index = torch.nonzero(_bucket(found) >= lowest).flatten()
+        return found[index], index + piece.start * original.shape[1]
+
+    values, indices = map(torch.cat, zip(*for_pieces(candidates, *original.shape), strict=True))
+    rows, cols = element_position(indices, quantized.block, quantized.shape)
+    order = torch.argsort(rows * weight.shape[1] + cols)
+    order = order[torch.argsort(values[order], descending=True, stable=True)][:count]
+    return Outliers.at(weight, rows[order], cols[order])
+
+
+_BUCKETS = 1 << 13
+
+
+def _bucket(errors: Tensor) -> Tensor:
+    """Non-negative floats have the order of their bits read as integers; the upper ones number the buckets."""
+    return errors.view(torch.int32) >> 18
