@@ -207,6 +207,7 @@ def evaluate(
     """Perplexity on a text; with --against also KL divergence and agreement with the original."""
     from contextlib import ExitStack
     from dataclasses import asdict
+    from math import isfinite
 
     from swquant.checkpoint.open import open_checkpoint
     from swquant.evaluation import evaluate_model
@@ -224,7 +225,8 @@ def evaluate(
             checkpoint, content, original, window=window, limit=limit, progress=make_progress(as_json)
         )
     if as_json:
-        print_json(asdict(result))
+        # A destroyed model has a perplexity beyond every float, for which JSON has no number.
+        print_json({key: value if value is None or isfinite(value) else None for key, value in asdict(result).items()})
     else:
         show_evaluation(out, result)
     for label, value, bound in (
@@ -291,7 +293,7 @@ def main() -> None:
     """Entry point: turns what users can mend into one line on stderr. Typer turns Ctrl-C into exit code 130, and a reader
     that went away (`swquant inspect … | head`) into 1."""
     try:
-        app()
+        app(prog_name="swquant")
     except SwquantError as error:
         _fail(str(error))
     except OSError as error:
