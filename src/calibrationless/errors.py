@@ -41,16 +41,19 @@ def measure(weight: Tensor, quantized: QuantizedTensor, restored: Outliers | Non
         difference = decode_blocks(quantized, codes[piece], piece).sub_(original[piece])
         if exact is not None:
             difference.masked_fill_(exact[piece], 0.0)
-        return torch.stack([_square_sum(difference), _square_sum(original[piece]), difference.abs_().max().double()])
+        largest = difference.abs_().max().double()
+        error = _sum(difference.square_())
+        weights = torch.square(original[piece].to(torch.float32), out=difference)  # fresh memory costs more than this
+        return torch.stack([error, _sum(weights), largest])
 
     squares = torch.stack(for_pieces(work, *original.shape))
     error, total = float(squares[:, 0].sum()), float(squares[:, 1].sum())
     return WeightError((error / total) ** 0.5 if total else 0.0, float(squares[:, 2].max()))
 
 
-def _square_sum(matrix: Tensor) -> Tensor:
+def _sum(matrix: Tensor) -> Tensor:
     """float64 scalar."""
-    return row_sum(matrix.to(torch.float32).square().view(1, -1)).squeeze()
+    return row_sum(matrix.view(1, -1)).squeeze()
 
 
 def worst(weight: Tensor, quantized: QuantizedTensor, count: int) -> Outliers:

@@ -49,6 +49,8 @@ def row_sum(matrix: Tensor) -> Tensor:
     rows = matrix.shape[0]
     sums = matrix
     while sums.shape[1] > 1:
-        sums = torch.nn.functional.pad(sums, (0, -sums.shape[1] % min(1024, sums.shape[1])))
-        sums = sums.view(rows, -1, min(1024, sums.shape[1])).sum(dim=2, dtype=torch.float64)
+        width = min(1024, sums.shape[1])
+        if rest := -sums.shape[1] % width:
+            sums = torch.nn.functional.pad(sums, (0, rest))
+        sums = sums.view(rows, -1, width).sum(dim=2, dtype=torch.float64)
     return sums.to(torch.float64)
