@@ -203,14 +203,6 @@ def read_config(folder: Path) -> dict:
     return json.loads((folder / "config.json").read_text())
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of bugs that are known and not yet mended (open_bugs.txt) are expected to fail; mend one, delete its line."""
-    known = set((Path(__file__).parent / "open_bugs.txt").read_text().splitlines())
-    for item in items:
-        if item.nodeid in known:
-            item.add_marker(pytest.mark.xfail(reason="known bug, not yet mended: tests/open_bugs.txt", strict=False))
-
-
 @dataclass(frozen=True)
 class Ran:
     """What a command left: exit code and the two streams."""

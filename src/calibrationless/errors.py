@@ -6,6 +6,7 @@ candidates for the sidecar. Both give the same answer for any number of threads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,9 +33,7 @@ def measure(weight: Tensor, quantized: QuantizedTensor, restored: Outliers | Non
     codes = to_blocks(quantized.codes, quantized.block)
     exact = None
     if restored is not None and len(restored):
-        mask = torch.zeros(weight.shape, dtype=torch.bool)
-        mask[restored.rows.long(), restored.cols.long()] = True
-        exact = to_blocks(mask, quantized.block)
+        exact = _mask(restored.rows.long(), restored.cols.long(), quantized)
 
     def work(piece: slice) -> Tensor:
         """float64 [3]: sum of squared errors, sum of squared weights, largest error."""
@@ -51,23 +50,38 @@ def measure(weight: Tensor, quantized: QuantizedTensor, restored: Outliers | Non
     return WeightError((error / total) ** 0.5 if total else 0.0, float(squares[:, 2].max()))
 
 
+def _mask(rows: Tensor, cols: Tensor, quantized: QuantizedTensor) -> Tensor:
+    """bool [blocks, elements], True at the given positions."""
+    mask = torch.zeros(quantized.shape, dtype=torch.bool)
+    mask[rows, cols] = True
+    return to_blocks(mask, quantized.block)
+
+
 def _sum(matrix: Tensor) -> Tensor:
     """float64 scalar."""
     return row_sum(matrix.view(1, -1)).squeeze()
 
 
-def worst(weight: Tensor, quantized: QuantizedTensor, count: int) -> Outliers:
+def worst(
+    weight: Tensor, quantized: QuantizedTensor, count: int, *, always: Sequence[tuple[int, int]] = ()
+) -> Outliers:
     """The `count` weights with the largest rounding error; of equal ones, those that come first.
 
+    always: (row, col) of weights that come before all others, however well they are rounded.
     Two passes over the pieces, so that a large tensor's errors never stand in memory together: one counts how many
     errors fall into each bucket, the other collects the few that can be among the largest.
     """
     original = to_blocks(weight, quantized.block)
     codes = to_blocks(quantized.codes, quantized.block)
     count = max(0, min(count, weight.numel()))
+    first = None
+    if always:
+        always_rows, always_cols = torch.tensor(always).T
+        first = _mask(always_rows, always_cols, quantized)
 
     def errors(piece: slice) -> Tensor:
-        return decode_blocks(quantized, codes[piece], piece).sub_(original[piece]).abs_().flatten()
+        difference = decode_blocks(quantized, codes[piece], piece).sub_(original[piece]).abs_()
+        return (difference if first is None else difference.masked_fill_(first[piece], torch.inf)).flatten()
 
     def histogram(piece: slice) -> Tensor:
         return torch.bincount(_bucket(errors(piece)), minlength=_BUCKETS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "SwquantError"]
+__all__ = ["CheckpointError", "SwquantError", "first_line"]
 
 
 class SwquantError(Exception):
@@ -11,3 +11,11 @@ class SwquantError(Exception):
 
 class CheckpointError(SwquantError):
     """A file is not what it should be."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's exception says, short enough to stand inside our own message."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

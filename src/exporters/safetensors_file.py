@@ -96,7 +96,10 @@ def _parse_entry(path: Path, name: str, raw: Any, data_start: int, size: int) ->
         f"no dtype, shape and offsets for {name}",
     )
     if not isinstance(raw["dtype"], str) or raw["dtype"] not in _DTYPES:
-        raise CheckpointError(f"{path}: {name} has the unknown dtype {raw['dtype']!r}; known are {', '.join(_DTYPES)}")
+        raise CheckpointError(
+            f"{path}: {name} has the unknown dtype {raw['dtype']!r}; known are {', '.join(_DTYPES)}; "
+            "load the model in transformers and save it again in bfloat16"
+        )
     shape, offsets = raw["shape"], raw["data_offsets"]
     _check(isinstance(shape, list) and all(map(_natural, shape)), path, f"{name} has the shape {shape}")
     _check(
@@ -166,7 +169,10 @@ class SafetensorsReader:
         self._file.seek(entry.start)
         view, done = memoryview(buffer.numpy().data), 0
         while done < entry.nbytes:
-            count = self._file.readinto(view[done:])
+            try:
+                count = self._file.readinto(view[done:])
+            except OSError as error:
+                raise CheckpointError(f"{self.path}: {name} cannot be read ({error.strerror})") from None
             _check(count > 0, self.path, f"{name} ends after {done} of {entry.nbytes} bytes")
             done += count
         return buffer

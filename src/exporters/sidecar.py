@@ -102,9 +102,10 @@ class SidecarReader:
                 raise CheckpointError(f"{path}: {patched} has the parts {sorted(parts)}, not rows, cols and values")
         self.tensors = tuple(patched.removeprefix(prefix) for patched in groups)
 
-    def count(self, tensor: str) -> int:
-        """Number of points of a tensor, 0 if it has none."""
-        return math.prod(self._reader.entries[_names(tensor)[0]].shape) if tensor in self.tensors else 0
+    @property
+    def counts(self) -> dict[str, int]:
+        """Tensor -> number of its points."""
+        return {tensor: math.prod(self._reader.entries[_names(tensor)[0]].shape) for tensor in self.tensors}
 
     def read(self, tensor: str) -> Outliers:
         """The points of a tensor. Raises CheckpointError where they are malformed; their range is the caller's to check."""

@@ -33,8 +33,8 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 
 from calibrationless import Watch
-from exporters.errors import SwquantError
-from swquant.checkpoint.base import Checkpoint
+from exporters.errors import SwquantError, first_line
+from swquant.checkpoint.base import Checkpoint, check_depth
 
 __all__ = ["DOWN_PROJECTIONS", "Architecture", "LinearWeight", "describe", "empty_model"]
 
@@ -80,14 +80,26 @@ class Architecture:
 
 
 def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model without memory for its weights. Raises SwquantError where transformers has no causal model for it."""
+    """The model without memory for its weights. Raises SwquantError where transformers has no causal model for it, or where
+    the configuration claims so many weights that making room for them could bring down the machine."""
+    check_depth(checkpoint.name, checkpoint.config, len(checkpoint.tensors))
+    model = _build(checkpoint)
+    stored = sum(tensor.numel for tensor in checkpoint.tensors.values())
+    if model.num_parameters() > 4 * stored:
+        raise SwquantError(
+            f"{checkpoint.name}: the configuration claims {model.num_parameters():,} weights, but there are only {stored:,}; "
+            "it belongs to another model"
+        )
+    return model
+
+
+def _build(checkpoint: Checkpoint) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=checkpoint.trust_remote_code)
     except Exception as error:  # transformers raises nearly everything here
-        reason = str(error).strip().splitlines()[0]
         raise SwquantError(
-            f"{checkpoint.name}: transformers cannot build this model ({reason}); swquant compresses causal language models"
+            f"{checkpoint.name}: transformers cannot build this model ({first_line(error)}); swquant compresses causal language models"
         ) from None
 
 

@@ -57,11 +57,16 @@ class Windows:
     def predicted(self) -> int:
         return sum(len(ids) - (self.bos is None) for ids in self.ids)
 
+    def same_as(self, other: Windows) -> bool:
+        return self.bos == other.bos and [ids.tolist() for ids in self.ids] == [ids.tolist() for ids in other.ids]
+
 
 def make_windows(checkpoint: Checkpoint, text: str, window: int, limit: int | None = None) -> Windows:
     """Cut a text. limit: at most so many windows. Raises SwquantError for a text too short to predict anything."""
     if window < 2:
         raise SwquantError(f"a window of {window} tokens predicts nothing; use 2048, or what the model takes")
+    if limit is not None and limit < 1:
+        raise SwquantError(f"a limit of {limit} windows leaves nothing to evaluate; give 1 or more, or none")
     tokenizer = checkpoint.tokenizer()
     with quiet():
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -117,7 +122,7 @@ def evaluate_model(
     windows = make_windows(checkpoint, text, window, limit)
     if against is not None:
         other = make_windows(against, text, window, limit)
-        if other.bos != windows.bos or any(not torch.equal(a, b) for a, b in zip(other.ids, windows.ids, strict=False)):
+        if not windows.same_as(other):
             raise SwquantError(
                 f"{checkpoint.name} and {against.name} tokenize the text differently; compare with the original"
             )
@@ -146,10 +151,11 @@ def evaluate_model(
                     agree += int((ours.argmax(dim=-1) == theirs.argmax(dim=-1)).sum())
             bar.advance("", len(targets))
     count = windows.predicted
-    if not math.isfinite(nll):
-        raise SwquantError(
-            f"{checkpoint.name}: the model's output is NaN or infinite on this text; its weights are damaged"
-        )
+    for evaluated, total in ((checkpoint, nll), (against, original_nll)):
+        if evaluated is not None and not math.isfinite(total):
+            raise SwquantError(
+                f"{evaluated.name}: the model's output is NaN or infinite on this text; its weights are damaged"
+            )
     return Evaluation(
         perplexity=_exp(nll / count),
         tokens=count,
@@ -169,6 +175,8 @@ def generate_text(
     checkpoint: Checkpoint, prompt: str, *, tokens: int = 40, on_token: Callable[[str], None] | None = None
 ) -> str:
     """Continue a prompt greedily by at most `tokens` tokens. Returns prompt and continuation."""
+    if tokens < 1:
+        raise SwquantError(f"{tokens} tokens are nothing to generate; give 1 or more")
     tokenizer = checkpoint.tokenizer()
     with quiet():
         model: Any = build_model(checkpoint, torch.float32)

@@ -20,7 +20,15 @@ if TYPE_CHECKING:
     from swquant.detection import Found
     from swquant.plan import Plan, TensorPlan
 
-__all__ = ["MANIFEST", "detection_record", "loader_table", "read_manifest", "tensor_record", "write_manifest"]
+__all__ = [
+    "MANIFEST",
+    "detection_record",
+    "loader_table",
+    "outlier_counts",
+    "read_manifest",
+    "tensor_record",
+    "write_manifest",
+]
 
 MANIFEST = "swquant/manifest.json"
 _FORMAT, _VERSION = "swquant-manifest", 1
@@ -53,6 +61,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path}: the digest does not match its content; the manifest was changed after it was written"
         )
     return manifest
+
+
+def outlier_counts(manifest: Mapping[str, Any]) -> dict[str, int]:
+    """Tensor -> number of its weights in the sidecar, for those that have any."""
+    return {name: record["outliers"] for name, record in manifest["tensors"].items() if record.get("outliers")}
 
 
 def detection_record(found: Found) -> dict[str, Any]:

@@ -17,9 +17,10 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from exporters.errors import SwquantError
+from exporters.errors import SwquantError, first_line
 from swquant.architecture import empty_model
 from swquant.checkpoint.base import Checkpoint
+from swquant.interrupts import sigterm_interrupts
 
 __all__ = ["build_model", "fits_in_memory", "offloaded_model", "quiet"]
 
@@ -53,13 +54,21 @@ def fits_in_memory(checkpoint: Checkpoint, dtype: torch.dtype) -> bool:
     return sum(stored.numel for stored in checkpoint.tensors.values()) * dtype.itemsize * 2 <= available_memory()
 
 
-def _finish(checkpoint: Checkpoint, loaded: Any) -> PreTrainedModel:
-    """loaded: (model, loading information) as from_pretrained returns them."""
-    model, info = loaded
-    missing = sorted(info["missing_keys"])
-    mismatched = sorted(str(key) for key in info["mismatched_keys"])
-    if missing or mismatched:
-        problem = f"lacks {missing[0]}" if missing else f"has another shape than the model for {mismatched[0]}"
+def _load(checkpoint: Checkpoint, folder: str | None, **options: Any) -> PreTrainedModel:
+    """from_pretrained, which leaves random numbers where a weight is missing or has another shape: here both are errors."""
+    model_class: Any = type(empty_model(checkpoint))
+    try:
+        model, info = model_class.from_pretrained(
+            folder, **options, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except Exception as error:  # transformers raises nearly everything here
+        raise SwquantError(
+            f"{checkpoint.name}: transformers cannot load these weights ({first_line(error)}); fetch the model again"
+        ) from None
+    problem = next((f"lacks {name}" for name in sorted(info["missing_keys"])), None)
+    for name, stored, wanted in sorted(info["mismatched_keys"]):
+        problem = problem or f"has the shape {list(stored)} for {name}, the model {list(wanted)}"
+    if problem:
         raise SwquantError(f"{checkpoint.name}: the checkpoint {problem}; config.json belongs to another model")
     return model.eval()
 
@@ -67,12 +76,9 @@ def _finish(checkpoint: Checkpoint, loaded: Any) -> PreTrainedModel:
 def build_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: str = "cpu") -> PreTrainedModel:
     """The model with all weights in memory, as `dtype` (its own if None). Raises SwquantError where weights are missing."""
     with quiet():
-        model_class: Any = type(empty_model(checkpoint))
         state = {name: checkpoint.read(name) for name in checkpoint.tensors}
-        loaded = model_class.from_pretrained(
-            None, config=checkpoint.config, state_dict=state, dtype=dtype or "auto", output_loading_info=True
-        )
-    model: Any = _finish(checkpoint, loaded)  # transformers wraps .to() in a way mypy cannot follow
+        # transformers wraps .to() in a way mypy cannot follow, hence Any.
+        model: Any = _load(checkpoint, None, config=checkpoint.config, state_dict=state, dtype=dtype or "auto")
     return model.to(device)
 
 
@@ -86,14 +92,12 @@ def offloaded_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[PreT
         raise SwquantError(
             f"{checkpoint.name}: a {checkpoint.kind} model must fit in memory; convert it to safetensors first"
         )
-    with tempfile.TemporaryDirectory(prefix="swquant-offload-") as folder, quiet():
-        model_class: Any = type(empty_model(checkpoint))
-        loaded = model_class.from_pretrained(
+    with sigterm_interrupts(), tempfile.TemporaryDirectory(prefix="swquant-offload-") as folder, quiet():
+        yield _load(
+            checkpoint,
             os.fspath(checkpoint.folder),
             dtype=dtype,
             device_map={"": "disk"},
             offload_folder=folder,
-            output_loading_info=True,
             trust_remote_code=checkpoint.trust_remote_code,
         )
-        yield _finish(checkpoint, loaded)

@@ -9,15 +9,10 @@ happens before that, OUT does not exist (or, with overwrite, is still the old on
 from __future__ import annotations
 
 import errno
-import shutil
-import signal
-import tempfile
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -41,6 +36,7 @@ from exporters.safetensors_file import FileRecord, SafetensorsWriter
 from exporters.sidecar import SIDECAR, SidecarWriter
 from swquant.checkpoint.base import Checkpoint
 from swquant.console import Progress, silent
+from swquant.destination import check_destination, check_space, no_space, replace, unfinished
 from swquant.detection import Found, find_super_weights
 from swquant.manifest import detection_record, loader_table, tensor_record, write_manifest
 from swquant.options import CompressOptions
@@ -82,17 +78,6 @@ def prepare(
     return Prepared(checkpoint, found, plan)
 
 
-def check_destination(out: Path, overwrite: bool) -> None:
-    """Raise SwquantError unless OUT can be created. Called before the probe: nobody waits to be refused."""
-    if out.exists() and not overwrite:
-        raise SwquantError(f"{out}: exists already; give another OUT, or --overwrite to replace it")
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file())):
-        raise SwquantError(f"{out}: exists and is not a checkpoint; --overwrite replaces only checkpoints")
-    parent = out.resolve().parent
-    if not parent.is_dir():
-        raise SwquantError(f"{out}: the folder {parent} does not exist; create it first")
-
-
 def compress_checkpoint(
     checkpoint: Checkpoint,
     out: Path,
@@ -103,7 +88,7 @@ def compress_checkpoint(
     progress: Progress = silent,
 ) -> Compressed:
     """Probe, plan and write. Raises SwquantError for everything the user can mend."""
-    check_destination(out, overwrite)
+    check_destination(out, overwrite, checkpoint)
     return write(
         prepare(checkpoint, options, low_memory=low_memory, progress=progress),
         out,
@@ -114,68 +99,21 @@ def compress_checkpoint(
 
 def write(prepared: Prepared, out: Path, *, overwrite: bool = False, progress: Progress = silent) -> Compressed:
     """Carry out a plan. `out` appears whole or not at all."""
-    check_destination(out, overwrite)
-    _check_space(prepared.plan, out.resolve().parent)
-    with _unfinished(out) as folder:
-        try:
+    check_destination(out, overwrite, prepared.checkpoint)
+    check_space(out, prepared.plan.nbytes)
+    try:
+        with unfinished(out) as folder:
             manifest = _write_all(prepared, folder, progress)
             with progress.step("Verifying every byte"):
                 problems = verify(folder)
             if problems:
                 raise SwquantError(f"{out}: the result does not verify ({problems[0]}); is the disk sound?")
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise SwquantError(_space_message(out.resolve().parent, prepared.plan.nbytes)) from None
-            raise SwquantError(f"{error.filename or out}: cannot be written ({error.strerror})") from None
-        _replace(folder, out)
+            replace(folder, out, overwrite)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise no_space(out, prepared.plan.nbytes) from None
+        raise SwquantError(f"{error.filename or out}: cannot be written ({error.strerror}); give another OUT") from None
     return Compressed(out, manifest)
-
-
-def _space_message(folder: Path, needed: int) -> str:
-    free = shutil.disk_usage(folder).free
-    return (
-        f"{folder}: no space left; {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; choose another OUT"
-    )
-
-
-def _check_space(plan: Plan, folder: Path) -> None:
-    if shutil.disk_usage(folder).free < plan.nbytes:
-        raise SwquantError(_space_message(folder, plan.nbytes))
-
-
-@contextmanager
-def _unfinished(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` that does not outlive the block, also not after Ctrl-C or SIGTERM."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.resolve().parent))
-    folder.chmod(0o755)  # mkdtemp's 0700 would stay with the finished checkpoint
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, stop) if in_main_thread else None
-    try:
-        yield folder
-    finally:
-        if in_main_thread:
-            signal.signal(signal.SIGTERM, previous)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _replace(folder: Path, out: Path) -> None:
-    """Rename the finished folder to its name; an old checkpoint there moves aside first and goes last."""
-    if not out.exists():
-        folder.rename(out)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.replaced-", dir=out.resolve().parent))
-    out.rename(aside / "old")
-    try:
-        folder.rename(out)
-    except OSError:
-        (aside / "old").rename(out)
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write_all(prepared: Prepared, folder: Path, progress: Progress) -> Mapping[str, Any]:
@@ -254,7 +192,7 @@ def _write_tensor(
     if tensor.block is None:
         ((name, (dtype, _)),) = tensor.layout.items()
         _check_finite(tensor.name, weight)
-        writer.write(name, weight.to(dtype))
+        writer.write(name, _cast(tensor.name, weight, dtype))
         return {}
     options = prepared.plan.options
     quantized = round_weight(weight, tensor, options)
@@ -278,16 +216,29 @@ def _write_tensor(
     return record
 
 
-def _check_finite(name: str, weight: torch.Tensor) -> None:
+def _all_finite(weight: torch.Tensor) -> bool:
     if not weight.is_floating_point():
-        return
+        return True
     values = weight.flatten()
 
     def finite(piece: slice) -> bool:  # of a whole embedding, the temporaries would take five times its bytes
         return bool(torch.isfinite(values[piece].to(torch.float32)).all())
 
-    if not all(for_pieces(finite, values.numel(), 1)):
+    return all(for_pieces(finite, values.numel(), 1))
+
+
+def _check_finite(name: str, weight: torch.Tensor) -> None:
+    if not _all_finite(weight):
         raise SwquantError(f"{name}: holds a NaN or infinite value; the source is damaged, fetch it again")
+
+
+def _cast(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A dense tensor as it is stored."""
+    cast = weight.to(dtype)
+    if dtype is not weight.dtype and not _all_finite(cast):
+        kind = str(dtype).removeprefix("torch.")
+        raise SwquantError(f"{name}: a value of {weight.abs().max():.3g} does not fit {kind}; use --dtype bfloat16")
+    return cast
 
 
 def round_weight(weight: torch.Tensor, tensor: TensorPlan, options: CompressOptions) -> QuantizedTensor:
@@ -311,15 +262,13 @@ def round_weight(weight: torch.Tensor, tensor: TensorPlan, options: CompressOpti
             scale_dtype=scale_dtype,
         )
     except ValueError as error:
-        raise SwquantError(f"{tensor.name}: {error}; the source is damaged, or keep this tensor with --dense") from None
+        _check_finite(tensor.name, weight)
+        raise SwquantError(f"{tensor.name}: {error}; use --dtype bfloat16") from None
 
 
 def choose_outliers(weight: torch.Tensor, quantized: QuantizedTensor, tensor: TensorPlan) -> Outliers:
     """The points of a tensor's sidecar: its super weights, and as many of the worst rounded as were planned."""
-    candidates = worst(weight, quantized, tensor.points)
-    positions = [*tensor.super_weights, *zip(candidates.rows.tolist(), candidates.cols.tolist(), strict=True)]
-    rows, cols = torch.tensor(list(dict.fromkeys(positions))[: tensor.points], dtype=torch.int64).T
-    return Outliers.at(weight, rows, cols)
+    return worst(weight, quantized, tensor.points, always=tensor.super_weights)
 
 
 def _config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from exporters.errors import CheckpointError, SwquantError
 from exporters.safetensors_file import SafetensorsReader
 from exporters.sidecar import SIDECAR, SidecarReader
-from swquant.manifest import MANIFEST, read_manifest
+from swquant.manifest import MANIFEST, outlier_counts, read_manifest
 
 __all__ = ["file_sha256", "verify"]
 
@@ -35,14 +35,20 @@ def verify(folder: Path) -> list[str]:
     problems += [f"{name}: listed in the manifest, but not there" for name in sorted(set(listed) - present)]
     problems += [f"{name}: there, but not listed in the manifest" for name in sorted(present - set(listed))]
     for name in sorted(present & set(listed)):
-        path = folder / name
-        if path.is_symlink() or path.stat().st_size != listed[name]["bytes"]:
-            problems.append(f"{name}: {path.stat().st_size} bytes, the manifest says {listed[name]['bytes']}")
-        elif name.endswith(".safetensors"):
-            problems += _verify_weights(path, name, manifest)
-        elif file_sha256(path) != listed[name]["sha256"]:
-            problems.append(f"{name}: its sha256 is not the manifest's")
+        try:
+            problems += _verify_file(folder / name, name, manifest)
+        except OSError as error:  # a link to nothing, no permission, a bad sector
+            problems.append(f"{name}: cannot be read ({error.strerror})")
     return problems
+
+
+def _verify_file(path: Path, name: str, manifest: Mapping[str, Any]) -> list[str]:
+    listed, size = manifest["files"][name], path.stat().st_size
+    if size != listed["bytes"]:
+        return [f"{name}: {size} bytes, the manifest says {listed['bytes']}"]
+    if name.endswith(".safetensors"):
+        return _verify_weights(path, name, manifest)
+    return [] if file_sha256(path) == listed["sha256"] else [f"{name}: its sha256 is not the manifest's"]
 
 
 def _verify_weights(path: Path, name: str, manifest: Mapping[str, Any]) -> list[str]:
@@ -83,8 +89,7 @@ def _verify_sidecar(path: Path, manifest: Mapping[str, Any]) -> list[str]:
     problems = []
     sidecar = SidecarReader(path)
     try:
-        expected = {name: record["outliers"] for name, record in manifest["tensors"].items() if record.get("outliers")}
-        if expected != {name: sidecar.count(name) for name in sidecar.tensors}:
+        if outlier_counts(manifest) != sidecar.counts:
             problems.append(f"{SIDECAR}: does not hold the outliers that the manifest counts")
         for name in sidecar.tensors:
             points, shape = sidecar.read(name), manifest["tensors"].get(name, {}).get("shape", [0, 0])

@@ -152,3 +152,13 @@ def test_of_equal_errors_worst_takes_those_that_come_first():
     weight = torch.tensor([[0.5, -0.5, 0.1, 0.5], [0.7, 0.5, -0.5, 0.2], [0.5, 0.5, -0.9, 0.5]])
     assert points_of(worst(weight, quantized, 2)) == [(1, 0), (2, 2)]
     assert points_of(worst(weight, quantized, 5)) == [(0, 0), (0, 1), (0, 3), (1, 0), (2, 2)]
+
+
+def test_what_is_always_kept_comes_before_the_largest_errors():
+    weight = random_weight((8, 18), 1)
+    quantized = quantize(weight, Channel(), 3)
+    always = [(0, 0), (7, 17), (3, 4), (0, 0)]
+    largest = set(reference_worst(weight, quantized, 5)) - set(always)
+    assert len(largest) == 5  # none of them is kept for its error
+    assert set(points_of(worst(weight, quantized, 8, always=always))) == {*always, *largest}
+    assert set(points_of(worst(weight, quantized, 3, always=always))) == set(always)

@@ -60,7 +60,7 @@ MOMENTS = [
     (sys.modules["swquant.pipeline"], "write_json", 2),
     (sys.modules["swquant.pipeline"], "write_manifest", 1),
     (sys.modules["swquant.pipeline"], "verify", 1),
-    (sys.modules["swquant.pipeline"], "_replace", 1),
+    (sys.modules["swquant.pipeline"], "replace", 1),
 ]
 
 

@@ -17,9 +17,9 @@ from typing import Any, Self
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from exporters.errors import SwquantError
+from exporters.errors import SwquantError, first_line
 
-__all__ = ["Checkpoint", "Stored"]
+__all__ = ["Checkpoint", "Stored", "check_depth"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,15 @@ class Stored:
         return self.numel * self.dtype.itemsize
 
 
+def check_depth(name: str, config: PreTrainedConfig, tensors: int) -> None:
+    """Raise SwquantError where there are more layers than tensors: to build a billion of them would take all memory."""
+    depth = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
+    if depth > tensors:
+        raise SwquantError(
+            f"{name}: the configuration claims {depth} layers, but there are only {tensors} tensors; it belongs to another model"
+        )
+
+
 class Checkpoint(ABC):
     """A model on disk: its configuration, and tensors that are read one at a time.
 
@@ -57,6 +66,11 @@ class Checkpoint(ABC):
     fingerprint: str
     trust_remote_code: bool = False
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that it is read from, which no output may replace."""
+        return (self.folder / "config.json",)
+
     @abstractmethod
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name`, with all its values, in the form that `tensors[name]` announces."""
@@ -69,9 +83,8 @@ class Checkpoint(ABC):
         try:
             return self._load_tokenizer()
         except Exception as error:  # transformers raises nearly everything here
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise SwquantError(
-                f"{self.name}: no usable tokenizer ({reason}); put tokenizer.json beside config.json"
+                f"{self.name}: no usable tokenizer ({first_line(error)}); put tokenizer.json beside config.json"
             ) from None
 
     @abstractmethod

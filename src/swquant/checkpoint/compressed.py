@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from calibrationless import QuantizedTensor, dequantize, restore
 from exporters import compressed_tensors
@@ -19,8 +18,8 @@ from exporters.json_file import read_json
 from exporters.safetensors_file import SafetensorsReader
 from exporters.sidecar import SIDECAR, SidecarReader
 from swquant.checkpoint.base import Checkpoint, Stored
-from swquant.checkpoint.safetensors import shard_names
-from swquant.manifest import read_manifest
+from swquant.checkpoint.safetensors import load_config, shard_names
+from swquant.manifest import outlier_counts, read_manifest
 
 __all__ = ["CompressedCheckpoint"]
 
@@ -33,32 +32,42 @@ class CompressedCheckpoint(Checkpoint):
     def __init__(self, folder: Path, *, restored: bool = True, trust_remote_code: bool = False) -> None:
         self.folder = folder
         self.name = folder.resolve().name
-        self.restored = restored
         self.trust_remote_code = trust_remote_code
         self.manifest = read_manifest(folder)
         self.fingerprint = self.manifest["digest"]
         self._records: dict[str, dict[str, Any]] = self.manifest["tensors"]
         self.raw_config = read_json(folder / "config.json")
-        plain = {key: value for key, value in self.raw_config.items() if key not in ("quantization_config", "swquant")}
-        self.config = AutoConfig.for_model(**plain) if "auto_map" not in plain else self._remote_config()
+        self.config = load_config(folder, self.raw_config, self.name, trust_remote_code)
+        for key in ("quantization_config", "swquant"):
+            if hasattr(self.config, key):
+                delattr(self.config, key)
         self._readers: dict[str, SafetensorsReader] = {}
         self._sidecar: SidecarReader | None = None
         try:
             for shard in shard_names(folder):
                 self._readers[shard] = SafetensorsReader(folder / shard)
-            if (folder / SIDECAR).is_file():
-                self._sidecar = SidecarReader(folder / SIDECAR)
+            self._sidecar = self._open_sidecar() if restored else None
             self.tensors = {name: self._stored(name, record) for name, record in self._records.items()}
         except BaseException:
             self.close()
             raise
 
-    def _remote_config(self) -> Any:
-        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
-        for key in ("quantization_config", "swquant"):
-            if hasattr(config, key):
-                delattr(config, key)
-        return config
+    def _open_sidecar(self) -> SidecarReader | None:
+        """The sidecar, if the model has outliers. Raises SwquantError unless it holds exactly those that were written: a
+        model without some of its outliers is another model."""
+        expected = outlier_counts(self.manifest)
+        if not expected:
+            return None
+        if not (self.folder / SIDECAR).is_file():
+            raise SwquantError(f"{self.name}: {SIDECAR} is missing; fetch it again, or load without it (--no-restore)")
+        sidecar = SidecarReader(self.folder / SIDECAR)
+        if sidecar.counts != expected:
+            sidecar.close()
+            raise SwquantError(
+                f"{self.name}: {SIDECAR} does not hold the outliers that the manifest counts; fetch it again, "
+                "or load without it (--no-restore)"
+            )
+        return sidecar
 
     def _reader(self, name: str) -> SafetensorsReader:
         shard = self._records[name].get("file")
@@ -89,7 +98,7 @@ class CompressedCheckpoint(Checkpoint):
         if "dense" in self._records[name]:
             return self._reader(name).read(name)
         weight = dequantize(self.quantized(name))
-        if self.restored and self._sidecar is not None and name in self._sidecar.tensors:
+        if self._sidecar is not None and name in self._sidecar.tensors:
             try:
                 restore(weight, self._sidecar.read(name))
             except ValueError as error:

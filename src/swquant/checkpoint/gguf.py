@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from exporters.errors import SwquantError
-from swquant.checkpoint.base import Checkpoint, Stored
+from exporters.errors import SwquantError, first_line
+from swquant.checkpoint.base import Checkpoint, Stored, check_depth
 
 __all__ = ["GgufCheckpoint"]
 
@@ -46,7 +46,7 @@ class GgufCheckpoint(Checkpoint):
             raise
         except Exception as error:  # struct.error, IndexError, ValueError, …: the header lies
             raise SwquantError(
-                f"{path.name}: not a readable GGUF file ({type(error).__name__}: {error}); fetch it again, "
+                f"{path.name}: not a readable GGUF file ({type(error).__name__}: {first_line(error)}); fetch it again, "
                 "or convert the model to safetensors with transformers"
             ) from None
 
@@ -60,6 +60,7 @@ class GgufCheckpoint(Checkpoint):
         parsed = load_gguf_checkpoint(str(self.path))["config"]
         self.config = AutoConfig.for_model(**parsed)
         self.config.dtype = torch.bfloat16
+        check_depth(self.name, self.config, len(reader.tensors))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config)
         self.config.architectures = [type(model).__name__]
@@ -90,13 +91,23 @@ class GgufCheckpoint(Checkpoint):
             digest.update(f"{tensor.name} {tensor.tensor_type.name} {tensor.shape} {tensor.data_offset}\n".encode())
         self.fingerprint = digest.hexdigest()
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.path,)
+
     def read(self, name: str) -> torch.Tensor:
         from gguf import dequantize
 
         encoded = self._encoded[self._gguf_name[name]]
-        values = dequantize(encoded.data, encoded.tensor_type)
-        # The table of processors undoes what llama.cpp did to a tensor: permuted rows, norms stored plus one.
-        values = self._processor.process(weights=values, name=encoded.name).weights
+        try:
+            values = dequantize(encoded.data, encoded.tensor_type)
+            # The table of processors undoes what llama.cpp did to a tensor: permuted rows, norms stored plus one.
+            values = self._processor.process(weights=values, name=encoded.name).weights
+        except Exception as error:  # an encoding that the package does not know, a shape that lies
+            raise SwquantError(
+                f"{self.path.name}: {encoded.name} cannot be decoded from {encoded.tensor_type.name} "
+                f"({first_line(error)}); take a file in F16, Q8_0 or Q4_K"
+            ) from None
         tensor = torch.from_numpy(np.array(values, dtype=np.float32))
         if tuple(tensor.shape) != self.tensors[name].shape:
             raise SwquantError(

@@ -12,7 +12,7 @@ import os
 import re
 from pathlib import Path
 
-from exporters.errors import SwquantError
+from exporters.errors import SwquantError, first_line
 from swquant.checkpoint.base import Checkpoint
 from swquant.checkpoint.compressed import CompressedCheckpoint
 from swquant.checkpoint.gguf import GgufCheckpoint
@@ -34,13 +34,13 @@ def open_checkpoint(
     restored: for a compressed checkpoint, whether outliers are laid back while reading.
     """
     path = Path(model)
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path.is_file, no error for a name that is too long
         if path.suffix.lower() != ".gguf":
             raise SwquantError(
                 f"{path.name}: neither a folder nor a .gguf file; give the folder that holds config.json"
             )
         return GgufCheckpoint(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         if (path / MANIFEST).is_file():
             return CompressedCheckpoint(path, restored=restored, trust_remote_code=trust_remote_code)
         if not any(path.iterdir()):
@@ -51,7 +51,7 @@ def open_checkpoint(
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         folder = _fetch(str(model), revision)
         return SafetensorsCheckpoint(folder, name=str(model).rpartition("/")[2], trust_remote_code=trust_remote_code)
-    raise SwquantError(f"{model}: no such folder or file, and not a hub id (OWNER/NAME)")
+    raise SwquantError(f"{model}: no such folder or file that can be read, and not a hub id (OWNER/NAME)")
 
 
 def _fetch(repository: str, revision: str | None) -> Path:
@@ -62,8 +62,7 @@ def _fetch(repository: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises a zoo of network and HTTP errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SwquantError(
-            f"{repository}: not a folder here, and the hub did not give it ({reason}); check the name and the network, "
+            f"{repository}: not a folder here, and the hub did not give it ({first_line(error)}); check the name and the network, "
             "or give a local folder"
         ) from None

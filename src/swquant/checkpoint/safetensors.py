@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from exporters.errors import SwquantError
+from exporters.errors import SwquantError, first_line
 from exporters.json_file import read_json
 from exporters.safetensors_file import SafetensorsReader
 from swquant.checkpoint.base import Checkpoint, Stored
 
-__all__ = ["COMPANIONS", "SafetensorsCheckpoint", "shard_names"]
+__all__ = ["COMPANIONS", "SafetensorsCheckpoint", "load_config", "shard_names"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -60,6 +60,20 @@ def shard_names(folder: Path) -> tuple[str, ...]:
     )
 
 
+def load_config(folder: Path, raw: Mapping[str, Any], name: str, trust_remote_code: bool) -> PreTrainedConfig:
+    """The transformers configuration of a folder whose config.json is `raw`. Runs code of the folder only where that is
+    trusted. A model that transformers knows by itself needs none, even if it brings some."""
+    if raw.get("auto_map") and str(raw.get("model_type")) not in CONFIG_MAPPING and not trust_remote_code:
+        raise SwquantError(
+            f"{name}: the model brings Python code of its own, which was not run; "
+            "read it, and if you trust it, add --trust-remote-code"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises nearly everything here
+        raise SwquantError(f"{name}: config.json is not usable ({first_line(error)}); fetch it again") from None
+
+
 class SafetensorsCheckpoint(Checkpoint):
     """Reads shard by shard, one tensor at a time."""
 
@@ -78,20 +92,20 @@ class SafetensorsCheckpoint(Checkpoint):
         self._where: dict[str, str] = {}
         try:
             self._open()
-            self.config = self._parse_config()
+            self._refuse_quantized()
+            self.config = load_config(folder, self.raw_config, self.name, trust_remote_code)
         except BaseException:
             self.close()
             raise
 
-    def _parse_config(self) -> Any:
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.folder / "config.json", *(self.folder / shard for shard in self._readers))
+
+    def _refuse_quantized(self) -> None:
         if quantized := self.raw_config.get("quantization_config"):
             method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else "unknown"
             raise SwquantError(f"{self.name}: already quantized ({method}); start from the original model")
-        try:
-            return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
-        except Exception as error:  # transformers raises nearly everything here
-            reason = str(error).strip().splitlines()[0]
-            raise SwquantError(f"{self.name}: config.json is not usable ({reason})") from None
 
     def _open(self) -> None:
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())

@@ -124,14 +124,15 @@ def compress(
         strict_block=strict_block, dtype=dtype, shard_size=shard_size, prompt=prompt,
     )  # fmt: skip
     from swquant.checkpoint.open import open_checkpoint
-    from swquant.pipeline import check_destination, prepare, write
+    from swquant.destination import check_destination
+    from swquant.pipeline import prepare, write
     from swquant.tables import plan_record, show_plan, show_result
 
     progress = make_progress(as_json)
     with open_checkpoint(model, trust_remote_code=trust_remote_code) as checkpoint:
         target = out_folder if out_folder is not None else Path(checkpoint.name + options.suffix)
         if not dry_run:
-            check_destination(target, overwrite)
+            check_destination(target, overwrite, checkpoint)
         prepared = prepare(checkpoint, options, low_memory=low_memory, progress=progress)
         if not as_json:
             show_plan(out, prepared, target, every_tensor=dry_run)
