@@ -1,0 +1,60 @@
+"""Options: sizes, names and fingerprints. What the command line says of bad values is in test_cli.py."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+import torch
+
+from calibrationless import Clip, Tile
+from exporters.errors import SwquantError
+from swquant.options import CompressOptions, parse_bytes
+
+OTHER = {
+    "bits": 3, "block": "64", "symmetric": False, "clip": "z=9", "restore": False, "outliers": 0.01, "dense": ("q_proj",),
+    "strict_block": True, "dtype": "float16", "shard_size": "1GB", "prompt": "Hello.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("5GB", 5_000_000_000), ("1GiB", 1 << 30), ("1.5 MB", 1_500_000), ("20kb", 20_000), ("123", 123), ("7B", 7)],
+)
+def test_sizes_are_read(text: str, count: int) -> None:
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-5GB", "5TB", "5 G B", "1e9", "nan"])
+def test_what_is_no_size_is_refused_with_examples(text: str) -> None:
+    with pytest.raises(SwquantError, match="not understood; write 5GB, 500MB or 1GiB"):
+        parse_bytes(text)
+
+
+def test_every_option_changes_the_fingerprint() -> None:
+    assert set(OTHER) == {item.name for item in fields(CompressOptions)}
+    prints = [CompressOptions().fingerprint("source"), CompressOptions().fingerprint("other source")]
+    prints += [CompressOptions(**{key: value}).fingerprint("source") for key, value in OTHER.items()]
+    assert len(set(prints)) == len(prints)
+    assert prints[0] == CompressOptions().fingerprint("source")
+
+
+def test_words_become_what_the_algorithms_take() -> None:
+    options = CompressOptions(block="64X32", clip="IQR=3", dtype="float16")
+    assert options.parsed_block == Tile(64, 32)
+    assert options.parsed_clip == Clip("iqr", 3.0)
+    assert options.parsed_dtype is torch.float16
+    assert CompressOptions().parsed_dtype is None
+
+
+@pytest.mark.parametrize(
+    ("bits", "block", "suffix"),
+    [
+        (4, "128", "-w4-b128"),
+        (3, "64x32", "-w3-b64x32"),
+        (8, "channel", "-w8-bchannel"),
+        (2, "flat:512", "-w2-bflat512"),
+    ],
+)
+def test_the_suffix_is_a_file_name(bits: int, block: str, suffix: str) -> None:
+    assert CompressOptions(bits=bits, block=block).suffix == suffix
