@@ -1,0 +1,68 @@
+// How the CPU kernels see the weights: rows in groups of 16, so that one vector holds the same column of 16 outputs.
+//
+// A block's columns are cut into pieces of at most 256 (int32 sums of 8-bit products stay exact in float32, and level 4
+// scales activations per piece), each padded to whole units. A unit is 64 bytes: byte 4r + j belongs to row r of the
+// group and holds the codes of columns j, 4 + j, 8 + j, … of the unit, lowest bits first. One 32-bit lane is thus what
+// the dot-product instructions (vpdpbusd, vpmaddubsw) consume, and a mask and a shift give all 16 rows' codes.
+//
+//   codes per byte   columns of a unit   for bits
+//   4                16                  2
+//   2                8                   3, 4
+//   1                4                   5 to 8, and any bits where short blocks would mostly be padding
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "../weights.h"
+
+namespace swquant::cpu {
+
+constexpr int kGroup = 16;   // rows
+constexpr int kUnit = 64;    // bytes
+constexpr int kPiece = 256;  // columns at most
+
+template <typename T>
+struct Free {
+  void operator()(T* data) const { std::free(data); }
+};
+template <typename T>
+using Buffer = std::unique_ptr<T[], Free<T>>;
+
+// Uninitialized, at a multiple of 64 bytes; throws std::bad_alloc.
+template <typename T>
+Buffer<T> allocate(int64_t count);
+
+struct Piece {
+  int64_t block;
+  int64_t start;   // first column
+  int64_t offset;  // first column where every piece is padded
+  int64_t unit;    // first unit
+  int length;      // columns
+  int units;
+};
+
+struct Layout {
+  int per_byte;     // codes in a byte: 1, 2 or 4
+  int bits_stored;  // 8 / per_byte
+  int64_t inputs, outputs, groups, blocks;
+  int64_t padded;  // columns with padding
+  int64_t units;   // of a group
+  float zero_point;  // where zero_points is empty
+  std::vector<Piece> pieces;
+  Buffer<uint8_t> codes;      // [groups][units][64]
+  Buffer<float> scales;       // [groups][blocks][16]
+  Buffer<float> zero_points;  // like scales, or null
+
+  int unit_columns() const { return 4 * per_byte; }
+  const uint8_t* group_codes(int64_t group) const { return codes.get() + group * units * kUnit; }
+  const float* block_scales(int64_t group, int64_t block) const { return scales.get() + (group * blocks + block) * kGroup; }
+  // Null where all are `zero_point`.
+  const float* block_zeros(int64_t group, int64_t block) const {
+    return zero_points ? zero_points.get() + (group * blocks + block) * kGroup : nullptr;
+  }
+};
+
+Layout interleave(const Weights& weights);
+
+}  // namespace swquant::cpu

@@ -1,0 +1,216 @@
+// What happens around the inner loops: rounding A, sharing the work among the runtime's threads, and the corrections in
+// float32 (channels, outliers, bias) while a tile of Y is still in the cache.
+#include "linear.h"
+
+#include <algorithm>
+#include <cinttypes>
+#include <cmath>
+#include <cstring>
+
+#include "../floats.h"
+#include "kernels.h"
+
+namespace swquant::cpu {
+namespace {
+
+constexpr int64_t kRows = 64;     // rows of A that a task multiplies with all of its groups
+constexpr int64_t kPanel = kPiece;  // columns that are dequantized at a time: 16 KiB
+constexpr int64_t kTask = 1 << 17;  // multiplications below which a thread is not worth waking
+constexpr int64_t kTasks = 64;      // per strip: enough for every thread, few enough to cost nothing
+
+struct Outlier {
+  int32_t lane, col;
+  float delta;
+};
+
+}  // namespace
+
+struct Linear::State {
+  const ort::Api* api;
+  std::string node;
+  ort::Type type;
+  bool int8;
+  const Kernels* kernels;
+  Layout layout;
+  std::vector<int64_t> first_outlier;  // [groups + 1]
+  std::vector<Outlier> outliers;
+  std::vector<int32_t> channels;
+  Buffer<float> channel_weights;  // [groups][channels][16]
+  Buffer<float> bias;             // [groups][16]
+
+  State(const ort::Api* api, const ort::KernelInfo* info, ort::Type type);
+  void read(const void* a, int64_t row, float* to, float* plain) const;
+  void tile(const void* a, const float* floats, const int8_t* q, const PieceScale* scales, int64_t group, int64_t m,
+            int64_t rows, float* panel, float* y) const;
+  void run(const ort::KernelContext* context, const void* a, int64_t rows, void* y) const;
+};
+
+Linear::State::State(const ort::Api* api, const ort::KernelInfo* info, ort::Type type)
+    : api(api), node(node_name(api, info)), type(type), kernels(&cpu::kernels()) {
+  const Weights weights = read_weights(api, info, type);
+  int8 = weights.int8;
+  layout = interleave(weights);
+  first_outlier.assign(static_cast<size_t>(layout.groups + 1), 0);
+  for (size_t i = 0; i < weights.outlier_rows.size(); ++i) {
+    const int32_t row = weights.outlier_rows[i];
+    outliers.push_back({row % kGroup, weights.outlier_cols[i], weights.outlier_deltas[i]});
+    ++first_outlier[static_cast<size_t>(row / kGroup + 1)];
+  }
+  for (size_t group = 1; group < first_outlier.size(); ++group) first_outlier[group] += first_outlier[group - 1];
+  if (int8) channels = weights.channels;  // in float32 arithmetic they change nothing
+  const auto count = static_cast<int64_t>(channels.size());
+  channel_weights = allocate<float>(layout.groups * count * kGroup);
+  bias = allocate<float>(layout.groups * kGroup);
+  for (int64_t n = 0; n < layout.groups * kGroup; ++n) {
+    const bool real = n < layout.outputs;
+    for (int64_t c = 0; c < count; ++c) {
+      channel_weights[static_cast<size_t>((n / kGroup * count + c) * kGroup + n % kGroup)] =
+          real ? weights.channel_weights[static_cast<size_t>(c * layout.outputs + n)] : 0.0f;
+    }
+    bias[static_cast<size_t>(n)] = real && !weights.bias.empty() ? weights.bias[static_cast<size_t>(n)] : 0.0f;
+  }
+}
+
+// Row `row` of A as float32, channels taken out, into the padded columns `to`. `plain`: [inputs], scratch.
+void Linear::State::read(const void* a, int64_t row, float* to, float* plain) const {
+  if (type == ort::kFloat) {
+    std::memcpy(plain, static_cast<const float*>(a) + row * layout.inputs, static_cast<size_t>(layout.inputs) * 4);
+  } else {
+    for (int64_t k = 0; k < layout.inputs; ++k) plain[k] = load(type, a, row * layout.inputs + k);
+  }
+  for (int32_t channel : channels) plain[channel] = 0.0f;
+  if (layout.padded != layout.inputs) std::memset(to, 0, static_cast<size_t>(layout.padded) * 4);
+  for (const Piece& piece : layout.pieces) {
+    std::memcpy(to + piece.offset, plain + piece.start, static_cast<size_t>(piece.length) * 4);
+  }
+}
+
+// y[rows][16] of one group, for rows m … of A.
+void Linear::State::tile(const void* a, const float* floats, const int8_t* q, const PieceScale* scales, int64_t group,
+                         int64_t m, int64_t rows, float* panel, float* y) const {
+  const auto pieces = static_cast<int64_t>(layout.pieces.size());
+  if (int8) {
+    kernels->multiply_int8(layout, group, q + m * layout.padded, scales + m * pieces, rows, y);
+  } else {
+    std::memset(y, 0, static_cast<size_t>(rows * kGroup) * 4);
+    for (int64_t first = 0; first < pieces;) {
+      const int64_t start = layout.pieces[static_cast<size_t>(first)].offset;
+      int64_t last = first, columns = 0;
+      for (; last < pieces; ++last) {
+        const int64_t more = layout.pieces[static_cast<size_t>(last)].units * layout.unit_columns();
+        if (last > first && columns + more > kPanel) break;
+        columns += more;
+      }
+      kernels->dequantize(layout, group, first, last, panel);
+      kernels->multiply(panel, columns, floats + m * layout.padded + start, layout.padded, rows, y);
+      first = last;
+    }
+  }
+  const float* extra = channel_weights.get() + group * static_cast<int64_t>(channels.size()) * kGroup;
+  for (int64_t i = 0; i < rows; ++i, y += kGroup) {
+    const int64_t at = (m + i) * layout.inputs;
+    for (size_t c = 0; c < channels.size(); ++c) {
+      const float x = load(type, a, at + channels[c]);
+      for (int r = 0; r < kGroup; ++r) y[r] += x * extra[static_cast<int64_t>(c) * kGroup + r];
+    }
+    for (int64_t o = first_outlier[static_cast<size_t>(group)]; o < first_outlier[static_cast<size_t>(group + 1)]; ++o) {
+      const Outlier& outlier = outliers[static_cast<size_t>(o)];
+      y[outlier.lane] += load(type, a, at + outlier.col) * outlier.delta;
+    }
+    for (int r = 0; r < kGroup; ++r) y[r] += bias[static_cast<size_t>(group * kGroup + r)];
+  }
+}
+
+namespace {
+
+// The runtime's thread pool calls `body(index)` for 0 … count − 1. The first exception ends up in the caller.
+template <typename Body>
+void parallel(const ort::Api* api, const ort::KernelContext* context, int64_t count, const Body& body) {
+  if (count <= 1) {
+    for (int64_t i = 0; i < count; ++i) body(i);
+    return;
+  }
+  check(api, ort::ParallelFor(api, context,
+                              [](void* data, size_t i) { (*static_cast<const Body*>(data))(static_cast<int64_t>(i)); },
+                              static_cast<size_t>(count), 0, const_cast<Body*>(&body)));
+}
+
+int64_t ceil_divide(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+}  // namespace
+
+void Linear::State::run(const ort::KernelContext* context, const void* a, int64_t rows, void* y) const {
+  const auto pieces = static_cast<int64_t>(layout.pieces.size());
+  const bool direct = !int8 && type == ort::kFloat && channels.empty() && layout.padded == layout.inputs;
+  const int64_t padded = layout.padded;
+  // All memory is taken here, where running out of it can still be reported.
+  Buffer<float> floats = direct ? nullptr : allocate<float>(int8 ? 0 : rows * padded);
+  Buffer<int8_t> q = allocate<int8_t>(int8 ? rows * padded : 0);
+  Buffer<float> scales = allocate<float>(int8 ? rows * pieces * 2 : 0);
+  auto* piece_scales = reinterpret_cast<PieceScale*>(scales.get());
+
+  const int64_t strips = ceil_divide(rows, kRows);
+  const int64_t group_work = std::min(rows, kRows) * padded * kGroup;
+  const int64_t per_task = std::max(ceil_divide(kTask, group_work), ceil_divide(layout.groups, kTasks));  // groups
+  const int64_t chunks = ceil_divide(layout.groups, per_task);
+
+  if (!direct) {
+    const int64_t share = std::max(ceil_divide(kTask / 8, padded), ceil_divide(rows, kTasks));
+    const int64_t readers = ceil_divide(rows, share);
+    const int64_t room = layout.inputs + (int8 ? padded : 0);
+    Buffer<float> temporary = allocate<float>(readers * room);
+    parallel(api, context, readers, [&](int64_t reader) {
+      float* plain = temporary.get() + reader * room;
+      for (int64_t m = reader * share; m < std::min(rows, (reader + 1) * share); ++m) {
+        float* to = int8 ? plain + layout.inputs : floats.get() + m * padded;
+        read(a, m, to, plain);
+        if (int8) kernels->quantize(layout, to, q.get() + m * padded, piece_scales + m * pieces);
+      }
+    });
+  }
+  const float* source = direct ? static_cast<const float*>(a) : floats.get();
+  parallel(api, context, chunks * strips, [&](int64_t task) {
+    alignas(64) float panel[kPanel * kGroup], tile_y[kRows * kGroup];
+    const int64_t m = task / chunks * kRows, count = std::min(kRows, rows - m);
+    const int64_t begin = task % chunks * per_task, end = std::min(layout.groups, begin + per_task);
+    for (int64_t group = begin; group < end; ++group) {
+      tile(a, source, q.get(), piece_scales, group, m, count, panel, tile_y);
+      const int64_t n = group * kGroup;
+      const auto width = static_cast<int>(std::min<int64_t>(kGroup, layout.outputs - n));
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t to = (m + i) * layout.outputs + n;
+        if (type == ort::kFloat) {
+          std::memcpy(static_cast<float*>(y) + to, tile_y + i * kGroup, static_cast<size_t>(width) * 4);
+        } else {
+          for (int r = 0; r < width; ++r) store(type, y, to + r, tile_y[i * kGroup + r]);
+        }
+      }
+    }
+  });
+}
+
+Linear::Linear(const ort::Api* api, const ort::KernelInfo* info, ort::Type type)
+    : state_(std::make_unique<State>(api, info, type)) {}
+Linear::~Linear() = default;
+
+void Linear::compute(ort::KernelContext* context) const {
+  const State& state = *state_;
+  const ort::Value* input = nullptr;
+  check(state.api, ort::GetInput(state.api, context, kA, &input));
+  if (!input) fail("node %s: input A is missing", state.node.c_str());
+  TensorView a = view(state.api, input);
+  if (a.shape.empty() || a.shape.back() != state.layout.inputs) {
+    fail("node %s: A has shape %s; its last dimension must be K = %" PRId64, state.node.c_str(), text(a.shape).c_str(),
+         state.layout.inputs);
+  }
+  int64_t rows = 1;
+  for (size_t i = 0; i + 1 < a.shape.size(); ++i) rows *= a.shape[i];
+  a.shape.back() = state.layout.outputs;
+  ort::Value* output = nullptr;
+  check(state.api, ort::GetOutput(state.api, context, 0, a.shape.data(), a.shape.size(), &output));
+  void* y = nullptr;
+  check(state.api, ort::GetTensorMutableData(state.api, output, &y));
+  if (rows) state.run(context, a.data, rows, y);
+}
+
+}  // namespace swquant::cpu
