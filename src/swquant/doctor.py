@@ -41,8 +41,32 @@ def _broken(package: str) -> str | None:
     return None
 
 
+def _operators() -> dict[str, Any]:
+    """Whether the operator library of ONNX Runtime is there and loads, and if not, what to do."""
+    from exporters.ops import library_path
+    from exporters.ops.build import find_compiler
+
+    path = library_path()
+    if path is None:
+        compile_it = "python -m exporters.ops.build"
+        remedy = compile_it if find_compiler() else f"install a C++ compiler (apt install g++), then {compile_it}"
+        return {
+            "library": None,
+            "problem": "not compiled; models run through the function they carry",
+            "remedy": remedy,
+        }
+    problem = None
+    if _version("onnxruntime") or _version("onnxruntime-gpu"):
+        try:
+            onnxruntime = importlib.import_module("onnxruntime")
+            onnxruntime.SessionOptions().register_custom_ops_library(str(path))
+        except Exception as error:  # the runtime has a dozen exception classes of its own
+            problem = str(error).partition(chr(10))[0]
+    return {"library": str(path), "problem": problem, "remedy": problem and "python -m exporters.ops.build"}
+
+
 def examine() -> dict[str, Any]:
-    """{python, platform, swquant, packages, optional, devices, memory, missing}, as JSON can hold it."""
+    """{python, platform, swquant, packages, optional, operators, devices, memory, missing}, as JSON can hold it."""
     packages = {name: _version(name) for name in _NEEDED}
     missing = [
         {"package": name, "for": _NEEDED[name], "problem": "not installed" if version is None else problem}
@@ -68,6 +92,7 @@ def examine() -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "packages": packages,
         "optional": {name: _version(name) for name in _OPTIONAL},
+        "operators": _operators(),
         "devices": devices,
         "available_memory": memory,
         "missing": missing,

@@ -304,6 +304,10 @@ def show_doctor(console: Console, report: Mapping[str, Any]) -> None:
         table.add_row(name, version or absent)
     _show(console, table)
     console.print(f"Devices: {'; '.join(report['devices']) or 'none, without torch'}", markup=False)
+    operators = report["operators"]
+    console.print(f"Operator library: {operators['library'] or 'none'}", markup=False, soft_wrap=True)
+    if operators["problem"]:
+        console.print(f"  {operators['problem']}: {operators['remedy']}", markup=False, soft_wrap=True)
     if report["available_memory"]:
         console.print(f"Free memory: {human_bytes(report['available_memory'])}")
     for item in report["missing"]:

@@ -27,10 +27,10 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
             raise importlib.metadata.PackageNotFoundError(name)
         return version(name)
 
-    def no_module(name: str, *more: object) -> object:
+    def no_module(name: str, *more: object, **options: object) -> object:
         if name == package.replace("-", "_"):
             raise ImportError(name)
-        return load(name, *more)  # type: ignore[arg-type]
+        return load(name, *more, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(doctor.importlib.metadata, "version", no_version)
     monkeypatch.setattr(doctor.importlib, "import_module", no_module)
@@ -47,10 +47,10 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
 def test_a_broken_package_is_missing_too(monkeypatch: pytest.MonkeyPatch) -> None:
     load = importlib.import_module
 
-    def broken(name: str, *more: object) -> object:
+    def broken(name: str, *more: object, **options: object) -> object:
         if name == "gguf":
             raise OSError("libfoo.so: cannot open\nsecond line")
-        return load(name, *more)  # type: ignore[arg-type]
+        return load(name, *more, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(doctor.importlib, "import_module", broken)
     (item,) = doctor.examine()["missing"]
@@ -62,3 +62,24 @@ def test_every_dependency_is_examined() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     names = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"]}  # type: ignore[index]
     assert names - {"rich", "typer"} == set(doctor._NEEDED)
+
+
+def test_a_library_that_was_not_compiled_comes_with_the_command(
+    cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("exporters.ops.library_path", lambda: None)
+    monkeypatch.setattr("exporters.ops.build.find_compiler", lambda: "/usr/bin/c++")
+    assert doctor.examine()["operators"]["remedy"] == "python -m exporters.ops.build"
+    assert "run through the function they carry: python -m exporters.ops.build" in cli("doctor").out
+    monkeypatch.setattr("exporters.ops.build.find_compiler", lambda: None)
+    assert "install a C++ compiler" in doctor.examine()["operators"]["remedy"]
+
+
+def test_a_library_that_does_not_load_is_a_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "libswquant_ops.so"
+    broken.write_bytes(b"no library")
+    monkeypatch.setattr("exporters.ops.library_path", lambda: broken)
+    operators = doctor.examine()["operators"]
+    assert operators["library"] == str(broken)
+    assert "libswquant_ops.so" in operators["problem"]
+    assert operators["remedy"] == "python -m exporters.ops.build"

@@ -4,9 +4,10 @@ import platform
 from pathlib import Path
 
 import pytest
+from linear_nbits import cpu_flags
+
 from exporters.ops import LIBRARY, library_path
 from exporters.ops.build import build_library, find_compiler, sources
-from linear_nbits import cpu_flags
 
 SIMDE = Path("/usr/include/simde/x86/avx512.h")
 

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from linear_nbits import Array, attributes, initializers, one_node, random_case, session
+
 from exporters.ops import LIBRARY
 from exporters.ops.build import build_library, find_compiler
-from linear_nbits import Array, attributes, initializers, one_node, random_case, session
 
 HELPERS = Path(__file__).parents[2]
 
@@ -229,7 +230,9 @@ def test_nothing_reads_wild(tmp_path: Path, sanitizer: str, variant: str) -> Non
     # libstdc++ comes along, because the sanitizer looks for it before Python has loaded it.
     runtimes = ({"address": "libasan.so", "undefined": "libubsan.so"}[sanitizer], "libstdc++.so")
     found = [
-        subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         for name in runtimes
     ]
     environment = {
