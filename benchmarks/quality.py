@@ -1,228 +1,253 @@
-"""What does compressing without data cost, on real models and real text?
+"""How much of a model survives 4 and 3 bits without data: swquant beside other tools, at the bits that they store.
 
-Two small models (SmolLM2 135M and Gemma 3 270M) are compressed by `swquant.compress` in the ways that its
-options offer, and held against the original by `swquant.evaluate`: what a user of these two functions gets.
+Two small models (SmolLM2 135M and Gemma 3 270M), and in every cell of the table the same bits and block. Each method
+turns the same linear weights (all those of the decoder layers) into the weights that its stored form decodes to;
+embeddings, norms and head stay as they are. Then swquant's evaluator reads the same windows of text with all of them.
 
-How the numbers are made:
+    models      GGUF files whose weights lie on a 4-bit grid already. `grid.py` takes them off it first, and
+                checks that they still compute the same function: that is the original of every row, in float32
+    texts       the beginning of WikiText-2's test set, and Python source: of another kind, so that a method
+                that suits one text only shows. No method sees either of them
+    calibrated  methods marked so have read the beginning of WikiText-2's validation set (--calibration), 16
+                windows of 256 tokens; all others have read no text, swquant's own ten-word prompt aside
+    bits        all that is stored for the linear weights, in bits per weight, see `peers.base`
+    KL          of the original's predictions from the method's, in nats, mean over all predicted tokens.
+                Rows are sorted by it: it is far less noisy than perplexity on texts this short
+    closed      share of the perplexity that asymmetric min/max rounding adds to the original's, in the same
+                cell, that the method takes away again
+    block       where it does not divide a row, half of it is taken, and so on, by every method. Types of a fixed
+                block (llama.cpp's) stand in the cell nearest in bits
 
-    models     GGUF files whose weights lie on a 4-bit grid already. `grid.py` takes them off it first, and
-               checks that they still compute the same function: that is the original of every row
-    dtype      the original is float32. Dense tensors and scales are written as bfloat16, as they would be
-               for a model published in bfloat16; the row `bfloat16` shows what that alone changes
-    text       windows of --window tokens from the beginning of --text, one after the other
-    perplexity over all predicted tokens of all windows; KL(original || model) in nats and agreement of
-               the most likely token over the same positions
-    bits       stored bits per quantized weight, from the manifest: codes, scales, zero points, outliers.
-               Embeddings are not rounded, and not counted; MB is everything on disk
+A peer that is not installed, or fails, is listed with the reason. With --json a run remembers what it has measured, by
+versions and protocol, and goes on from there. Figures are drawn from the same file.
 
-A few windows rank methods by KL well and by perplexity roughly: quote both with the number of tokens.
-The last rows are the ablation: what a loader sees that ignores the sidecar, one scale for a whole tensor,
-and the original with nothing changed but its super weights set to zero. A tensor that holds a super weight
-stays dense where its block would be too large to represent it (the plan's safety rule, see `swquant.plan`);
-a line below the table says where that happened.
-
-    python benchmarks/quality.py --smollm2 MODEL.gguf --gemma MODEL.gguf
+    python benchmarks/quality.py --smollm2 MODEL.gguf --gemma MODEL.gguf --json quality.json --plots FOLDER
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import os
-import platform
-import shlex
-import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from grid import break_and_check, write_folder
+from grid import break_and_check
+from machine import describe
+from peers import CELLS, METHODS, Cell, Method, Original, missing, open_original, versions
+from quality_report import draw, print_tables
+from torch import Tensor
 
-import swquant
-from swquant.checkpoint.open import open_checkpoint
+from swquant.evaluation import Windows, fit_window, make_windows, perplexity_of, score_window, window_logits
+from swquant.models import build_model
 
-TEXT = Path(__file__).parent.parent / "data" / "wikitext2-excerpt.txt"
-SEED = 0
-DTYPE = "bfloat16"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One way to compress. options: of `swquant.compress`. stock: also evaluate it with the sidecar ignored."""
-
-    label: str
-    options: Mapping[str, Any]
-    stock: bool = False
-
-
-SETTINGS = [
-    Setting("4 bits, block 64, min/max asymmetric", {"block": "64", "symmetric": False}),
-    Setting("4 bits, block 128 (the default)", {"block": "128"}, stock=True),
-    Setting("4 bits, block 64", {"block": "64"}),
-    Setting("4 bits, channel", {"block": "channel"}),
-    Setting("4 bits, block 128, outliers 0.0005", {"block": "128", "outliers": 0.0005}),
-    Setting("8 bits, channel", {"bits": 8, "block": "channel"}),
-    Setting("3 bits, block 64", {"bits": 3, "block": "64"}),
-    Setting("4 bits, tensor", {"block": "tensor"}),
-    Setting("4 bits, tensor, outliers 0.0005", {"block": "tensor", "outliers": 0.0005}, stock=True),
-]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the table. None: does not apply. notes: what the plan did that the label does not say."""
-
-    label: str
-    bits: float | None
-    perplexity: float
-    kl: float | None
-    top1: float | None
-    nbytes: int | None
-    notes: tuple[str, ...] = ()
+DATA = Path(__file__).parent.parent / "data"
+SOURCES = Path(__file__).parent.parent / "src"
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Text:
-    """What is evaluated: `windows` windows of `window` tokens."""
+    """window: tokens. windows: how many of them, by model: a token of a large vocabulary takes longer."""
 
-    text: str
+    name: str
+    file: Path
     window: int
-    windows: int
+    windows: dict[str, int]
 
 
-def evaluate(label: str, model: Path, original: Path, text: Text, **record: Any) -> Row:
-    """record: bits, nbytes and notes, as far as the label has them; restore, as `swquant.evaluate` takes it."""
-    restore = record.pop("restore", True)
-    result = swquant.evaluate(model, text.text, original, window=text.window, limit=text.windows, restore=restore)
-    values = {"bits": None, "nbytes": None} | record
-    return Row(label, perplexity=result.perplexity, kl=result.kl, top1=result.top1, **values)
+TEXTS = (
+    Text("wikitext2-test", DATA / "wikitext2-excerpt.txt", 1024, {"smollm2": 2, "gemma": 1}),
+    Text("python", DATA / "python-source.txt", 512, {"smollm2": 1, "gemma": 1}),
+)
 
 
-def notes(manifest: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the plan did with this setting that is not plain from its name."""
-    dense = [
-        name
-        for name, record in manifest["tensors"].items()
-        if record.get("dense", "").startswith("holds a super weight")
-    ]
-    rule = [f"{len(dense)} dense for a super weight: {', '.join(dense)}"] if dense else []
-    return (*manifest["notes"], *rule)
+class Evaluator:
+    """One model in memory, whose linear weights are replaced, and the original's logits on every window."""
+
+    def __init__(self, key: str, original: Original) -> None:
+        self.original = original
+        self.model = build_model(original.checkpoint, torch.float32)
+        self.windows: dict[str, Windows] = {}
+        self.reference: dict[str, list[Tensor]] = {}
+        with torch.no_grad():
+            for text in TEXTS:
+                window = fit_window(original.checkpoint, text.window)
+                windows = make_windows(original.checkpoint, text.file.read_text("utf-8"), window, text.windows[key])
+                self.windows[text.name] = windows
+                self.reference[text.name] = [window_logits(self.model, ids, windows.bos)[0] for ids in windows.ids]
+
+    def measure(self, state: dict[str, Tensor]) -> dict[str, Record]:
+        """Text -> perplexity, kl, top1 and tokens with these weights in place of the original's."""
+        with torch.no_grad():
+            for name in self.original.linears:
+                new = state[name] if name in state else self.original.checkpoint.read(name)
+                self.model.get_parameter(name).copy_(new)
+            return {name: self._score(name) for name in self.windows}
+
+    def _score(self, name: str) -> Record:
+        windows = self.windows[name]
+        scores = []
+        for ids, reference in zip(windows.ids, self.reference[name], strict=True):
+            logits, targets = window_logits(self.model, ids, windows.bos)
+            scores.append(score_window(logits, targets, reference))
+        tokens = sum(score.tokens for score in scores)
+        perplexity = perplexity_of(sum(score.nll for score in scores) / tokens)
+        return {
+            "perplexity": perplexity if perplexity < 1e30 else None,
+            "kl": sum(score.kl for score in scores) / tokens,
+            "top1": sum(score.agree for score in scores) / tokens,
+            "tokens": tokens,
+        }
 
 
-def compressed_rows(setting: Setting, original: Path, folder: Path, text: Text) -> Iterator[Row]:
-    result = swquant.compress(original, folder, overwrite=True, dtype=DTYPE, **setting.options)
-    totals = result.manifest["totals"]
-    size = {"bits": totals["bits_per_quantized_weight"], "nbytes": totals["bytes"]}
-    yield evaluate(setting.label, folder, original, text, **size, notes=notes(result.manifest))
-    if setting.stock:
-        yield evaluate("  the same, sidecar ignored", folder, original, text, **size, restore=False)
+def digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]
 
 
-def changed_copy(original: Path, folder: Path, dtype: torch.dtype, points: list[Mapping[str, Any]]) -> Path:
-    """The original in another dtype, with the weights of `points` (name, row, col) set to zero."""
-    with open_checkpoint(original) as checkpoint:
-        tensors = {name: checkpoint.read(name).to(dtype) for name in checkpoint.tensors}
-        for point in points:
-            tensors[point["name"]][point["row"], point["col"]] = 0
-        return write_folder(tensors, checkpoint, folder)
+def identity(method: Method, calibration: str) -> Record:
+    """What a result depends on: a recorded one with another identity is measured again. Raises PackageNotFoundError."""
+    result: Record = versions(("torch", "transformers", *method.packages))
+    if "swquant" in method.packages:
+        result["sources"] = digest(*(path.read_bytes() for path in sorted(SOURCES.rglob("*.py"))))
+        result["call"] = method.call
+    if method.calibrated:
+        result["calibration"] = digest(calibration.encode())
+    result["texts"] = digest(*(f"{text.window} {text.windows}".encode() + text.file.read_bytes() for text in TEXTS))
+    return result
 
 
-def disk(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def rows_of(original: Path, scratch: Path, text: Text) -> Iterator[Row]:
-    """Every line of a model's table, as it is measured."""
-    result = swquant.evaluate(original, text.text, window=text.window, limit=text.windows)
-    yield Row("original, float32", 32.0, result.perplexity, None, None, disk(original))
-    plain = changed_copy(original, scratch / "plain", torch.bfloat16, [])
-    yield evaluate("bfloat16, nothing rounded", plain, original, text, bits=16.0, nbytes=disk(plain))
-    shutil.rmtree(plain)
-    for setting in SETTINGS:
-        yield from compressed_rows(setting, original, scratch / "compressed", text)
-    points = swquant.inspect(scratch / "compressed")["detection"]["super_weights"]
-    pruned = changed_copy(original, scratch / "pruned", torch.float32, points)
-    where = tuple(f"{point['name']}[{point['row']}, {point['col']}] = {point['value']:g} set to 0" for point in points)
-    yield evaluate(f"original, {len(points)} super weights pruned", pruned, original, text, bits=32.0, notes=where)
-
-
-def number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def print_row(row: Row) -> None:
-    size = None if row.nbytes is None else row.nbytes / 1e6
-    perplexity = format(row.perplexity, ".2f" if row.perplexity < 1e5 else ".2e")
-    top1 = None if row.top1 is None else 100 * row.top1
-    cells = f"{number(row.bits, '.3f'):>7} {perplexity:>11} {number(row.kl, '.4f'):>9} {number(top1, '.1f'):>7}"
-    print(f"{row.label:40} {cells} {number(size, '.1f'):>8}", flush=True)
-
-
-def report(gguf: Path, scratch: Path, text: Text) -> dict[str, Any]:
-    """Break one model's grid, measure and print its table, and return it as JSON objects."""
-    original = scratch / gguf.stem
+def measure(method: Method, cell: Cell, original: Original, evaluator: Evaluator) -> Record:
     start = time.perf_counter()
-    _, difference = break_and_check(gguf, original, SEED)
-    with open_checkpoint(original) as checkpoint:
-        weights = sum(stored.numel for stored in checkpoint.tensors.values())
-    print(
-        f"\n{gguf.stem}, {weights / 1e6:.0f} million weights, off its grid; largest difference of a logit {difference:.1e}"
-    )
-    print(f"{'setting':40} {'bits':>7} {'perplexity':>11} {'KL':>9} {'top-1 %':>7} {'MB':>8}", flush=True)
-    rows: list[Row] = []
-    for row in rows_of(original, scratch, text):
-        print_row(row)
-        rows.append(row)
-    for note in dict.fromkeys(f"{row.label.strip()}: {note}" for row in rows for note in row.notes):
-        print(f"  {note}")
+    outcome = method.run(original, cell)
     seconds = time.perf_counter() - start
-    print(f"  {seconds:.0f} s", flush=True)
-    return {"model": gguf.stem, "difference": difference, "rows": [asdict(row) for row in rows], "seconds": seconds}
+    bits = 8 * outcome.nbytes / original.weights
+    return {"bits": bits, "texts": evaluator.measure(outcome.state), "seconds": seconds, "notes": outcome.notes}
 
 
-def machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    versions = {name: metadata.version(name) for name in ("torch", "transformers")} | {"swquant": swquant.__version__}
-    cpu = models[0] if models else platform.processor() or platform.machine()
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "versions": versions}
+class Results:
+    """The JSON file: originals by model, and one record per (model, cell, method)."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        known = json.loads(path.read_text()) if path and path.exists() else {}
+        self.originals: dict[str, Record] = known.get("originals", {})
+        self.records: list[Record] = known.get("results", [])
+
+    def find(self, key: tuple[str, str, str]) -> Record | None:
+        return next((item for item in self.records if (item["model"], item["cell"], item["method"]) == key), None)
+
+    def put(self, record: Record) -> None:
+        key = (record["model"], record["cell"], record["method"])
+        self.records = [item for item in self.records if (item["model"], item["cell"], item["method"]) != key]
+        self.records.append(record)
+        self.save()
+
+    def save(self) -> None:
+        if self.path:
+            content = {"machine": describe(), "originals": self.originals, "results": self.records}
+            unfinished = self.path.with_suffix(".unfinished")
+            unfinished.write_text(json.dumps(content, indent=1) + "\n")
+            unfinished.replace(self.path)
+
+
+@contextmanager
+def off_grid(gguf: Path, calibration: str) -> Iterator[tuple[Original, float]]:
+    """The model off its grid, in a folder that is removed again, and the largest difference of a logit."""
+    with tempfile.TemporaryDirectory(prefix="swquant-quality-") as scratch:
+        _, difference = break_and_check(gguf, Path(scratch) / gguf.stem)
+        original = open_original(Path(scratch) / gguf.stem, calibration)
+        try:
+            yield original, difference
+        finally:
+            original.checkpoint.close()
+
+
+def run(key: str, gguf: Path, jobs: Sequence[tuple[Method, Cell]], results: Results, calibration: str) -> None:
+    """Measure what is not known yet of one model."""
+    todo: list[tuple[Method, Cell, Record]] = []
+    for method, cell in jobs:
+        try:
+            wanted = identity(method, calibration)
+        except Exception as error:
+            put_problem(results, key, cell, method, {}, error)
+            continue
+        known = results.find((key, str(cell), method.name))
+        if known is None or known["identity"] != wanted or "problem" in known:
+            todo.append((method, cell, wanted))
+    if not todo:
+        return
+    with off_grid(gguf, calibration) as (original, difference):
+        evaluator = Evaluator(key, original)
+        texts = evaluator.measure({})
+        results.originals[key] = {
+            "name": gguf.stem,
+            "difference": difference,
+            "weights": original.weights,
+            "texts": texts,
+        }
+        for number, (method, cell, wanted) in enumerate(todo, start=1):
+            print(f"{key} {cell} {method.name} ({number} of {len(todo)})", file=sys.stderr, flush=True)
+            try:
+                record = measure(method, cell, original, evaluator)
+            except Exception as error:  # a peer may fail in any way; its row says how
+                put_problem(results, key, cell, method, wanted, error)
+                continue
+            results.put(row(key, cell, method, wanted) | record)
+
+
+def row(key: str, cell: Cell, method: Method, wanted: Record) -> Record:
+    names = {"model": key, "cell": str(cell), "method": method.name, "call": method.call}
+    return names | {"calibrated": method.calibrated, "identity": wanted}
+
+
+def put_problem(results: Results, key: str, cell: Cell, method: Method, wanted: Record, error: Exception) -> None:
+    print(f"  {missing(error)}", file=sys.stderr, flush=True)
+    results.put(row(key, cell, method, wanted) | {"problem": missing(error)})
+
+
+def chosen(cells: Sequence[str], words: Sequence[str]) -> list[tuple[Method, Cell]]:
+    """Every method in every cell that it has, as far as the filters let them through; in the order of `words`."""
+    methods = dict.fromkeys(
+        method for word in words or [""] for method in METHODS if word.lower() in method.name.lower()
+    )
+    return [(method, cell) for method in methods for cell in method.cells if not cells or str(cell) in cells]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Perplexity, KL and size of compressed models, setting by setting.")
+    parser = argparse.ArgumentParser(description="Quality of 4-bit and 3-bit models, swquant and peers.")
     parser.add_argument("--smollm2", type=Path, metavar="GGUF", help="SmolLM2-135M-Instruct")
     parser.add_argument("--gemma", type=Path, metavar="GGUF", help="Gemma 3 270M")
-    parser.add_argument("--text", type=Path, metavar="FILE", default=TEXT, help="default: data/wikitext2-excerpt.txt")
-    parser.add_argument("--windows", type=int, default=4, metavar="N", help="windows of text (default: 4)")
-    parser.add_argument("--window", type=int, default=1024, metavar="N", help="tokens per window (default: 1024)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every number to FILE")
+    parser.add_argument("--models", nargs="+", choices=("smollm2", "gemma"), help="only these")
+    parser.add_argument("--cells", nargs="+", choices=[str(cell) for cell in CELLS], default=[], help="only these")
+    parser.add_argument(
+        "--methods", nargs="+", default=[], metavar="WORD", help="only methods whose name contains one, in this order"
+    )
+    parser.add_argument("--calibration", type=Path, metavar="FILE", default=DATA / "wikitext2-valid-excerpt.txt")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="remember results there, and go on from them")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw figures there")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: torch's own choice")
     options = parser.parse_args()
-    models = [path for path in (options.smollm2, options.gemma) if path]
-    if not models:
-        parser.error("give --smollm2, --gemma or both")
-    if missing := [path for path in (*models, options.text) if not path.is_file()]:
-        parser.error(f"{missing[0]}: no such file")
-
-    facts = machine()
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    print(f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, {versions}")
-    print(f"python {shlex.join(sys.argv)}")
-    text = Text(options.text.read_text(encoding="utf-8"), options.window, options.windows)
-    print(f"{options.text.name}, {text.windows} windows of {text.window} tokens; dense tensors and scales in {DTYPE}")
-    results = []
-    for path in models:
-        with tempfile.TemporaryDirectory(prefix="swquant-quality-") as scratch:
-            results.append(report(path, Path(scratch), text))
-    if options.json:
-        content = {"machine": facts, "text": options.text.name, "windows": text.windows, "window": text.window}
-        options.json.write_text(json.dumps(content | {"models": results}, indent=2) + "\n")
+    models = {key: path for key in ("smollm2", "gemma") if (path := getattr(options, key)) is not None}
+    models = {key: path for key, path in models.items() if not options.models or key in options.models}
+    if lost := [path for path in (*models.values(), options.calibration) if not path.is_file()]:
+        parser.error(f"{lost[0]}: no such file")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    results = Results(options.json)
+    calibration = options.calibration.read_text("utf-8")
+    for key, path in models.items():
+        run(key, path, chosen(options.cells, options.methods), results, calibration)
+    print_tables(results.originals, results.records)
+    if options.plots:
+        draw(results.originals, results.records, options.plots)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,59 @@
+"""swquant's rows: what `swquant.compress` writes, read back as `swquant.load` reads it.
+
+A tensor that the plan leaves dense is counted with all its 16 bits, as it is stored.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import swquant
+from exporters.sidecar import SIDECAR
+from peers.base import Cell, Method, Original, Outcome
+from swquant.checkpoint.open import open_checkpoint
+
+__all__ = ["METHODS", "MIN_MAX"]
+
+MIN_MAX = "min/max rounding"
+
+
+def compressed(options: Mapping[str, Any]) -> Callable[[Original, Cell], Outcome]:
+    """Compress to a temporary folder and read the linear weights back."""
+
+    def run(original: Original, cell: Cell) -> Outcome:
+        folder = Path(tempfile.mkdtemp(prefix="swquant-quality-"))
+        try:
+            arguments = {"bits": cell.bits, "block": cell.block, "dtype": "bfloat16", **options}
+            manifest = swquant.compress(original.folder, folder / "out", **arguments).manifest
+            return read_back(original, folder / "out", manifest)
+        finally:
+            shutil.rmtree(folder)
+
+    return run
+
+
+def read_back(original: Original, folder: Path, manifest: Mapping[str, Any]) -> Outcome:
+    records = {name: manifest["tensors"][name] for name in original.linears}
+    sidecar = folder / SIDECAR
+    nbytes = sum(record["bytes"] for record in records.values())
+    nbytes += sidecar.stat().st_size if sidecar.exists() else 0
+    dense = [name for name, record in records.items() if "dense" in record]
+    with open_checkpoint(folder) as checkpoint:
+        state = {name: checkpoint.read(name).float() for name in original.linears}
+    return Outcome(state, nbytes, (f"{len(dense)} dense: {', '.join(dense)}",) if dense else ())
+
+
+def row(name: str, **options: Any) -> Method:
+    call = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    return Method(name, ("swquant",), f"swquant.compress(model, out, {call})", compressed(options))
+
+
+METHODS = [
+    row(MIN_MAX, symmetric=False),
+    row("swquant, plain rounding", symmetric=True),
+    row("swquant, plain rounding, outliers", symmetric=True, outliers=0.0005),
+]
