@@ -28,6 +28,7 @@ from calibrationless.quantized import (
     Outliers,
     QuantizedTensor,
     check_bits,
+    check_outliers,
     dequantize,
     restore,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "block_elements",
     "block_index",
     "check_bits",
+    "check_outliers",
     "choose_scale",
     "clip_threshold",
     "dequantize",

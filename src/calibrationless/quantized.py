@@ -19,7 +19,16 @@ from torch import Tensor
 from calibrationless.blocks import Block, from_blocks, scale_shape, to_blocks
 from calibrationless.pieces import for_pieces
 
-__all__ = ["MAX_BITS", "MIN_BITS", "Outliers", "QuantizedTensor", "check_bits", "dequantize", "restore"]
+__all__ = [
+    "MAX_BITS",
+    "MIN_BITS",
+    "Outliers",
+    "QuantizedTensor",
+    "check_bits",
+    "check_outliers",
+    "dequantize",
+    "restore",
+]
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -116,14 +125,18 @@ def dequantize(quantized: QuantizedTensor, dtype: torch.dtype | None = None) -> 
     return from_blocks(weight, quantized.block, quantized.shape)
 
 
+def check_outliers(outliers: Outliers, shape: tuple[int, int]) -> None:
+    """Raise ValueError where a coordinate lies outside a [out, in] weight: sidecars come from files."""
+    for name, index, size in (("row", outliers.rows, shape[0]), ("column", outliers.cols, shape[1])):
+        if index.numel() and (int(index.min()) < 0 or int(index.max()) >= size):
+            raise ValueError(f"an outlier's {name} is outside 0 .. {size - 1}: the sidecar belongs to another weight")
+
+
 def restore(weight: Tensor, outliers: Outliers) -> Tensor:
     """Put the outliers back into a [out, in] weight, in place. RESTORE of the super weight paper.
 
-    Raises ValueError where a coordinate lies outside the weight: sidecars come from files.
+    Raises ValueError where a coordinate lies outside the weight.
     """
-    rows, cols = outliers.rows.to(torch.int64), outliers.cols.to(torch.int64)
-    for name, index, size in (("row", rows, weight.shape[0]), ("column", cols, weight.shape[1])):
-        if index.numel() and (int(index.min()) < 0 or int(index.max()) >= size):
-            raise ValueError(f"an outlier's {name} is outside 0 .. {size - 1}: the sidecar belongs to another weight")
-    weight[rows, cols] = outliers.values.to(weight.dtype)
+    check_outliers(outliers, (weight.shape[0], weight.shape[1]))
+    weight[outliers.rows.to(torch.int64), outliers.cols.to(torch.int64)] = outliers.values.to(weight.dtype)
     return weight

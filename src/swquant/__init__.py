@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from exporters.errors import SwquantError
-    from swquant.api import compress, detect, evaluate, generate, inspect, load, verify
+    from swquant.api import compress, detect, evaluate, export, generate, inspect, load, verify
     from swquant.options import CompressOptions
 
 __version__ = "0.1.0"
@@ -25,6 +25,7 @@ _HOMES = {
     "compress": "swquant.api",
     "detect": "swquant.api",
     "evaluate": "swquant.api",
+    "export": "swquant.api",
     "generate": "swquant.api",
     "inspect": "swquant.api",
     "load": "swquant.api",
@@ -40,6 +41,7 @@ __all__ = [
     "compress",
     "detect",
     "evaluate",
+    "export",
     "generate",
     "inspect",
     "load",

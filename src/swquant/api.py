@@ -5,21 +5,28 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
 
+from exporters.errors import SwquantError
+from swquant.checkpoint.compressed import CompressedCheckpoint
 from swquant.checkpoint.open import open_checkpoint
+from swquant.console import Progress, silent
 from swquant.detection import Found, find_super_weights
 from swquant.evaluation import Evaluation, evaluate_model, generate_text
-from swquant.manifest import read_manifest
+from swquant.manifest import MANIFEST, read_manifest
 from swquant.models import build_model
+from swquant.onnx_options import ExportOptions
 from swquant.options import DEFAULT_PROMPT, CompressOptions
 from swquant.pipeline import Compressed, compress_checkpoint
 from swquant.verification import verify as verify_folder
 
-__all__ = ["compress", "detect", "evaluate", "generate", "inspect", "load", "verify"]
+if TYPE_CHECKING:
+    from swquant.onnx_export import Exported
+
+__all__ = ["compress", "detect", "evaluate", "export", "generate", "inspect", "load", "verify"]
 
 Model = str | os.PathLike[str]
 
@@ -57,6 +64,32 @@ def compress(
     with open_checkpoint(model, trust_remote_code=trust_remote_code) as checkpoint:
         target = Path(out) if out is not None else Path(checkpoint.name + chosen.suffix)
         return compress_checkpoint(checkpoint, target, chosen, overwrite=overwrite, low_memory=low_memory)
+
+
+def export(
+    checkpoint: Model,
+    out: Model,
+    *,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+    **options: Any,
+) -> Exported:
+    """Export a compressed checkpoint to an ONNX folder, and check that it gives the same answers.
+
+    out: the folder to create. options: the fields of `ExportOptions` (graph, precision, accuracy_level, …). Returns path
+    and manifest. Raises SwquantError; then `out` does not exist. Needs the extra `cpu` or `gpu`.
+    """
+    from swquant.ort import require_exporter
+
+    require_exporter()
+    from swquant.onnx_export import export_checkpoint
+
+    chosen, path = ExportOptions(**options), Path(checkpoint)
+    if not (path / MANIFEST).is_file():
+        raise SwquantError(f"{path}: not a compressed checkpoint; make one first: swquant compress MODEL OUT")
+    with CompressedCheckpoint(path, unrounded=True, trust_remote_code=trust_remote_code) as opened:
+        return export_checkpoint(opened, Path(out), chosen, overwrite=overwrite, progress=progress)
 
 
 def load(

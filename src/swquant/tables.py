@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from swquant.pipeline import Compressed, Prepared
 
 __all__ = [
+    "make_table",
     "plan_record",
     "show_detection",
     "show_doctor",
@@ -28,10 +29,11 @@ __all__ = [
     "show_manifest",
     "show_plan",
     "show_result",
+    "show_table",
 ]
 
 
-def _table(title: str, *columns: tuple[str, str]) -> Table:
+def make_table(title: str, *columns: tuple[str, str]) -> Table:
     """A table with (heading, justification) columns. Names may be broken over lines, numbers and coordinates never."""
     table = Table(
         title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False, padding=(0, 1, 0, 0)
@@ -42,7 +44,7 @@ def _table(title: str, *columns: tuple[str, str]) -> Table:
     return table
 
 
-def _show(console: Console, table: Table) -> None:
+def show_table(console: Console, table: Table) -> None:
     """Print a table; a window of under 80 columns breaks its lines rather than losing their ends."""
     if console.width < 80:
         table.width = 80
@@ -60,7 +62,7 @@ def _short(name: str) -> str:
 
 def _weights_table(title: str, weights: Iterable[Mapping[str, Any]], scored: bool) -> Table:
     numbers = ("value", "input", "output", "share", *(["KL if\npruned"] if scored else []))
-    table = _table(
+    table = make_table(
         title, ("role", "left"), ("weight", "left"), ("row, col", "left"), *((key, "right") for key in numbers)
     )
     for weight in weights:
@@ -88,12 +90,12 @@ def show_detection(console: Console, name: str, record: Mapping[str, Any]) -> No
                 f"{peak['output_channel']})."
             )
     else:
-        _show(console, _weights_table(f"Super weights of {escape(name)}", weights, scored=True))
+        show_table(console, _weights_table(f"Super weights of {escape(name)}", weights, scored=True))
     if record["cancellers"]:
         title = "Cancellers, which take the super activation away"
-        _show(console, _weights_table(title, record["cancellers"], scored=False))
+        show_table(console, _weights_table(title, record["cancellers"], scored=False))
     if record["super_activations"]:
-        table = _table(
+        table = make_table(
             "Super activations",
             ("channel", "right"),
             ("token", "left"),
@@ -105,7 +107,7 @@ def show_detection(console: Console, name: str, record: Mapping[str, Any]) -> No
             token = f"{item['token']} {escape(repr(record['tokens'][item['token']]))}"
             until = "the end" if item["gone"] is None else str(item["gone"])
             table.add_row(str(item["channel"]), token, _number(item["value"]), str(item["born"]), until)
-        _show(console, table)
+        show_table(console, table)
     for entry in record["published"]:
         found = {(weight["layer"], weight["row"], weight["col"]) for weight in weights}
         listed = [tuple(point) for point in entry["coordinates"]]
@@ -149,11 +151,13 @@ def show_plan(console: Console, prepared: Prepared, target: Path, *, every_tenso
     record = plan_record(prepared, target)
     weights = record["detection"]["super_weights"]
     if weights:
-        _show(console, _weights_table(f"Super weights of {escape(prepared.checkpoint.name)}", weights, scored=True))
+        show_table(
+            console, _weights_table(f"Super weights of {escape(prepared.checkpoint.name)}", weights, scored=True)
+        )
     else:
         console.print(f"{escape(prepared.checkpoint.name)} has no super weight on this prompt.")
     if every_tensor:
-        table = _table(
+        table = make_table(
             "Plan",
             ("tensor", "left"),
             ("shape", "left"),
@@ -165,7 +169,7 @@ def show_plan(console: Console, prepared: Prepared, target: Path, *, every_tenso
             shape = "x".join(map(str, tensor["shape"]))
             stored = tensor.get("stored_as") or f"dense: {tensor['dense']}"
             table.add_row(_short(name), shape, stored, str(tensor.get("outliers", "")), human_bytes(tensor["bytes"]))
-        _show(console, table)
+        show_table(console, table)
     else:
         _show_schemes(console, record["tensors"])
     for name, reason in record["left_out"].items():
@@ -188,11 +192,13 @@ def _show_schemes(console: Console, tensors: Mapping[str, Mapping[str, Any]]) ->
     kinds: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
         kinds.setdefault(tensor.get("stored_as") or f"dense: {tensor['dense']}", []).append(name)
-    table = _table("Tensors", ("stored as", "left"), ("tensors", "right"), ("size", "right"), ("for example", "left"))
+    table = make_table(
+        "Tensors", ("stored as", "left"), ("tensors", "right"), ("size", "right"), ("for example", "left")
+    )
     for kind, names in kinds.items():
         size = sum(tensors[name]["bytes"] for name in names)
         table.add_row(escape(kind), str(len(names)), human_bytes(size), _short(names[0]))
-    _show(console, table)
+    show_table(console, table)
 
 
 def show_result(console: Console, result: Compressed) -> None:
@@ -235,23 +241,23 @@ def show_manifest(console: Console, path: Path, manifest: Mapping[str, Any]) -> 
     _show_schemes(console, manifest["tensors"])
     _show_outliers(console, manifest)
     quantized = {name: tensor for name, tensor in manifest["tensors"].items() if "dense" not in tensor}
-    table = _table(
+    table = make_table(
         "Largest relative rounding errors", ("tensor", "left"), ("stored as", "left"), ("relative error", "right")
     )
     for name, tensor in sorted(quantized.items(), key=lambda item: -item[1]["relative_error"])[:5]:
         table.add_row(_short(name), tensor["stored_as"], f"{tensor['relative_error']:.4f}")
-    _show(console, table)
-    table = _table("Loaders", ("loader", "left"), ("loads it?", "left"))
+    show_table(console, table)
+    table = make_table("Loaders", ("loader", "left"), ("loads it?", "left"))
     for loader, verdict in manifest["loaders"].items():
         table.add_row(loader, escape(verdict))
-    _show(console, table)
+    show_table(console, table)
     for note in manifest["notes"]:
         console.print(f"Note: {note}", markup=False)
 
 
 def _show_outliers(console: Console, manifest: Mapping[str, Any]) -> None:
     weights = {(item["name"], item["row"], item["col"]): item for item in manifest["detection"]["super_weights"]}
-    table = _table(
+    table = make_table(
         "Super weights",
         ("weight", "left"),
         ("row, col", "left"),
@@ -272,7 +278,7 @@ def _show_outliers(console: Console, manifest: Mapping[str, Any]) -> None:
             )
         table.add_row(_short(name), f"{row}, {col}", f"{item['value']:.5g}", without, f"{item['kl']:.4g}", kept)
     if weights:
-        _show(console, table)
+        show_table(console, table)
     else:
         console.print("No super weights were found.")
     count = sum(tensor.get("outliers", 0) for tensor in manifest["tensors"].values())
@@ -281,7 +287,7 @@ def _show_outliers(console: Console, manifest: Mapping[str, Any]) -> None:
 
 def show_evaluation(console: Console, result: Evaluation) -> None:
     """One short table."""
-    table = _table("", ("measure", "left"), ("value", "right"))
+    table = make_table("", ("measure", "left"), ("value", "right"))
     table.title = None
     table.add_row("perplexity", f"{result.perplexity:.4f}")
     if result.original_perplexity is not None:
@@ -291,18 +297,18 @@ def show_evaluation(console: Console, result: Evaluation) -> None:
     table.add_row(
         "predicted tokens", f"{result.tokens:,} in {result.windows} window{'' if result.windows == 1 else 's'}"
     )
-    _show(console, table)
+    show_table(console, table)
 
 
 def show_doctor(console: Console, report: Mapping[str, Any]) -> None:
     """Versions, devices, and how to mend what is missing."""
     console.print(f"swquant {report['swquant']}, Python {report['python']}, {report['platform']}")
-    table = _table("", ("package", "left"), ("version", "left"))
+    table = make_table("", ("package", "left"), ("version", "left"))
     table.title = None
     for name, version in {**report["packages"], **report["optional"]}.items():
         absent = "[yellow]not installed (optional)[/]" if name in report["optional"] else "[red]not installed[/]"
         table.add_row(name, version or absent)
-    _show(console, table)
+    show_table(console, table)
     console.print(f"Devices: {'; '.join(report['devices']) or 'none, without torch'}", markup=False)
     operators = report["operators"]
     console.print(f"Operator library: {operators['library'] or 'none'}", markup=False, soft_wrap=True)

@@ -1,36 +1,42 @@
 """A checkpoint that swquant wrote, read back as the dense model it stands for.
 
 `read` decodes a tensor and lays the sidecar over it, under the original's stored names: whatever can read the
-original (transformers, the probe, the evaluation) can read the compressed model the same way.
+original (transformers, the probe, the evaluation) can read the compressed model the same way. `quantized` and `outliers`
+give the parts, for exporters.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from calibrationless import QuantizedTensor, dequantize, restore
+from calibrationless import Outliers, QuantizedTensor, dequantize, restore
 from exporters import compressed_tensors
 from exporters.errors import SwquantError
 from exporters.json_file import read_json
 from exporters.safetensors_file import SafetensorsReader
 from exporters.sidecar import SIDECAR, SidecarReader
 from swquant.checkpoint.base import Checkpoint, Stored
-from swquant.checkpoint.safetensors import load_config, shard_names
+from swquant.checkpoint.safetensors import copy_companions, load_config, shard_names
 from swquant.manifest import outlier_counts, read_manifest
 
 __all__ = ["CompressedCheckpoint"]
 
 
 class CompressedCheckpoint(Checkpoint):
-    """Reads the folder that `compress` writes. restored: whether `read` lays the outliers back."""
+    """Reads the folder that `compress` writes. restored: whether `read` lays the outliers back. unrounded: decode to float32;
+    otherwise every weight is rounded to the dtype of its scale, as stock loaders of the format do and runtimes do not."""
 
     kind = "swquant"
 
-    def __init__(self, folder: Path, *, restored: bool = True, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, restored: bool = True, unrounded: bool = False, trust_remote_code: bool = False
+    ) -> None:
         self.folder = folder
+        self._unrounded = unrounded
         self.name = folder.resolve().name
         self.trust_remote_code = trust_remote_code
         self.manifest = read_manifest(folder)
@@ -83,7 +89,13 @@ class CompressedCheckpoint(Checkpoint):
         if "dense" in record:
             entry = reader.entries[name]
             return Stored(entry.dtype, entry.shape)
-        return Stored(reader.entries[f"{name.removesuffix('.weight')}.weight_scale"].dtype, tuple(record["shape"]))
+        stored = reader.entries[f"{name.removesuffix('.weight')}.weight_scale"].dtype
+        return Stored(torch.float32 if self._unrounded else stored, tuple(record["shape"]))
+
+    @property
+    def quantized_names(self) -> tuple[str, ...]:
+        """The tensors that are stored as codes."""
+        return tuple(name for name, record in self._records.items() if "dense" not in record)
 
     def quantized(self, name: str) -> QuantizedTensor:
         """The codes, scales and zero points of a tensor. Raises SwquantError where they contradict each other."""
@@ -94,19 +106,28 @@ class CompressedCheckpoint(Checkpoint):
         except (KeyError, ValueError) as error:
             raise SwquantError(f"{self.name}: {name} is damaged ({error}); run swquant verify") from None
 
+    def outliers(self, name: str) -> Outliers | None:
+        """The points of a tensor's sidecar; None where it has none or they are not to be restored."""
+        if self._sidecar is None or name not in self._sidecar.tensors:
+            return None
+        return self._sidecar.read(name)
+
     def read(self, name: str) -> torch.Tensor:
         if "dense" in self._records[name]:
             return self._reader(name).read(name)
-        weight = dequantize(self.quantized(name))
-        if self._sidecar is not None and name in self._sidecar.tensors:
+        quantized = self.quantized(name)
+        if self._unrounded:
+            quantized = replace(quantized, scale=quantized.scale.to(torch.float32))
+        weight = dequantize(quantized)
+        if (outliers := self.outliers(name)) is not None:
             try:
-                restore(weight, self._sidecar.read(name))
+                restore(weight, outliers)
             except ValueError as error:
                 raise SwquantError(f"{self.name}: {name}: {error}; run swquant verify") from None
         return weight
 
     def save_companions(self, folder: Path) -> None:
-        raise SwquantError(f"{self.name}: already compressed; start from the original model")
+        copy_companions(self.folder, folder)
 
     def close(self) -> None:
         for reader in self._readers.values():

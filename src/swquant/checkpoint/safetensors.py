@@ -20,7 +20,7 @@ from exporters.json_file import read_json
 from exporters.safetensors_file import SafetensorsReader
 from swquant.checkpoint.base import Checkpoint, Stored
 
-__all__ = ["COMPANIONS", "SafetensorsCheckpoint", "load_config", "shard_names"]
+__all__ = ["COMPANIONS", "SafetensorsCheckpoint", "copy_companions", "load_config", "shard_names"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -72,6 +72,14 @@ def load_config(folder: Path, raw: Mapping[str, Any], name: str, trust_remote_co
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises nearly everything here
         raise SwquantError(f"{name}: config.json is not usable ({first_line(error)}); fetch it again") from None
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy what a loader wants beside the weights: tokenizer, generation configuration, chat template, license."""
+    for pattern in COMPANIONS:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file() and path.suffix != ".safetensors":
+                shutil.copyfile(path, folder / path.name)
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -135,10 +143,7 @@ class SafetensorsCheckpoint(Checkpoint):
         return self._readers[self._where[name]].read(name)
 
     def save_companions(self, folder: Path) -> None:
-        for pattern in COMPANIONS:
-            for path in sorted(self.folder.glob(pattern)):
-                if path.is_file() and path.suffix != ".safetensors":
-                    shutil.copyfile(path, folder / path.name)
+        copy_companions(self.folder, folder)
 
     def close(self) -> None:
         for reader in self._readers.values():

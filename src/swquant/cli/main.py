@@ -29,6 +29,7 @@ from swquant.cli.common import (
     print_json,
     text_of,
 )
+from swquant.cli.export import export
 from swquant.options import DEFAULT_PROMPT, CompressOptions, option_help
 
 __all__ = ["app", "main"]
@@ -147,15 +148,21 @@ def compress(
         show_result(out, result)
 
 
+app.command()(export)
+
+
 @app.command()
 def inspect(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None:
     """Show what is in a compressed checkpoint: schemes, outliers, what stayed dense and why, what loads it."""
     from swquant.manifest import read_manifest
+    from swquant.onnx_tables import show_onnx_manifest
     from swquant.tables import show_manifest
 
     manifest = read_manifest(checkpoint)
     if as_json:
         print_json(manifest)
+    elif manifest.get("kind") == "onnx":
+        show_onnx_manifest(out, checkpoint, manifest)
     else:
         show_manifest(out, checkpoint, manifest)
 

@@ -1,0 +1,180 @@
+"""What swquant::LinearNBits means in operators that every runtime has.
+
+Each exported file carries this as a model-local function. A stock ONNX Runtime inlines it; where our library is registered,
+its kernel takes precedence. A function is looked up by its name, so a file has one, and its nodes must suit it: `Form`
+says what they have. Two bodies exist:
+
+- stock: MatMulNBits decodes and multiplies, standard operators add what is special. Fast everywhere.
+- otherwise: the codes are unpacked with shifts and masks. Exact for 2 to 8 bits and every block, and slow to load: the
+  runtime folds it into a float weight, so the file is small, but the memory is that of a float model.
+
+The text is onnx's own syntax (`onnx.parser`); `@K` is the node's attribute K.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx
+import onnx.parser
+
+from exporters.onnx.nodes import DOMAIN, MICROSOFT, OPERATOR
+
+__all__ = ["INPUTS", "OPSET", "Form", "linear_function"]
+
+OPSET = 21
+INPUTS = (
+    "A", "B", "scales", "zero_points", "outlier_rows", "outlier_cols", "outlier_deltas", "channels", "channel_weights", "bias",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Form:
+    """What all LinearNBits nodes of one file have in common."""
+
+    stock: bool
+    zero_points: bool
+    outliers: bool
+    channels: bool = False
+
+
+_KEEP = """
+  all_inputs = Shape <start = -1> (A)
+  one = Constant <value_float: float = 1.0> ()
+  ones_float = Expand (one, all_inputs)
+  ones = CastLike (ones_float, A)
+  channel_count = Shape (channels)
+  zero = Constant <value_float: float = 0.0> ()
+  zeros_float = Expand (zero, channel_count)
+  zeros = CastLike (zeros_float, A)
+  mask = ScatterElements <axis = 0> (ones, channels, zeros)
+  kept = Mul (A, mask)
+"""
+
+_STOCK = """
+  grid = Shape (scales)
+  rest = Constant <value_ints: ints = [-1]> ()
+  form = Concat <axis = 0> (grid, rest)
+  blocks = Reshape (B, form)
+  product = com.microsoft.MatMulNBits <K: int = @K, N: int = @N, bits: int = @bits, block_size: int = @block_cols, accuracy_level: int = @accuracy_level> ({A}, blocks, scales, {zero_points})
+"""
+
+_CONSTANTS = """
+  bits = Constant <value_int: int = @bits> ()
+  zero = Constant <value_int: int = 0> ()
+  one = Constant <value_int: int = 1> ()
+  two = Constant <value_int: int = 2> ()
+  eight = Constant <value_int: int = 8> ()
+  power = Pow (two, bits)
+  largest = Sub (power, one)
+  mask32 = Cast <to = 12> (largest)
+  eight32 = Cast <to = 12> (eight)
+"""
+
+# Code k of a row: the 16 bits that begin in byte k * bits / 8, shifted down by what is left, masked.
+_UNPACK = """
+  {p}index = Range (zero, {count}, one)
+  {p}bit = Mul ({p}index, bits)
+  {p}byte = Div ({p}bit, eight)
+  {p}offset = Mod ({p}bit, eight)
+  {p}shift = Cast <to = 12> ({p}offset)
+  {p}width = Shape <start = 1> ({packed})
+  {p}last = Sub ({p}width, one)
+  {p}following = Add ({p}byte, one)
+  {p}next = Min ({p}following, {p}last)
+  {p}low8 = Gather <axis = 1> ({packed}, {p}byte)
+  {p}high8 = Gather <axis = 1> ({packed}, {p}next)
+  {p}low = Cast <to = 12> ({p}low8)
+  {p}high = Cast <to = 12> ({p}high8)
+  {p}raised = BitShift <direction = "LEFT"> ({p}high, eight32)
+  {p}word = BitwiseOr ({p}low, {p}raised)
+  {p}lowered = BitShift <direction = "RIGHT"> ({p}word, {p}shift)
+  {p}code32 = BitwiseAnd ({p}lowered, mask32)
+  {p}code = Cast <to = 1> ({p}code32)
+"""
+
+_DECODE = """
+  block_rows = Constant <value_int: int = @block_rows> ()
+  block_cols = Constant <value_int: int = @block_cols> ()
+  N = Constant <value_int: int = @N> ()
+  row = Range (zero, N, one)
+  scale_row = Div (row, block_rows)
+  scale_col = Div (w_index, block_cols)
+  scales_float = Cast <to = 1> (scales)
+  scale_rows = Gather <axis = 0> (scales_float, scale_row)
+  scale = Gather <axis = 1> (scale_rows, scale_col)
+"""
+
+_ZERO_POINTS = """
+  zero_point_rows = Gather <axis = 0> (z_code, scale_row)
+  zero_point = Gather <axis = 1> (zero_point_rows, scale_col)
+"""
+
+_SYMMETRIC = """
+  half_power = Div (power, two)
+  zero_point = Cast <to = 1> (half_power)
+"""
+
+_MULTIPLY = """
+  centred = Sub (w_code, zero_point)
+  decoded = Mul (centred, scale)
+  weight = CastLike (decoded, A)
+  transposed = Transpose <perm = [1, 0]> (weight)
+  product = MatMul (A, transposed)
+"""
+
+_OUTLIERS = """
+  outlier_inputs = Gather <axis = -1> (A, outlier_cols)
+  deltas = CastLike (outlier_deltas, A)
+  missing = Mul (outlier_inputs, deltas)
+  missing_shape = Shape (missing)
+  outlier_rows64 = Cast <to = 7> (outlier_rows)
+  places = Expand (outlier_rows64, missing_shape)
+  {out} = ScatterElements <axis = -1, reduction = "add"> ({product}, places, missing)
+"""
+
+_CHANNELS = """
+  channel_inputs = Gather <axis = -1> (A, channels)
+  channel_product = MatMul (channel_inputs, channel_weights)
+  {out} = Add ({product}, channel_product)
+"""
+
+
+def _body(form: Form) -> tuple[str, str]:
+    """(text, name of the result)."""
+    if form.stock:
+        text = _KEEP if form.channels else ""
+        text += _STOCK.format(
+            A="kept" if form.channels else "A", zero_points="zero_points" if form.zero_points else '""'
+        )
+    else:
+        text = _CONSTANTS + "  K = Constant <value_int: int = @K> ()" + _UNPACK.format(p="w_", packed="B", count="K")
+        text += _DECODE
+        if form.zero_points:
+            text += "  scale_shape = Shape <start = 1> (scales)\n  columns = Squeeze (scale_shape)"
+            text += _UNPACK.format(p="z_", packed="zero_points", count="columns") + _ZERO_POINTS
+        else:
+            text += _SYMMETRIC
+        text += _MULTIPLY
+    result = "product"
+    # In float arithmetic a channel taken out and added again changes nothing: only the stock body, which may round the
+    # activations, has to.
+    for wanted, part, name in (
+        (form.channels and form.stock, _CHANNELS, "with_channels"),
+        (form.outliers, _OUTLIERS, "with_outliers"),
+    ):
+        if wanted:
+            text += part.format(product=result, out=name)
+            result = name
+    return text, result
+
+
+def linear_function(form: Form) -> onnx.FunctionProto:
+    """The function swquant::LinearNBits for a file whose nodes have this form."""
+    text, result = _body(form)
+    lines = "\n".join(line for line in text.splitlines() if line.strip())
+    return onnx.parser.parse_function(
+        f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}, "{MICROSOFT}" : 1]>\n'
+        f"{OPERATOR} <K, N, bits, block_rows, block_cols, accuracy_level> ({', '.join(INPUTS)}) => (Y)\n"
+        f"{{\n{lines}\n  Y = Identity ({result})\n}}"
+    )

@@ -1,0 +1,147 @@
+"""How a quantized linear layer becomes a node of an ONNX graph.
+
+Two operators can hold it:
+
+    com.microsoft::MatMulNBits   of ONNX Runtime: 2, 4 or 8 bits, one scale for a block of 16 to 256 inputs, a power of two
+    swquant::LinearNBits         ours: every number of bits and every block, and outliers added to the product
+
+MatMulNBits is taken wherever it can say everything. A block that it does not know is cut into pieces that it does, the
+scale repeated: a row of 1,536 weights with one scale becomes six blocks of 256. LinearNBits takes what has outliers, 3, 5,
+6 or 7 bits, or a block that no power of two from 16 on divides; `function` gives it a meaning on runtimes that do not have
+our library.
+
+Both store codes as a little-endian stream of bits, each row padded to whole blocks, so for the bits and blocks that
+MatMulNBits takes the bytes are the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from calibrationless import Channel, Group, Outliers, QuantizedTensor, check_outliers, dequantize
+from exporters.packing import pack
+
+__all__ = ["DOMAIN", "MICROSOFT", "OPERATOR", "STOCK_BITS", "PackedWeight", "pack_weight", "stock_block"]
+
+DOMAIN, OPERATOR = "swquant", "LinearNBits"
+MICROSOFT = "com.microsoft"
+STOCK_BITS = (2, 4, 8)
+_SMALLEST, _LARGEST = 16, 256  # blocks of MatMulNBits; runtimes before 1.32 return zeros or NaN above, in silence
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A [N, K] weight as the operators take it.
+
+    codes: uint8 [N, blocks * block * bits / 8, rounded up]. scales: [N, blocks], float32 or float16. zero_points: uint8
+    [N, ceil(blocks * bits / 8)], None where it is 2^(bits-1) everywhere. rows, cols: int32 [P], sorted; deltas: float32 [P],
+    what is missing from the decoded weight at these places; None without outliers.
+    """
+
+    K: int
+    N: int
+    bits: int
+    block: int
+    codes: Tensor
+    scales: Tensor
+    zero_points: Tensor | None
+    rows: Tensor | None = None
+    cols: Tensor | None = None
+    deltas: Tensor | None = None
+
+    @property
+    def stock(self) -> bool:
+        """Whether MatMulNBits can decode the codes."""
+        return self.bits in STOCK_BITS and _SMALLEST <= self.block <= _LARGEST and self.block.bit_count() == 1
+
+    @property
+    def operator(self) -> str:
+        """The node that it becomes."""
+        return "MatMulNBits" if self.stock and self.deltas is None else OPERATOR
+
+    @property
+    def outliers(self) -> int:
+        return 0 if self.deltas is None else self.deltas.numel()
+
+    @property
+    def nbytes(self) -> int:
+        parts = (self.codes, self.scales, self.zero_points, self.rows, self.cols, self.deltas)
+        return sum(part.numel() * part.itemsize for part in parts if part is not None)
+
+
+def stock_block(inputs: int, block: int, bits: int) -> int | None:
+    """The block of MatMulNBits that carries blocks of `block` weights in rows of `inputs`, None where there is none.
+
+    A block is cut into the largest pieces that divide it. One block for the whole row is carried by any, since the last may
+    hang over the end; the one that takes the fewest bytes with a four-byte scale is chosen.
+    """
+    if bits not in STOCK_BITS:
+        return None
+    if block < inputs:
+        power = block & -block
+        return None if power < _SMALLEST else min(power, _LARGEST)
+
+    def row_bytes(size: int) -> int:
+        return -(-inputs // size) * (size * bits // 8 + 4)
+
+    return min((256, 128, 64, 32, 16), key=row_bytes)
+
+
+def _packed_rows(values: Tensor, bits: int) -> Tensor:
+    """uint8 [rows, cols] -> uint8 [rows, ceil(cols * bits / 8)], each row padded to a byte."""
+    used = -(-values.shape[1] * bits // 8)
+    return pack(values.contiguous(), bits).view(torch.uint8)[:, :used].contiguous()
+
+
+def pack_weight(quantized: QuantizedTensor, outliers: Outliers | None, dtype: torch.dtype) -> PackedWeight:
+    """Pack a weight whose block is a group or a channel, with scales of `dtype`.
+
+    Raises ValueError for another block, where a scale does not fit `dtype`, and for an outlier outside the weight.
+    """
+    count, inputs = quantized.shape
+    match quantized.block:
+        case Group(size):
+            declared = size
+        case Channel():
+            declared = inputs
+        case other:
+            raise ValueError(f"block {other} is not a group or a channel")
+    block = stock_block(inputs, declared, quantized.bits) or declared
+    blocks = -(-inputs // block)
+    if declared == inputs:
+        scale, zero_point = quantized.scale.expand(-1, blocks), quantized.zero_point
+        zero_point = None if zero_point is None else zero_point.expand(-1, blocks)
+    else:
+        repeats = declared // block
+        scale, zero_point = quantized.scale.repeat_interleave(repeats, 1), quantized.zero_point
+        zero_point = None if zero_point is None else zero_point.repeat_interleave(repeats, 1)
+    scales = scale.to(dtype).contiguous()
+    if not torch.isfinite(scales).all():
+        raise ValueError(f"a scale of {scale.abs().max():.3g} does not fit {dtype}")
+    codes = torch.nn.functional.pad(quantized.codes, (0, blocks * block - inputs))
+    packed = PackedWeight(
+        inputs,
+        count,
+        quantized.bits,
+        block,
+        _packed_rows(codes, quantized.bits),
+        scales,
+        None if zero_point is None else _packed_rows(zero_point, quantized.bits),
+    )
+    if outliers is None or not len(outliers):
+        return packed
+    check_outliers(outliers, quantized.shape)
+    # What the node decodes, not what the checkpoint's loader does, which rounds every product to the scale's dtype.
+    decoded = dequantize(replace(quantized, scale=quantized.scale.to(dtype).to(torch.float32)))
+    rows, cols = outliers.rows.to(torch.int64), outliers.cols.to(torch.int64)
+    deltas = outliers.values.to(torch.float32) - decoded[rows, cols]
+    order = torch.argsort(rows * inputs + cols)
+    return replace(
+        packed,
+        rows=outliers.rows[order].contiguous(),
+        cols=outliers.cols[order].contiguous(),
+        deltas=deltas[order].contiguous(),
+    )

@@ -1,0 +1,44 @@
+"""`swquant export`: from a compressed checkpoint to an ONNX folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from swquant.cli.common import CheckpointArgument, JsonOption, TrustOption, make_progress, out, print_json
+from swquant.onnx_options import ExportOptions, export_help
+
+__all__ = ["export"]
+
+
+def export(
+    checkpoint: CheckpointArgument,
+    out_folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to create.", show_default=False)],
+    graph: Annotated[str, typer.Option(help=export_help("graph"))] = ExportOptions.graph,
+    precision: Annotated[str, typer.Option(help=export_help("precision"))] = ExportOptions.precision,
+    accuracy_level: Annotated[int, typer.Option(help=export_help("accuracy_level"))] = ExportOptions.accuracy_level,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace FOLDER if swquant made it.", show_default=False)
+    ] = False,
+    as_json: JsonOption = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Export a compressed checkpoint to ONNX, and check that it gives the same answers."""
+    options = ExportOptions(graph=graph, precision=precision, accuracy_level=accuracy_level)
+    from swquant.api import export as export_folder
+    from swquant.onnx_tables import show_export
+
+    result = export_folder(
+        checkpoint,
+        out_folder,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+        progress=make_progress(as_json),
+        **options.as_dict(),
+    )
+    if as_json:
+        print_json({"path": str(result.path), "manifest": result.manifest})
+    else:
+        show_export(out, result)

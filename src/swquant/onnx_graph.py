@@ -1,0 +1,103 @@
+"""The graph of a compressed model, through torch's exporter: any architecture that transformers builds.
+
+Inputs and outputs have the names that the ecosystem agreed on (optimum, onnxruntime-genai, transformers.js): `input_ids`,
+`attention_mask`, `position_ids` and for every layer `past_key_values.N.key` and `.value` in, `logits` and `present.N.key`
+and `.value` out. All dimensions are dynamic, and the past may be empty: prompt and next token go through one graph.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+
+import onnx_ir
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from exporters.errors import SwquantError, first_line
+from exporters.onnx.dynamo import PackedLinear, export_graph
+from exporters.onnx.nodes import PackedWeight
+
+__all__ = ["CausalGraph", "dynamo_graph", "put_packed_linears"]
+
+
+class CausalGraph(nn.Module):
+    """The model with its key-value cache as plain tensors: two for every layer, [batch, heads, past, size]."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self._positions = "position_ids" in inspect.signature(model.forward).parameters
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Logits [batch, sequence, vocabulary], then the keys and values of every layer with the new ones appended."""
+        # A plain cache: one that is told of sliding windows would drop what the masks hide anyway, and its length with it.
+        cache = DynamicCache()
+        for layer in range(len(past) // 2):
+            cache.update(past[2 * layer], past[2 * layer + 1], layer)
+        positions = {"position_ids": position_ids} if self._positions else {}
+        output = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **positions
+        )
+        present = [part for layer in output.past_key_values.layers for part in (layer.keys, layer.values)]
+        return (output.logits, *present)
+
+
+def put_packed_linears(model: PreTrainedModel, weights: Mapping[str, PackedWeight], accuracy_level: int) -> None:
+    """Replace the linear modules named in `weights`."""
+    for name, weight in weights.items():
+        bias = model.get_submodule(name).bias
+        data = bias.data if isinstance(bias, Tensor) else None
+        model.set_submodule(name, PackedLinear(weight, data, accuracy_level))
+
+
+def _cache_form(model: PreTrainedModel) -> list[tuple[int, int]]:
+    """(heads, size) of keys and values, layer by layer. Raises SwquantError where the model keeps anything else."""
+    with torch.no_grad():
+        output = model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=True)
+    layers = getattr(output.past_key_values, "layers", None)
+    if not layers or not all(
+        isinstance(part, Tensor) and part.ndim == 4 for layer in layers for part in (layer.keys, layer.values)
+    ):
+        raise SwquantError(
+            f"{type(model).__name__}: keeps more than keys and values between tokens; only attention models can be exported"
+        )
+    return [(part.shape[1], part.shape[3]) for layer in layers for part in (layer.keys, layer.values)]
+
+
+def dynamo_graph(model: PreTrainedModel, name: str) -> onnx_ir.Model:
+    """The ONNX graph of a model whose linears are packed. Raises SwquantError where torch cannot trace it."""
+    form = _cache_form(model)
+    batch, sequence, past = 2, 3, 4  # all different and none 1, which the exporter would take for constants
+    dtype = model.dtype
+    arguments = (
+        torch.ones(batch, sequence, dtype=torch.int64),
+        torch.ones(batch, past + sequence, dtype=torch.int64),
+        torch.arange(past, past + sequence).repeat(batch, 1),
+        [torch.zeros(batch, heads, past, size, dtype=dtype) for heads, size in form],
+    )
+    free = torch.export.Dim.DYNAMIC
+    rows = {0: free, 1: free}
+    shapes = (rows, rows, rows, [{0: free, 2: free}] * len(form))
+    parts = [f"{layer}.{part}" for layer in range(len(form) // 2) for part in ("key", "value")]
+    inputs = ["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{part}" for part in parts)]
+    outputs = ["logits", *(f"present.{part}" for part in parts)]
+    dimensions: dict[str, list[str | int]] = {
+        "input_ids": ["batch", "sequence"],
+        "attention_mask": ["batch", "total_sequence"],
+        "position_ids": ["batch", "sequence"],
+        "logits": ["batch", "sequence", model.config.get_text_config().vocab_size],
+    }
+    for part, (heads, size) in zip(parts, form, strict=True):
+        dimensions[f"past_key_values.{part}"] = ["batch", heads, "past_sequence", size]
+        dimensions[f"present.{part}"] = ["batch", heads, "total_sequence", size]
+    try:
+        return export_graph(CausalGraph(model).eval(), arguments, shapes, inputs, outputs, dimensions)
+    except Exception as error:  # the exporter raises anything
+        raise SwquantError(
+            f"{name}: torch cannot export {type(model).__name__} to ONNX ({first_line(error)}); serve the checkpoint with "
+            "transformers or vLLM"
+        ) from None

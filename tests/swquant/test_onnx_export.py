@@ -1,0 +1,150 @@
+"""Export to ONNX: the same answers as the checkpoint, a folder that appears whole or not at all, errors that help."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir
+import pytest
+import torch
+from conftest import PROMPT, Ran, save_model, tiny_model
+
+import swquant
+from swquant.checkpoint.compressed import CompressedCheckpoint
+from swquant.models import build_model
+from swquant.onnx_model import OnnxModel
+
+pytest.importorskip("onnxruntime")
+Cli = Callable[..., Ran]
+
+
+def compressed_model(architecture: str, folder: Path, **options: object) -> Path:
+    """A random model of two layers, as tracing takes seconds for each, with one weight in a hundred in the sidecar."""
+    save_model(tiny_model(architecture, num_hidden_layers=2), folder / "model")
+    settings: dict = {"prompt": PROMPT, "block": "32", "outliers": 0.01, **options}
+    return swquant.compress(folder / "model", folder / "out", **settings).path
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compressed_model("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def exported(checkpoint: Path) -> Path:
+    """Its ONNX folder. Do not change it."""
+    return swquant.export(checkpoint, checkpoint.parent / "onnx").path
+
+
+def torch_model(checkpoint: Path) -> torch.nn.Module:
+    """The checkpoint with every weight decoded in float32, as a runtime does."""
+    with CompressedCheckpoint(checkpoint, unrounded=True) as opened:
+        return build_model(opened, torch.float32)
+
+
+def check_parity(checkpoint: Path, folder: Path) -> None:
+    """Prompts of two sequences, an empty past and one of some tokens, and twelve greedy tokens through the cache."""
+    reference = torch_model(checkpoint)
+    model = OnnxModel.open(folder / "model.onnx", reference.config)
+    ids = torch.randint(2, 128, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = reference(input_ids=ids).logits.numpy()
+    tolerance = 1e-4 * np.ptp(expected)
+    whole, _ = model.step(ids.numpy(), model.empty_past(2))
+    assert np.abs(whole - expected).max() < tolerance
+    first, past = model.step(ids[:, :4].numpy(), model.empty_past(2))
+    second, past = model.step(ids[:, 4:8].numpy(), past)
+    third, _ = model.step(ids[:, 8:].numpy(), past)
+    assert np.abs(np.concatenate([first, second, third], axis=1) - expected).max() < tolerance
+    with torch.no_grad():
+        greedy = reference.generate(ids[:1], max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=1)
+    assert model.generate(ids[:1], max_new_tokens=12).tolist() == greedy.tolist()
+
+
+def test_the_model_gives_the_same_logits_and_tokens(checkpoint: Path, exported: Path) -> None:
+    check_parity(checkpoint, exported)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["mistral", "qwen3", "olmo2", "phi3", "gemma3", "gpt_neox", "opt"])
+def test_other_families_do_too(architecture: str, tmp_path: Path) -> None:
+    checkpoint = compressed_model(architecture, tmp_path)
+    check_parity(checkpoint, swquant.export(checkpoint, tmp_path / "onnx").path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [{"bits": 3}, {"bits": 8}, {"bits": 2, "block": "channel"}, {"symmetric": False}, {"block": "24", "dense": ["o_proj"]}, {"bits": 5, "outliers": 0.0, "symmetric": False}],
+    ids=str,
+)  # fmt: skip
+def test_other_bits_and_blocks_do_too(options: dict, tmp_path: Path) -> None:
+    checkpoint = compressed_model("llama", tmp_path, **options)
+    check_parity(checkpoint, swquant.export(checkpoint, tmp_path / "onnx").path)
+
+
+def test_linears_become_nodes_with_the_names_of_their_modules(exported: Path) -> None:
+    model = onnx.load(exported / "model.onnx", load_external_data=False)
+    nodes = [node for node in model.graph.node if node.op_type == "LinearNBits"]
+    assert len(nodes) == 14
+    assert all(node.domain == "swquant" for node in nodes)
+    assert [function.name for function in model.functions] == ["LinearNBits"]
+    assert nodes[0].input[1] == "model.model.layers.0.self_attn.q_proj.codes"
+    matrices = [list(item.dims) for item in model.graph.initializer if item.data_type == 1 and len(item.dims) == 2]
+    assert sorted(dims for dims in matrices if dims[1] > 4) == [[64, 128], [128, 64]]  # no float copy: embedding and lm_head
+    assert {value.name for value in model.graph.input} >= {"input_ids", "attention_mask", "past_key_values.0.key"}
+    assert [dim.dim_param for dim in model.graph.input[1].type.tensor_type.shape.dim] == ["batch", "total_sequence"]
+
+
+def test_the_manifest_says_what_was_checked(exported: Path) -> None:
+    manifest = swquant.inspect(exported)
+    check = manifest["check"]
+    assert check["largest_difference"] < 1e-4 < check["without_outliers"]
+    assert check["same_tokens"] == check["generated_tokens"] == 16
+    assert list(check["providers"]) == ["CPUExecutionProvider"]
+    assert manifest["operators"]["swquant::LinearNBits"] == len(manifest["weights"]) == 14
+    assert swquant.verify(exported) == []
+
+
+def test_a_wrong_export_is_not_written(
+    checkpoint: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One wrong scale in the graph, where a wrong layout would make many."""
+    graph = onnx_ir.load(exported / "model.onnx")
+    name = "model.model.layers.0.self_attn.v_proj.scales"
+    scales = graph.graph.initializers[name].const_value.numpy().copy()
+    scales[0, 0] *= 1.5
+    graph.graph.initializers[name].const_value = onnx_ir.tensor(scales, name=name)
+    monkeypatch.setattr("swquant.onnx_export.dynamo_graph", lambda *_: graph)
+    with pytest.raises(swquant.SwquantError, match=r"differs from the checkpoint by .* nothing was written"):
+        swquant.export(checkpoint, tmp_path / "onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_experts_are_refused_with_the_alternative(tmp_path: Path) -> None:
+    checkpoint = compressed_model("mixtral", tmp_path, outliers=0.0)
+    with pytest.raises(
+        swquant.SwquantError, match="expert of a mixture.*serve the checkpoint with transformers or vLLM"
+    ):
+        swquant.export(checkpoint, tmp_path / "onnx")
+
+
+def test_only_compressed_checkpoints_are_exported(cli: Cli, checkpoint: Path, exported: Path, tmp_path: Path) -> None:
+    ran = cli("export", checkpoint.parent / "model", tmp_path / "onnx")
+    assert (ran.code, "make one first: swquant compress" in ran.err) == (1, True)
+    ran = cli("export", checkpoint, exported)
+    assert (ran.code, "exists already" in ran.err) == (1, True)
+    ran = cli("export", checkpoint, tmp_path / "onnx", "--precision", "fp8")
+    assert (ran.code, "--precision fp8 is not one of: fp32" in ran.err) == (1, True)
+
+
+def test_inspect_shows_nodes_and_check(cli: Cli, exported: Path) -> None:
+    ran = cli("inspect", exported)
+    assert ran.code == 0
+    assert "LinearNBits, 4 bits, block 32" in ran.out
+    assert "16 of 16 greedy tokens the same" in " ".join(ran.out.split())
+    assert json.loads(cli("inspect", exported, "--json").out)["kind"] == "onnx"
