@@ -75,6 +75,7 @@ class Evaluator:
     def __init__(self, key: str, original: Original) -> None:
         self.original = original
         self.model = build_model(original.checkpoint, torch.float32)
+        self.changed: set[str] = set()
         self.windows: dict[str, Windows] = {}
         self.reference: dict[str, list[Tensor]] = {}
         with torch.no_grad():
@@ -87,9 +88,10 @@ class Evaluator:
     def measure(self, state: dict[str, Tensor]) -> dict[str, Record]:
         """Text -> perplexity, kl, top1 and tokens with these weights in place of the original's."""
         with torch.no_grad():
-            for name in self.original.linears:
+            for name in {*self.original.linears, *self.changed, *state}:
                 new = state[name] if name in state else self.original.checkpoint.read(name)
                 self.model.get_parameter(name).copy_(new)
+            self.changed = set(state)
             return {name: self._score(name) for name in self.windows}
 
     def _score(self, name: str) -> Record:

@@ -9,6 +9,7 @@ with its fastest settings and all cores:
     AutoRound            the function of its model-free mode (round and pack to auto_gptq), eager and
                          under torch.compile, which is that mode's default outside Windows
     ONNX Runtime         the C++ kernel under MatMulNBitsQuantizer
+    ggml                 Q4_0, llama.cpp's simplest type (symmetric, block 32), rows shared among the threads
     HQQ                  min/max rounding with a float zero point (`optimize=False`, its fastest); also with
                          its default optimizer, which does more than round and is what its users get
 
@@ -171,11 +172,28 @@ def hqq_cases() -> list[Case]:
     return [case(False), case(True)]
 
 
+def ggml_cases() -> list[Case]:
+    from peers import ggml
+
+    ggml.library()  # raises ImportError here, not in the timer
+    return [
+        Case(
+            tool="ggml Q4_0",
+            package="libggml-python",
+            call="ggml_quantize_chunk(Q4_0); bf16 cast to float32 first, which is all that it takes",
+            symmetric=True,
+            run=lambda weight: (ggml.quantize(weight.float(), "Q4_0", threads=torch.get_num_threads()), weight.shape),
+            decode=lambda result: ggml.dequantize(result[0], "Q4_0", result[1]),
+        )
+    ]
+
+
 # Tool, the module whose absence means "not installed", and the function that knows how to call it.
 PEERS = [
     ("compressed-tensors", "compressed_tensors", compressed_tensors_cases),
     ("AutoRound", "auto_round", auto_round_cases),
     ("ONNX Runtime", "onnxruntime", onnxruntime_cases),
+    ("ggml", "libggml", ggml_cases),
     ("HQQ", "hqq", hqq_cases),
 ]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from peers.base import Cell, Method, Original, Outcome, Rounded, gather
 
-__all__ = ["METHODS", "TYPES", "quantize", "quantizer"]
+__all__ = ["METHODS", "TYPES", "dequantize", "quantize", "quantizer"]
 
 PACKAGES = ("libggml-python",)
 # name -> (number in ggml.h, the cell nearest in stored bits)
@@ -65,10 +66,10 @@ def quantizer(name: str) -> Traits:
     return library().ggml_get_type_traits(TYPES[name][0]).contents
 
 
-def quantize(weight: Tensor, name: str, importance: Tensor | None = None) -> Tensor:
+def quantize(weight: Tensor, name: str, importance: Tensor | None = None, threads: int = 1) -> Tensor:
     """float32 [out, in] -> uint8 [bytes]; 256 divides a row, or rows can be joined so that it does.
 
-    importance: float32 [in], the mean square of each input.
+    importance: float32 [in], the mean square of each input. threads: rows are shared among them, as llama.cpp does it.
     """
     rows, inputs = weight.shape
     joined = math.lcm(inputs, quantizer(name).block) // inputs
@@ -76,26 +77,40 @@ def quantize(weight: Tensor, name: str, importance: Tensor | None = None) -> Ten
         raise ValueError(f"{rows} rows of {inputs} weights are not a whole number of super-blocks")
     kept = None if importance is None else importance.repeat(joined).contiguous()
     packed = torch.empty(weight.numel() * quantizer(name).type_size // quantizer(name).block, dtype=torch.uint8)
-    written = library().ggml_quantize_chunk(
-        TYPES[name][0],
-        weight.data_ptr(),
-        packed.data_ptr(),
-        0,
-        rows // joined,
-        inputs * joined,
-        None if kept is None else kept.data_ptr(),
-    )
+    rows, inputs = rows // joined, inputs * joined
+    share = -(-rows // threads)
+
+    def part(first: int) -> int:
+        return library().ggml_quantize_chunk(  # lets go of the interpreter's lock
+            TYPES[name][0],
+            weight.data_ptr(),
+            packed.data_ptr(),
+            first * inputs,
+            min(share, rows - first),
+            inputs,
+            None if kept is None else kept.data_ptr(),
+        )
+
+    if threads == 1:
+        written = part(0)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            written = sum(pool.map(part, range(0, rows, share)))
     if written != len(packed):
         raise ValueError(f"ggml wrote {written} bytes of {name}, not {len(packed)}")
     return packed
 
 
+def dequantize(packed: Tensor, name: str, shape: tuple[int, int]) -> Tensor:
+    """uint8 [bytes] -> float32 [out, in]."""
+    decoded = torch.empty(shape)
+    quantizer(name).to_float(packed.data_ptr(), decoded.data_ptr(), decoded.numel())
+    return decoded
+
+
 def rounded(weight: Tensor, name: str, importance: Tensor | None = None) -> Rounded:
-    weight = weight.float().contiguous()
-    packed = quantize(weight, name, importance)
-    decoded = torch.empty_like(weight)
-    quantizer(name).to_float(packed.data_ptr(), decoded.data_ptr(), weight.numel())
-    return Rounded(decoded, len(packed))
+    packed = quantize(weight.float().contiguous(), name, importance)
+    return Rounded(dequantize(packed, name, (weight.shape[0], weight.shape[1])), len(packed))
 
 
 def run(name: str, calibrated: bool) -> Callable[[Original, Cell], Outcome]:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import swquant
 from exporters.sidecar import SIDECAR
 from peers.base import Cell, Method, Original, Outcome
@@ -44,6 +46,10 @@ def read_back(original: Original, folder: Path, manifest: Mapping[str, Any]) -> 
     dense = [name for name, record in records.items() if "dense" in record]
     with open_checkpoint(folder) as checkpoint:
         state = {name: checkpoint.read(name).float() for name in original.linears}
+        for name in set(checkpoint.tensors) - set(state):  # norms that a scaling of channels went into
+            stored, plain = checkpoint.read(name), original.checkpoint.read(name)
+            if plain.dim() == 1 and not torch.equal(stored, plain.to(stored.dtype)):
+                state[name] = stored.float()
     return Outcome(state, nbytes, (f"{len(dense)} dense: {', '.join(dense)}",) if dense else ())
 
 
