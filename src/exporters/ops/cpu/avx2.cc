@@ -39,6 +39,7 @@ void int8_rows(const Layout& layout, int64_t group, const int8_t* q, const Piece
   const __m256i weight[2] = {_mm256_set1_epi16(1), _mm256_set1_epi16(16)};
   const auto pieces = static_cast<int64_t>(layout.pieces.size());
   __m256 total[kRows][2];
+#pragma GCC unroll 16
   for (auto& row : total) row[0] = row[1] = _mm256_setzero_ps();
   const uint8_t* codes = layout.group_codes(group);
   for (int64_t p = 0; p < pieces; ++p) {
@@ -46,20 +47,23 @@ void int8_rows(const Layout& layout, int64_t group, const int8_t* q, const Piece
     const uint8_t* lanes = codes + piece.unit * kUnit;
     const int8_t* activations = q + piece.offset;
     __m256i sums[kRows][2];
+#pragma GCC unroll 16
     for (auto& row : sums) row[0] = row[1] = _mm256_setzero_si256();
     for (int unit = 0; unit < piece.units; unit += kFlush) {
       __m256i part[kRows][kSums][2];
+#pragma GCC unroll 16
       for (auto& row : part)
+#pragma GCC unroll 16
         for (auto& sum : row) sum[0] = sum[1] = _mm256_setzero_si256();
       const int end = std::min(piece.units, unit + kFlush);
       for (int u = unit; u < end; ++u, lanes += kUnit, activations += 4 * kPer) {
         const __m256i low = _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes));
         const __m256i high = _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes + 32));
-#pragma GCC unroll 4
+#pragma GCC unroll 16
         for (int i = 0; i < kParts; ++i) {
           const __m256i codes0 = _mm256_and_si256(_mm256_srli_epi16(low, i * kShift), mask);
           const __m256i codes1 = _mm256_and_si256(_mm256_srli_epi16(high, i * kShift), mask);
-#pragma GCC unroll 4
+#pragma GCC unroll 16
           for (int m = 0; m < kRows; ++m) {
             const __m256i a = four(activations + m * layout.padded + i * kStep);
             auto& sum = part[m][kSums == 2 ? i : 0];
@@ -68,8 +72,9 @@ void int8_rows(const Layout& layout, int64_t group, const int8_t* q, const Piece
           }
         }
       }
-#pragma GCC unroll 4
+#pragma GCC unroll 16
       for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 16
         for (int s = 0; s < kSums; ++s) {
           sums[m][0] = _mm256_add_epi32(sums[m][0], _mm256_madd_epi16(part[m][s][0], weight[s]));
           sums[m][1] = _mm256_add_epi32(sums[m][1], _mm256_madd_epi16(part[m][s][1], weight[s]));
@@ -78,11 +83,11 @@ void int8_rows(const Layout& layout, int64_t group, const int8_t* q, const Piece
     }
     const float* scale = layout.block_scales(group, piece.block);
     const float* zeros = layout.block_zeros(group, piece.block);
-#pragma GCC unroll 2
+#pragma GCC unroll 16
     for (int h = 0; h < 2; ++h) {
       const __m256 zero_point = zeros ? _mm256_load_ps(zeros + 8 * h) : _mm256_set1_ps(layout.zero_point);
       const __m256 w = _mm256_load_ps(scale + 8 * h);
-#pragma GCC unroll 4
+#pragma GCC unroll 16
       for (int m = 0; m < kRows; ++m) {
         const PieceScale& of = scales[m * pieces + p];
         const __m256 exact = _mm256_fnmadd_ps(zero_point, _mm256_set1_ps(of.sum), _mm256_cvtepi32_ps(sums[m][h]));
@@ -90,6 +95,7 @@ void int8_rows(const Layout& layout, int64_t group, const int8_t* q, const Piece
       }
     }
   }
+#pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
     _mm256_storeu_ps(y + m * kGroup, total[m][0]);
     _mm256_storeu_ps(y + m * kGroup + 8, total[m][1]);
@@ -127,6 +133,7 @@ void dequantize(const Layout& layout, int64_t group, int64_t first, int64_t last
     const uint8_t* lanes = layout.group_codes(group) + piece.unit * kUnit;
     const float* scale = layout.block_scales(group, piece.block);
     const float* zeros = layout.block_zeros(group, piece.block);
+#pragma GCC unroll 16
     for (int h = 0; h < 2; ++h) {
       const __m256 w = _mm256_load_ps(scale + 8 * h);
       const __m256 zero_point = zeros ? _mm256_load_ps(zeros + 8 * h) : _mm256_set1_ps(layout.zero_point);
@@ -135,7 +142,7 @@ void dequantize(const Layout& layout, int64_t group, int64_t first, int64_t last
         const __m256i four = _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes + unit * kUnit + 32 * h));
         for (int i = 0; i < layout.per_byte; ++i) {
           __m256i codes = _mm256_srl_epi32(four, _mm_cvtsi32_si128(i * layout.bits_stored));
-#pragma GCC unroll 4
+#pragma GCC unroll 16
           for (int j = 0; j < 4; ++j, to += kGroup) {
             const __m256 code = _mm256_cvtepi32_ps(_mm256_and_si256(codes, mask));
             _mm256_store_ps(to, _mm256_mul_ps(_mm256_sub_ps(code, zero_point), w));
@@ -152,14 +159,16 @@ void dequantize(const Layout& layout, int64_t group, int64_t first, int64_t last
 template <int kRows, int kChains>
 void float_rows(const float* panel, int64_t columns, const float* a, int64_t stride, float* y) {
   __m256 sums[kChains][kRows][2];
+#pragma GCC unroll 16
   for (auto& chain : sums)
+#pragma GCC unroll 16
     for (auto& row : chain) row[0] = row[1] = _mm256_setzero_ps();
   for (int64_t k = 0; k < columns; k += kChains) {
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (int c = 0; c < kChains; ++c) {
       const __m256 low = _mm256_load_ps(panel + (k + c) * kGroup);
       const __m256 high = _mm256_load_ps(panel + (k + c) * kGroup + 8);
-#pragma GCC unroll 6
+#pragma GCC unroll 16
       for (int m = 0; m < kRows; ++m) {
         const __m256 x = _mm256_broadcast_ss(a + m * stride + k + c);
         sums[c][m][0] = _mm256_fmadd_ps(x, low, sums[c][m][0]);
@@ -167,9 +176,12 @@ void float_rows(const float* panel, int64_t columns, const float* a, int64_t str
       }
     }
   }
+#pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 16
     for (int h = 0; h < 2; ++h) {
       __m256 total = _mm256_loadu_ps(y + m * kGroup + 8 * h);
+#pragma GCC unroll 16
       for (int c = 0; c < kChains; ++c) total = _mm256_add_ps(total, sums[c][m][h]);
       _mm256_storeu_ps(y + m * kGroup + 8 * h, total);
     }

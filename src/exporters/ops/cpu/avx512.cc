@@ -28,6 +28,7 @@ inline __m512 to_floats(__m512i values) {
   int32_t in[16];
   float out[16];
   std::memcpy(in, &values, 64);
+#pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) out[i] = static_cast<float>(in[i]);
   return _mm512_loadu_ps(out);
 }
@@ -50,6 +51,7 @@ void int8_rows(const Layout& layout, int64_t group, const int8_t* q, const Piece
   const __m512i mask = _mm512_set1_epi8(static_cast<char>((1 << kBits) - 1));
   const auto pieces = static_cast<int64_t>(layout.pieces.size());
   __m512 total[kRows];
+#pragma GCC unroll 16
   for (auto& row : total) row = _mm512_setzero_ps();
   const uint8_t* codes = layout.group_codes(group);
   for (int64_t p = 0; p < pieces; ++p) {
@@ -57,17 +59,20 @@ void int8_rows(const Layout& layout, int64_t group, const int8_t* q, const Piece
     const uint8_t* lanes = codes + piece.unit * kUnit;
     const int8_t* activations = q + piece.offset;
     __m512i sums[kRows][kUnits][kChains];
+#pragma GCC unroll 16
     for (auto& row : sums)
+#pragma GCC unroll 16
       for (auto& unit : row)
+#pragma GCC unroll 16
         for (auto& chain : unit) chain = _mm512_setzero_si512();
     const auto add = [&](int u) {
       const __m512i packed = _mm512_load_si512(lanes);
-#pragma GCC unroll 4
+#pragma GCC unroll 16
       for (int i = 0; i < kPer; ++i) {
         __m512i part = packed;
         if (i) part = _mm512_srli_epi16(part, static_cast<unsigned>(i * kBits));
         if (kPer > 1) part = _mm512_and_si512(part, mask);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int m = 0; m < kRows; ++m) {
           auto& sum = sums[m][u][i % kChains];
           sum = _mm512_dpbusd_epi32(sum, part, four(activations + m * layout.padded + 4 * i));
@@ -78,22 +83,24 @@ void int8_rows(const Layout& layout, int64_t group, const int8_t* q, const Piece
     };
     int unit = 0;
     for (; unit + kUnits <= piece.units; unit += kUnits) {
-#pragma GCC unroll 2
+#pragma GCC unroll 16
       for (int u = 0; u < kUnits; ++u) add(u);
     }
     if (unit < piece.units) add(0);
     const __m512 scale = _mm512_load_ps(layout.block_scales(group, piece.block));
     const float* zeros = layout.block_zeros(group, piece.block);
     const __m512 zero_point = zeros ? _mm512_load_ps(zeros) : _mm512_set1_ps(layout.zero_point);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
       __m512i whole = sums[m][0][0];
+#pragma GCC unroll 16
       for (int s = 1; s < kUnits * kChains; ++s) whole = _mm512_add_epi32(whole, sums[m][s / kChains][s % kChains]);
       const PieceScale& of = scales[m * pieces + p];
       const __m512 exact = _mm512_fnmadd_ps(zero_point, _mm512_set1_ps(of.sum), _mm512_cvtepi32_ps(whole));
       total[m] = _mm512_fmadd_ps(exact, _mm512_mul_ps(scale, _mm512_set1_ps(of.scale)), total[m]);
     }
   }
+#pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) _mm512_storeu_ps(y + m * kGroup, total[m]);
 }
 
@@ -132,7 +139,7 @@ void dequantize(const Layout& layout, int64_t group, int64_t first, int64_t last
       const __m512i packed = _mm512_load_si512(lanes);
       for (int i = 0; i < layout.per_byte; ++i) {
         __m512i codes = _mm512_srli_epi32(packed, static_cast<unsigned>(i * layout.bits_stored));
-#pragma GCC unroll 4
+#pragma GCC unroll 16
         for (int j = 0; j < 4; ++j, panel += kGroup) {
           const __m512 code = _mm512_cvtepi32_ps(_mm512_and_si512(codes, mask));
           _mm512_store_ps(panel, _mm512_mul_ps(_mm512_sub_ps(code, zero_point), scale));
@@ -147,20 +154,24 @@ void dequantize(const Layout& layout, int64_t group, int64_t first, int64_t last
 template <int kRows, int kChains>
 void float_rows(const float* panel, int64_t columns, const float* a, int64_t stride, float* y) {
   __m512 sums[kChains][kRows];
+#pragma GCC unroll 16
   for (auto& chain : sums)
+#pragma GCC unroll 16
     for (auto& row : chain) row = _mm512_setzero_ps();
   for (int64_t k = 0; k < columns; k += kChains) {
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (int c = 0; c < kChains; ++c) {
       const __m512 weights = _mm512_load_ps(panel + (k + c) * kGroup);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int m = 0; m < kRows; ++m) {
         sums[c][m] = _mm512_fmadd_ps(_mm512_set1_ps(a[m * stride + k + c]), weights, sums[c][m]);
       }
     }
   }
+#pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
     __m512 total = _mm512_loadu_ps(y + m * kGroup);
+#pragma GCC unroll 16
     for (int c = 0; c < kChains; ++c) total = _mm512_add_ps(total, sums[c][m]);
     _mm512_storeu_ps(y + m * kGroup, total);
   }

@@ -40,8 +40,8 @@ struct Linear::State {
 
   State(const ort::Api* api, const ort::KernelInfo* info, ort::Type type);
   void read(const void* a, int64_t row, float* to, float* plain) const;
-  void tile(const void* a, const float* floats, const int8_t* q, const PieceScale* scales, int64_t group, int64_t m,
-            int64_t rows, float* panel, float* y) const;
+  void tile(const void* a, const float* floats, int64_t stride, const int8_t* q, const PieceScale* scales,
+            int64_t group, int64_t m, int64_t rows, float* panel, float* y) const;
   void run(const ort::KernelContext* context, const void* a, int64_t rows, void* y) const;
 };
 
@@ -86,8 +86,8 @@ void Linear::State::read(const void* a, int64_t row, float* to, float* plain) co
 }
 
 // y[rows][16] of one group, for rows m … of A.
-void Linear::State::tile(const void* a, const float* floats, const int8_t* q, const PieceScale* scales, int64_t group,
-                         int64_t m, int64_t rows, float* panel, float* y) const {
+void Linear::State::tile(const void* a, const float* floats, int64_t stride, const int8_t* q, const PieceScale* scales,
+                         int64_t group, int64_t m, int64_t rows, float* panel, float* y) const {
   const auto pieces = static_cast<int64_t>(layout.pieces.size());
   if (int8) {
     kernels->multiply_int8(layout, group, q + m * layout.padded, scales + m * pieces, rows, y);
@@ -102,7 +102,7 @@ void Linear::State::tile(const void* a, const float* floats, const int8_t* q, co
         columns += more;
       }
       kernels->dequantize(layout, group, first, last, panel);
-      kernels->multiply(panel, columns, floats + m * layout.padded + start, layout.padded, rows, y);
+      kernels->multiply(panel, columns, floats + m * stride + start, stride, rows, y);
       first = last;
     }
   }
@@ -141,10 +141,12 @@ int64_t ceil_divide(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 void Linear::State::run(const ort::KernelContext* context, const void* a, int64_t rows, void* y) const {
   const auto pieces = static_cast<int64_t>(layout.pieces.size());
-  const bool direct = !int8 && type == ort::kFloat && channels.empty() && layout.padded == layout.inputs;
   const int64_t padded = layout.padded;
+  const bool direct = !int8 && type == ort::kFloat && rows == 1 && padded == layout.inputs;
+  // Rows that lie a power of two apart would fight for the same few lines of the first cache.
+  const int64_t stride = padded + 16;
   // All memory is taken here, where running out of it can still be reported.
-  Buffer<float> floats = direct ? nullptr : allocate<float>(int8 ? 0 : rows * padded);
+  Buffer<float> floats = direct ? nullptr : allocate<float>(int8 ? 0 : rows * stride);
   Buffer<int8_t> q = allocate<int8_t>(int8 ? rows * padded : 0);
   Buffer<float> scales = allocate<float>(int8 ? rows * pieces * 2 : 0);
   auto* piece_scales = reinterpret_cast<PieceScale*>(scales.get());
@@ -162,7 +164,7 @@ void Linear::State::run(const ort::KernelContext* context, const void* a, int64_
     parallel(api, context, readers, [&](int64_t reader) {
       float* plain = temporary.get() + reader * room;
       for (int64_t m = reader * share; m < std::min(rows, (reader + 1) * share); ++m) {
-        float* to = int8 ? plain + layout.inputs : floats.get() + m * padded;
+        float* to = int8 ? plain + layout.inputs : floats.get() + m * stride;
         read(a, m, to, plain);
         if (int8) kernels->quantize(layout, to, q.get() + m * padded, piece_scales + m * pieces);
       }
@@ -174,7 +176,7 @@ void Linear::State::run(const ort::KernelContext* context, const void* a, int64_
     const int64_t m = task / chunks * kRows, count = std::min(kRows, rows - m);
     const int64_t begin = task % chunks * per_task, end = std::min(layout.groups, begin + per_task);
     for (int64_t group = begin; group < end; ++group) {
-      tile(a, source, q.get(), piece_scales, group, m, count, panel, tile_y);
+      tile(a, source, stride, q.get(), piece_scales, group, m, count, panel, tile_y);
       const int64_t n = group * kGroup;
       const auto width = static_cast<int>(std::min<int64_t>(kGroup, layout.outputs - n));
       for (int64_t i = 0; i < count; ++i) {
