@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from exporters.errors import SwquantError
-    from swquant.api import compress, detect, evaluate, export, generate, inspect, load, verify
-    from swquant.options import CompressOptions
+    from swquant.api import compress, detect, evaluate, export, generate, inspect, load, study, verify
+    from swquant.options import CompressOptions, StudyOptions
 
 __version__ = "0.1.0"
 
@@ -29,13 +29,16 @@ _HOMES = {
     "generate": "swquant.api",
     "inspect": "swquant.api",
     "load": "swquant.api",
+    "study": "swquant.api",
     "verify": "swquant.api",
     "CompressOptions": "swquant.options",
+    "StudyOptions": "swquant.options",
     "SwquantError": "exporters.errors",
 }
 
 __all__ = [
     "CompressOptions",
+    "StudyOptions",
     "SwquantError",
     "__version__",
     "compress",
@@ -45,6 +48,7 @@ __all__ = [
     "generate",
     "inspect",
     "load",
+    "study",
     "verify",
 ]
 

@@ -19,14 +19,15 @@ from swquant.evaluation import Evaluation, evaluate_model, generate_text
 from swquant.manifest import MANIFEST, read_manifest
 from swquant.models import build_model
 from swquant.onnx_options import ExportOptions
-from swquant.options import DEFAULT_PROMPT, CompressOptions
+from swquant.options import DEFAULT_PROMPT, CompressOptions, StudyOptions
 from swquant.pipeline import Compressed, compress_checkpoint
+from swquant.study import Study, study_checkpoint
 from swquant.verification import verify as verify_folder
 
 if TYPE_CHECKING:
     from swquant.onnx_export import Exported
 
-__all__ = ["compress", "detect", "evaluate", "export", "generate", "inspect", "load", "verify"]
+__all__ = ["compress", "detect", "evaluate", "export", "generate", "inspect", "load", "study", "verify"]
 
 Model = str | os.PathLike[str]
 
@@ -150,3 +151,18 @@ def generate(
     """Continue a prompt greedily. Returns the prompt and what follows. Raises SwquantError."""
     with open_checkpoint(model, restored=restore, trust_remote_code=trust_remote_code) as checkpoint:
         return generate_text(checkpoint, prompt, tokens=tokens)
+
+
+def study(
+    model: Model, text: str, out: Model | None = None, *, trust_remote_code: bool = False, **options: Any
+) -> Study:
+    """Repeat the super weight paper's experiments on a model and write a report.
+
+    text: what to measure on. out: the folder of the report, `<name>-study` by default; an earlier study there gives what it
+    measured already. options: the fields of `StudyOptions` (only, quick, window, limit, bits, prompt). Returns path,
+    sections (sentences, tables, charts) and the record that study.json holds. Raises SwquantError.
+    """
+    chosen = StudyOptions(**options)
+    with open_checkpoint(model, trust_remote_code=trust_remote_code) as checkpoint:
+        target = Path(out) if out is not None else Path(f"{checkpoint.name}-study")
+        return study_checkpoint(checkpoint, text, target, chosen)

@@ -55,6 +55,9 @@ class Progress:
         """Something without a measure is going on."""
         yield
 
+    def note(self, text: str) -> None:
+        """Something worth knowing."""
+
     @contextmanager
     def bytes(self, text: str, total: int) -> Iterator[Bar]:
         """`total` bytes will be worked through."""
@@ -118,6 +121,9 @@ class Terminal(Progress):
         else:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
             yield
+
+    def note(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
     def bytes(self, text: str, total: int) -> Iterator[Bar]:

@@ -7,7 +7,7 @@ same on any number of threads.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from swquant.directory import Published, published_for
 from swquant.models import build_model, fits_in_memory, offloaded_model, quiet
 from swquant.options import DEFAULT_PROMPT
 
-__all__ = ["Found", "find_super_weights", "prompt_tokens"]
+__all__ = ["Found", "eager_experts", "find_super_weights", "prompt_tokens"]
 
 # Evidence needs one short prompt; a longer one costs memory and finds the same.
 MAX_PROMPT_TOKENS = 512
@@ -68,19 +68,40 @@ def _probed_model(checkpoint: Checkpoint, low_memory: bool) -> Iterator[PreTrain
         yield build_model(checkpoint, torch.float32)
 
 
-def find_super_weights(checkpoint: Checkpoint, prompt: str = DEFAULT_PROMPT, *, low_memory: bool = False) -> Found:
+@contextmanager
+def eager_experts(model: PreTrainedModel) -> Iterator[None]:
+    """One expert after the other, as plain products: the fused kernels cannot be watched."""
+    before = getattr(model.config, "_experts_implementation", None)
+    model.config._experts_implementation = "eager"
+    try:
+        yield
+    finally:
+        model.config._experts_implementation = before
+
+
+def find_super_weights(
+    checkpoint: Checkpoint,
+    prompt: str = DEFAULT_PROMPT,
+    *,
+    low_memory: bool = False,
+    model: PreTrainedModel | None = None,
+) -> Found:
     """Find the super weights of a checkpoint with forward passes of one prompt.
 
     low_memory: keep one module's weights in memory at a time (chosen by itself for models that take more than half of
-    the free memory in float32). Raises SwquantError where the prompt, the tokenizer or the weights are unusable.
+    the free memory in float32). model: the checkpoint's model in float32, where it is in memory anyway.
+    Raises SwquantError where the prompt, the tokenizer or the weights are unusable.
     """
     ids = prompt_tokens(checkpoint, prompt)
     architecture = describe(checkpoint)
     tokens = torch.tensor(ids)
-    with _one_thread(), _probed_model(checkpoint, low_memory) as model:
-        # One expert after the other, as plain products: the fused kernels cannot be watched.
-        model.config._experts_implementation = "eager"
-        vocabulary = model.get_input_embeddings().get_parameter("weight").shape[0]
+    with ExitStack() as stack:
+        stack.enter_context(_one_thread())
+        if model is None:
+            model = stack.enter_context(_probed_model(checkpoint, low_memory))
+        probed = model
+        stack.enter_context(eager_experts(probed))
+        vocabulary = probed.get_input_embeddings().get_parameter("weight").shape[0]
         if max(ids) >= vocabulary:
             raise SwquantError(
                 f"{checkpoint.name}: the tokenizer produced token {max(ids)}, the model knows 0 to {vocabulary - 1}; "
@@ -88,10 +109,10 @@ def find_super_weights(checkpoint: Checkpoint, prompt: str = DEFAULT_PROMPT, *, 
             )
 
         def forward() -> torch.Tensor:
-            return model(input_ids=tokens.unsqueeze(0), use_cache=False).logits[0]
+            return probed(input_ids=tokens.unsqueeze(0), use_cache=False).logits[0]
 
         def run(prune: Sequence[Scalar], record: bool) -> Probe:
-            return run_probe(model, forward, architecture.watches, architecture.layers, prune=prune, record=record)
+            return run_probe(probed, forward, architecture.watches, architecture.layers, prune=prune, record=record)
 
         try:
             detection = detect(run, architecture.downs, tokens)

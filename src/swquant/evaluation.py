@@ -14,7 +14,7 @@ The protocol, in full, because perplexities with different ones do not compare:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +28,18 @@ from swquant.checkpoint.base import Checkpoint
 from swquant.console import Progress, silent
 from swquant.models import build_model, quiet
 
-__all__ = ["Evaluation", "Windows", "evaluate_model", "make_windows"]
+__all__ = [
+    "Evaluation",
+    "Score",
+    "Windows",
+    "evaluate_model",
+    "fit_window",
+    "generate_text",
+    "make_windows",
+    "perplexity_of",
+    "score_window",
+    "window_logits",
+]
 
 # Rows of logits whose log-softmax is held at a time: 256 rows of 262,144 words take 268 MB.
 _ROWS = 256
@@ -81,28 +92,57 @@ def make_windows(checkpoint: Checkpoint, text: str, window: int, limit: int | No
     return Windows(tuple(pieces), bos)
 
 
-def _context(config: object) -> int:
-    """Longest input that the model takes, where it says so."""
-    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 30)
+def fit_window(checkpoint: Checkpoint, window: int) -> int:
+    """`window`, or as many tokens as the model takes with one more in front."""
+    config = checkpoint.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 30
+    return min(window, int(context) - 1)
 
 
-def _logits(model: PreTrainedModel, ids: Tensor, bos: int | None) -> tuple[Tensor, Tensor]:
-    """(logits [n, vocabulary], targets [n]) of one window."""
+def window_logits(model: PreTrainedModel, ids: Tensor, bos: int | None) -> tuple[Tensor, Tensor]:
+    """(logits [n, vocabulary], targets int64 [n]) of one window."""
     inputs = ids if bos is None else torch.cat([torch.tensor([bos]), ids])
     logits = model(input_ids=inputs.unsqueeze(0), use_cache=False).logits[0, :-1]
     return logits, inputs[1:]
 
 
-def _likelihood(rows: Iterator[Tensor], targets: Tensor) -> float:
-    total = 0.0
-    for piece, target in zip(rows, targets.split(_ROWS), strict=True):
-        picked = piece.gather(1, target.unsqueeze(1))
-        total -= float(picked.sum(dtype=torch.float64))
-    return total
+@dataclass(frozen=True)
+class Score:
+    """Sums over the predicted tokens of one window, which add up to an `Evaluation`.
+
+    nll: negative log-likelihood. kl: KL(original || model). agree: how often both have the same most likely token.
+    """
+
+    tokens: int
+    nll: float
+    kl: float = 0.0
+    agree: int = 0
 
 
-def _log_softmax(logits: Tensor) -> Iterator[Tensor]:
-    return (piece.to(torch.float32).log_softmax(dim=-1) for piece in logits.split(_ROWS))
+def score_window(logits: Tensor, targets: Tensor, reference: Tensor | None = None, mass: Tensor | None = None) -> Score:
+    """Score one window. logits, reference: [n, vocabulary] of the model and of the original; targets: int64 [n].
+
+    Without a reference kl and agree are 0. mass: float64 [vocabulary], to which the predicted probabilities are added.
+    """
+    nll = kl = 0.0
+    agree = 0
+    for start in range(0, len(targets), _ROWS):
+        piece = slice(start, start + _ROWS)
+        ours = _log_softmax(logits[piece])
+        nll -= float(ours.gather(1, targets[piece].unsqueeze(1)).sum(dtype=torch.float64))
+        if mass is not None:
+            mass += ours.exp().sum(dim=0, dtype=torch.float64)
+        if reference is not None:
+            theirs = _log_softmax(reference[piece])
+            agree += int((ours.argmax(dim=-1) == theirs.argmax(dim=-1)).sum())
+            # In place: fresh memory for each of the steps would cost more than the steps.
+            divergence = torch.sub(theirs, ours, out=ours).mul_(theirs.exp_())
+            kl += float(divergence.sum(dim=-1).clamp_(min=0).sum(dtype=torch.float64))
+    return Score(len(targets), nll, kl, agree)
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return logits.to(torch.float32).log_softmax(dim=-1)
 
 
 def evaluate_model(
@@ -118,7 +158,7 @@ def evaluate_model(
 
     window: tokens per window, BOS aside; cut to what the model takes. limit: evaluate only so many windows.
     """
-    window = min(window, _context(checkpoint.config.get_text_config()) - 1)
+    window = fit_window(checkpoint, window)
     windows = make_windows(checkpoint, text, window, limit)
     if against is not None:
         other = make_windows(against, text, window, limit)
@@ -126,8 +166,8 @@ def evaluate_model(
             raise SwquantError(
                 f"{checkpoint.name} and {against.name} tokenize the text differently; compare with the original"
             )
-    nll = original_nll = kl = 0.0
-    agree = 0
+    scores: list[Score] = []
+    originals: list[Score] = []
     with ExitStack() as stack, torch.no_grad():
         with progress.step(f"Loading {checkpoint.name}"):
             model = build_model(checkpoint, torch.float32)
@@ -141,34 +181,32 @@ def evaluate_model(
                 )
         bar = stack.enter_context(progress.tokens("Evaluating", windows.predicted))
         for ids in windows.ids:
-            logits, targets = _logits(model, ids, windows.bos)
-            nll += _likelihood(_log_softmax(logits), targets)
+            logits, targets = window_logits(model, ids, windows.bos)
+            reference = None
             if original is not None:
-                reference, _ = _logits(original, ids, windows.bos)
-                original_nll += _likelihood(_log_softmax(reference), targets)
-                for ours, theirs in zip(_log_softmax(logits), _log_softmax(reference), strict=True):
-                    kl += float((theirs.exp() * (theirs - ours)).sum(dim=-1).clamp_(min=0).sum(dtype=torch.float64))
-                    agree += int((ours.argmax(dim=-1) == theirs.argmax(dim=-1)).sum())
+                reference, _ = window_logits(original, ids, windows.bos)
+                originals.append(score_window(reference, targets))
+            scores.append(score_window(logits, targets, reference))
             bar.advance("", len(targets))
     count = windows.predicted
-    for evaluated, total in ((checkpoint, nll), (against, original_nll)):
-        if evaluated is not None and not math.isfinite(total):
+    for evaluated, of in ((checkpoint, scores), (against, originals)):
+        if evaluated is not None and not math.isfinite(sum(score.nll for score in of)):
             raise SwquantError(
                 f"{evaluated.name}: the model's output is NaN or infinite on this text; its weights are damaged"
             )
     return Evaluation(
-        perplexity=_exp(nll / count),
+        perplexity=perplexity_of(sum(score.nll for score in scores) / count),
         tokens=count,
         windows=len(windows.ids),
-        kl=kl / count if original is not None else None,
-        top1=agree / count if original is not None else None,
-        original_perplexity=_exp(original_nll / count) if original is not None else None,
+        kl=sum(score.kl for score in scores) / count if originals else None,
+        top1=sum(score.agree for score in scores) / count if originals else None,
+        original_perplexity=perplexity_of(sum(score.nll for score in originals) / count) if originals else None,
     )
 
 
-def _exp(mean: float) -> float:
+def perplexity_of(loss: float) -> float:
     """exp that gives infinity instead of an error: a destroyed model has a loss of thousands."""
-    return math.exp(mean) if mean < 700 else math.inf
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def generate_text(

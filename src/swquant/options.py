@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
     from calibrationless import Block, Clip
 
-__all__ = ["DEFAULT_PROMPT", "CompressOptions", "option_help", "parse_bytes"]
+__all__ = ["DEFAULT_PROMPT", "EXPERIMENTS", "CompressOptions", "StudyOptions", "option_help", "parse_bytes"]
 
 DEFAULT_PROMPT = "Apple Inc. is a worldwide tech company."
+EXPERIMENTS = ("identify", "importance", "persistence", "stopwords", "amplification", "block-size")
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -98,9 +99,40 @@ class CompressOptions:
         return hashlib.sha256(json.dumps([source, self.as_dict()], sort_keys=True).encode()).hexdigest()
 
 
-def option_help(name: str) -> str:
+@dataclass(frozen=True)
+class StudyOptions:
+    """What `study` can be told. Raises SwquantError for values that make no sense."""
+
+    only: tuple[str, ...] = _option((), f"Make only this experiment; repeatable. One of: {', '.join(EXPERIMENTS)}.")
+    quick: bool = _option(False, "A first look in a fifth of the time: fewer windows, factors and block sizes.")
+    window: int = _option(128, "Tokens per window.")
+    limit: int | None = _option(None, "Measure on so many windows: 16, or 4 with --quick, unless given.")
+    bits: int = _option(4, "Bits per weight in the experiment on block sizes, 2 to 8.")
+    prompt: str = _option(DEFAULT_PROMPT, "The one prompt that detection runs.")
+
+    def __post_init__(self) -> None:
+        from calibrationless import check_bits
+
+        try:
+            check_bits(self.bits)
+        except ValueError as error:
+            raise SwquantError(str(error)) from None
+        if unknown := next((name for name in self.only if name not in EXPERIMENTS), None):
+            raise SwquantError(f"experiment {unknown!r} is not one of: {', '.join(EXPERIMENTS)}")
+
+    @property
+    def windows(self) -> int:
+        return self.limit if self.limit is not None else 4 if self.quick else 16
+
+    @property
+    def experiments(self) -> tuple[str, ...]:
+        """Those to make, in the order of the paper."""
+        return tuple(name for name in EXPERIMENTS if not self.only or name in self.only)
+
+
+def option_help(name: str, of: type = CompressOptions) -> str:
     """The text of one option, for `--help`."""
-    return next(str(item.metadata["help"]) for item in fields(CompressOptions) if item.name == name)
+    return next(str(item.metadata["help"]) for item in fields(of) if item.name == name)
 
 
 def parse_bytes(text: str) -> int:

@@ -30,6 +30,7 @@ from swquant.cli.common import (
     text_of,
 )
 from swquant.cli.export import export
+from swquant.cli.study import study
 from swquant.options import DEFAULT_PROMPT, CompressOptions, option_help
 
 __all__ = ["app", "main"]
@@ -265,6 +266,9 @@ def generate(
         out.print(text, markup=False, soft_wrap=True)
 
 
+app.command()(study)
+
+
 @app.command()
 def doctor(as_json: JsonOption = False) -> None:
     """Show versions, devices and what is missing."""
@@ -308,7 +312,7 @@ def main() -> None:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except SystemExit as end:
         if end.code == 130:
-            err.print("interrupted; nothing was left behind")
+            err.print("interrupted; nothing half-written was left behind")
         raise
 
 
