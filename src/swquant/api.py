@@ -16,12 +16,12 @@ from swquant.checkpoint.open import open_checkpoint
 from swquant.console import Progress, silent
 from swquant.detection import Found, find_super_weights
 from swquant.evaluation import Evaluation, evaluate_model, generate_text
+from swquant.experiments.study import Study, study_checkpoint
 from swquant.manifest import MANIFEST, read_manifest
 from swquant.models import build_model
 from swquant.onnx_options import ExportOptions
 from swquant.options import DEFAULT_PROMPT, CompressOptions, StudyOptions
 from swquant.pipeline import Compressed, compress_checkpoint
-from swquant.study import Study, study_checkpoint
 from swquant.verification import verify as verify_folder
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from swquant.directory import Published, published_for
 from swquant.models import build_model, fits_in_memory, offloaded_model, quiet
 from swquant.options import DEFAULT_PROMPT
 
-__all__ = ["Found", "eager_experts", "find_super_weights", "prompt_tokens"]
+__all__ = ["Found", "find_super_weights", "prompt_tokens", "watchable"]
 
 # Evidence needs one short prompt; a longer one costs memory and finds the same.
 MAX_PROMPT_TOKENS = 512
@@ -50,16 +50,6 @@ def prompt_tokens(checkpoint: Checkpoint, prompt: str) -> tuple[int, ...]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@contextmanager
 def _probed_model(checkpoint: Checkpoint, low_memory: bool) -> Iterator[PreTrainedModel]:
     if low_memory or (checkpoint.kind == "safetensors" and not fits_in_memory(checkpoint, torch.float32)):
         with offloaded_model(checkpoint, torch.float32) as model:
@@ -69,14 +59,17 @@ def _probed_model(checkpoint: Checkpoint, low_memory: bool) -> Iterator[PreTrain
 
 
 @contextmanager
-def eager_experts(model: PreTrainedModel) -> Iterator[None]:
-    """One expert after the other, as plain products: the fused kernels cannot be watched."""
-    before = getattr(model.config, "_experts_implementation", None)
+def watchable(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model runs on one thread, and its experts one after the other, as plain products: the fused kernels cannot
+    be watched."""
+    threads, experts = torch.get_num_threads(), getattr(model.config, "_experts_implementation", None)
+    torch.set_num_threads(1)
     model.config._experts_implementation = "eager"
     try:
         yield
     finally:
-        model.config._experts_implementation = before
+        model.config._experts_implementation = experts
+        torch.set_num_threads(threads)
 
 
 def find_super_weights(
@@ -96,11 +89,10 @@ def find_super_weights(
     architecture = describe(checkpoint)
     tokens = torch.tensor(ids)
     with ExitStack() as stack:
-        stack.enter_context(_one_thread())
         if model is None:
             model = stack.enter_context(_probed_model(checkpoint, low_memory))
         probed = model
-        stack.enter_context(eager_experts(probed))
+        stack.enter_context(watchable(probed))
         vocabulary = probed.get_input_embeddings().get_parameter("weight").shape[0]
         if max(ids) >= vocabulary:
             raise SwquantError(

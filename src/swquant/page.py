@@ -6,11 +6,11 @@ on a phone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
-from swquant.charts import COLOURS, draw
-from swquant.experiments.section import Bars, Cell, Chart, Interval, Section, Table, number
+from swquant.charts import COLOURS
+from swquant.experiments.section import Cell, Interval, Section, Table, number
 
 __all__ = ["facts", "page", "section_html"]
 
@@ -70,14 +70,18 @@ def facts(pairs: Sequence[tuple[str, str]]) -> str:
     return f"<dl>{items}</dl>"
 
 
-def section_html(section: Section) -> str:
-    """One experiment: what the paper found, what this model shows, figures, tables."""
+def section_html(section: Section, figures: Mapping[str, str]) -> str:
+    """One experiment: what the paper found, what this model shows, figures, tables. figures: name of chart -> its <svg>."""
     parts = [f'<section id="{section.name}">', f"<h2>{escape(section.title)}</h2>"]
     if section.paper:
         parts.append(f'<p class="paper">The paper: {escape(section.paper)}</p>')
     parts.append(f"<p>{_verdict(section.agrees)}{escape(section.finding)}</p>")
     if section.charts:
-        parts += ['<div class="figures">', *(_figure(chart) for chart in section.charts), "</div>"]
+        parts += [
+            '<div class="figures">',
+            *(f"<figure>\n{figures[chart.name]}</figure>" for chart in section.charts),
+            "</div>",
+        ]
     parts += [_table(table) for table in section.tables]
     parts += [f'<p class="note">{escape(note)}</p>' for note in section.notes]
     return "\n".join([*parts, "</section>"])
@@ -91,10 +95,6 @@ def _verdict(agrees: bool | None) -> str:
         if agrees
         else '<span class="verdict no">Not as in the paper.</span> '
     )
-
-
-def _figure(chart: Chart | Bars) -> str:
-    return f"<figure>\n{draw(chart)}</figure>"
 
 
 def _cell(cell: Cell) -> str:

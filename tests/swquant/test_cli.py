@@ -413,7 +413,7 @@ def test_interrupting_is_exit_code_130_and_leaves_nothing(
     monkeypatch.setattr("swquant.pipeline.round_weight", interrupt)
     ran = cli("compress", planted_llama.folder, tmp_path / "out", "--prompt", PROMPT)
     assert ran.code == 130
-    assert ran.err.splitlines()[-1] == "interrupted; nothing was left behind"
+    assert ran.err.splitlines()[-1] == "interrupted; nothing half-written was left behind"
     assert contents(tmp_path) == set()
 
 

@@ -52,7 +52,7 @@ def study(
         only=tuple(only or ()), quick=quick, window=window, limit=limit, bits=bits, prompt=prompt
     )  # fmt: skip
     from swquant.checkpoint.open import open_checkpoint
-    from swquant.study import study_checkpoint
+    from swquant.experiments.study import study_checkpoint
 
     content = text_of(text)
     with open_checkpoint(model, trust_remote_code=trust_remote_code) as checkpoint:

@@ -2,5 +2,5 @@
 
 Every experiment has two functions. `changes(subject)` lists the changed models that it needs measured; `conclude(subject,
 measured, …)` turns the measurements into a `Section`: what the paper found, what this model shows, figures, tables. The study
-(`swquant.study`) measures each distinct change once, whoever asked for it.
+(`swquant.experiments.study`) measures each distinct change once, whoever asked for it.
 """

@@ -103,6 +103,8 @@ def _finding(best: float, gain: Interval | None) -> str:
         return text + (
             ": more than noise." if best > 1 else ": more than noise, but in the other direction than in the paper."
         )
+    if gain.low > 0:
+        return text + ": what looked best was chance."
     return text + ": nothing that could be told from noise."
 
 

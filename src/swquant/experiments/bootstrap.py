@@ -13,7 +13,7 @@ from swquant.evaluation import perplexity_of
 from swquant.experiments.measuring import Scores
 from swquant.experiments.section import Interval
 
-__all__ = ["agreement", "divergence", "excess_loss", "mean_of", "perplexity"]
+__all__ = ["agreement", "divergence", "excess_divergence", "excess_loss", "mean_of", "perplexity"]
 
 _RESAMPLES = 2000
 
@@ -62,3 +62,8 @@ def agreement(scores: Scores) -> Interval:
 def excess_loss(scores: Scores, base: Scores) -> Interval:
     """Mean loss minus that of `base` on the same windows, nats per token: log of the ratio of perplexities."""
     return mean_of(scores.nll - base.nll, base.tokens)
+
+
+def excess_divergence(scores: Scores, other: Scores) -> Interval:
+    """KL divergence from the original minus that of another model on the same windows, nats per token."""
+    return mean_of(scores.kl - other.kl, scores.tokens)

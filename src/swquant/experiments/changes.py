@@ -47,8 +47,8 @@ KEPT = 0.0005
 METHODS = {
     "plain": "rounded to nearest",
     "clipped": f"outliers cut at {CLIP} first",
-    "restored": "clipped, super weights put back",
-    "refined": f"restored, and {KEPT:.2%} of each tensor, the worst rounded, kept exactly",
+    "restored": "super weights held out, the rest clipped, and put back",
+    "refined": f"as restored, and {KEPT:.2%} of each tensor, the worst rounded, kept exactly",
 }
 
 
@@ -218,12 +218,16 @@ def _round(matrix: Tensor, block: str, method: str, points: Sequence[tuple[int, 
     if fitted is None:
         return matrix
     clip = None if method == "plain" else CLIP
-    quantized = quantize(matrix, fitted, subject.bits, clip=clip, scale_dtype=_scale_dtype(subject))
+    held = matrix
+    if points and method in ("restored", "refined"):
+        rows, cols = torch.tensor(points).T
+        held = matrix.clone()
+        held[rows, cols] = 0.0
+    quantized = quantize(held, fitted, subject.bits, clip=clip, scale_dtype=_scale_dtype(subject))
     result = dequantize(quantized, torch.float32)
     if method == "refined":
         restore(result, worst(matrix, quantized, len(points) + int(KEPT * matrix.numel()), always=points))
-    elif method == "restored" and points:
-        rows, cols = torch.tensor(points).T
+    elif held is not matrix:
         restore(result, Outliers.at(matrix, rows, cols))
     return result
 

@@ -22,6 +22,8 @@ PAPER = (
 MANY = 7000
 # The paper's 7,000 weights are this share of Llama-7B's linear weights.
 SHARE = MANY / 6.476e9
+# In a tiny model thousands would be a good part of it: no more than one in so many.
+SMALL = 10_000
 # Pruned one by one in addition, where there are several.
 SINGLE = 4
 
@@ -29,7 +31,7 @@ SINGLE = 4
 def _counts(subject: Subject) -> list[int]:
     """As many as the paper prunes, and as many as would be the same share of this model."""
     total = subject.weights
-    return sorted({min(MANY, total // 2), max(1, round(SHARE * total))})
+    return sorted({min(MANY, max(1, total // SMALL)), max(1, round(SHARE * total))})
 
 
 def changes(subject: Subject) -> tuple[Change, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from calibrationless import Scalar, SuperActivation, run_probe
 from exporters.errors import SwquantError
-from swquant.detection import eager_experts, prompt_tokens
+from swquant.detection import prompt_tokens, watchable
 from swquant.experiments.changes import Change
 from swquant.experiments.measuring import Measured
 from swquant.experiments.section import Chart, Section, Series, Table, number
@@ -49,7 +49,11 @@ PRESENT = 0.5
 
 @dataclass(frozen=True)
 class _Run:
-    """One prompt. with_, without: float [layers + 1], |value| of the channel entering layer 0 and after each layer."""
+    """One prompt. with_, without: float [layers + 1], |value| of the channel entering layer 0 and after each layer.
+
+    lives: the part of it in which the super activation is there. (Later layers that take it away write its mirror image
+    when it is missing.)
+    """
 
     label: str
     position: int
@@ -57,6 +61,15 @@ class _Run:
     tokens: int
     with_: tuple[float, ...]
     without: tuple[float, ...]
+    lives: slice
+
+    @property
+    def peak(self) -> float:
+        return max(self.with_[self.lives])
+
+    @property
+    def pruned_peak(self) -> float:
+        return max(self.without[self.lives])
 
 
 def changes(subject: Subject) -> tuple[Change, ...]:
@@ -100,7 +113,7 @@ def _runs(subject: Subject, activation: SuperActivation, measured: Measured) -> 
     key = f"persistence of channel {activation.channel} on {encoded} without {pruned}"
 
     def observe() -> dict[str, Tensor]:
-        with eager_experts(subject.model):
+        with watchable(subject.model):
             probes = [_probe(subject, activation.channel, ids, pruned) for _, ids in encoded]
         return {
             "with": torch.stack([probe[0] for probe in probes]),
@@ -110,9 +123,10 @@ def _runs(subject: Subject, activation: SuperActivation, measured: Measured) -> 
 
     tensors = measured.remember(key, observe)
     tokenizer = subject.checkpoint.tokenizer()
+    lives = slice(activation.born + 1, None if activation.gone is None else activation.gone + 1)
     positions = tensors["positions"].tolist()
     return [
-        _Run(label, position, str(tokenizer.decode([ids[position]])), len(ids), tuple(with_), tuple(without))
+        _Run(label, position, str(tokenizer.decode([ids[position]])), len(ids), tuple(with_), tuple(without), lives)
         for (label, ids), position, with_, without in zip(
             encoded, positions, tensors["with"].tolist(), tensors["without"].tolist(), strict=True
         )
@@ -138,12 +152,11 @@ def _probe(subject: Subject, channel: int, ids: Sequence[int], pruned: Sequence[
 def _finding(activation: SuperActivation, runs: Sequence[_Run]) -> tuple[str, bool]:
     last = "the end" if activation.gone is None else f"layer {activation.gone}"
     top = abs(activation.value)
-    there = [run for run in runs if max(run.with_) >= PRESENT * top]
+    there = [run for run in runs if run.peak >= PRESENT * top]
     usual = runs[0].position
     same = [run for run in there if run.position == usual]
-    cut = median(1 - max(run.without) / max(run.with_) for run in runs if max(run.with_) > 0)
-    first = activation.born + 1
-    stays = runs[0].with_[first : activation.gone + 1 if activation.gone is not None else None]
+    cut = median(1 - run.pruned_peak / run.peak for run in runs if run.peak > 0)
+    stays = runs[0].with_[runs[0].lives]
     agrees = len(same) >= 0.75 * len(runs) and len(stays) > 1
     text = (
         f"Channel {activation.channel} holds {number(top)} from layer {activation.born} to {last}, through {len(stays)} layers "
@@ -188,7 +201,7 @@ def _prompts(runs: Sequence[_Run]) -> Table:
         "prompts",
         "Where the largest value of the channel is, and how large it is with and without the super weights.",
         ("prompt", "tokens", "position", "token", "original", "super weights pruned"),
-        tuple((run.label, run.tokens, run.position, repr(run.token), max(run.with_), max(run.without)) for run in runs),
+        tuple((run.label, run.tokens, run.position, repr(run.token), run.peak, run.pruned_peak) for run in runs),
     )
 
 

@@ -200,7 +200,7 @@ def _csv(table: Table) -> str:
     return buffer.getvalue()
 
 
-def _html(subject: Subject, sections: Sequence[Section], record: Mapping[str, Any]) -> str:
+def _html(subject: Subject, sections: Sequence[Section], record: Mapping[str, Any], drawn: Mapping[str, str]) -> str:
     text = record["text"]
     name = subject.checkpoint.name
     compared = f"swquant eval MODEL --text TEXT --window {text['window']} --limit {text['windows']}"
@@ -216,16 +216,21 @@ def _html(subject: Subject, sections: Sequence[Section], record: Mapping[str, An
         "Perplexities depend on the text and on the length of its windows: compare them within this page. Ranges in "
         "parentheses hold 95 % of 2,000 resamplings of the windows.",
     )
-    body = [facts(pairs), *map(section_html, sections), f'<p class="note">{_ACTIVATIONS}</p>']
+    body = [
+        facts(pairs),
+        *(section_html(section, drawn) for section in sections),
+        f'<p class="note">{_ACTIVATIONS}</p>',
+    ]
     return page(f"Super weights of {name}", lead, body)
 
 
 def _write_all(out: Path, subject: Subject, sections: Sequence[Section], record: Mapping[str, Any]) -> None:
     """Everything but the cache. What an earlier run with other options left is removed."""
-    files = {f"figures/{chart.name}.svg": standalone(draw(chart)) for section in sections for chart in section.charts}
+    drawn = {chart.name: draw(chart) for section in sections for chart in section.charts}
+    files = {f"figures/{name}.svg": standalone(svg) for name, svg in drawn.items()}
     files |= {f"tables/{table.name}.csv": _csv(table) for section in sections for table in section.tables}
     files["study.json"] = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    files["report.html"] = _html(subject, sections, record)
+    files["report.html"] = _html(subject, sections, record, drawn)
     for folder, kind in (("figures", "svg"), ("tables", "csv")):
         (out / folder).mkdir(exist_ok=True)
         for path in (out / folder).glob(f"*.{kind}"):
