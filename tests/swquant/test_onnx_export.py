@@ -95,7 +95,10 @@ def test_linears_become_nodes_with_the_names_of_their_modules(exported: Path) ->
     assert [function.name for function in model.functions] == ["LinearNBits"]
     assert nodes[0].input[1] == "model.model.layers.0.self_attn.q_proj.codes"
     matrices = [list(item.dims) for item in model.graph.initializer if item.data_type == 1 and len(item.dims) == 2]
-    assert sorted(dims for dims in matrices if dims[1] > 4) == [[64, 128], [128, 64]]  # no float copy: embedding and lm_head
+    assert sorted(dims for dims in matrices if dims[1] > 4) == [
+        [64, 128],
+        [128, 64],
+    ]  # no float copy: embedding and lm_head
     assert {value.name for value in model.graph.input} >= {"input_ids", "attention_mask", "past_key_values.0.key"}
     assert [dim.dim_param for dim in model.graph.input[1].type.tensor_type.shape.dim] == ["batch", "total_sequence"]
 
