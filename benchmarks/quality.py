@@ -41,7 +41,7 @@ from typing import Any
 import torch
 from grid import break_and_check
 from machine import describe
-from peers import CELLS, METHODS, Cell, Method, Original, missing, open_original, versions
+from peers import METHODS, Cell, Method, Original, missing, open_original, versions
 from quality_report import draw, print_tables
 from torch import Tensor
 
@@ -50,6 +50,7 @@ from swquant.models import build_model
 
 DATA = Path(__file__).parent.parent / "data"
 SOURCES = Path(__file__).parent.parent / "src"
+CHOICES = list(dict.fromkeys(str(cell) for method in METHODS for cell in method.cells))
 Record = dict[str, Any]
 
 
@@ -228,7 +229,9 @@ def main() -> None:
     parser.add_argument("--smollm2", type=Path, metavar="GGUF", help="SmolLM2-135M-Instruct")
     parser.add_argument("--gemma", type=Path, metavar="GGUF", help="Gemma 3 270M")
     parser.add_argument("--models", nargs="+", choices=("smollm2", "gemma"), help="only these")
-    parser.add_argument("--cells", nargs="+", choices=[str(cell) for cell in CELLS], default=[], help="only these")
+    parser.add_argument(
+        "--cells", nargs="+", choices=CHOICES, default=[], metavar="CELL", help=f"only these of {', '.join(CHOICES)}"
+    )
     parser.add_argument(
         "--methods", nargs="+", default=[], metavar="WORD", help="only methods whose name contains one, in this order"
     )

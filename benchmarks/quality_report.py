@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from peers.base import CELLS, Cell
 from peers.own import MIN_MAX
+from peers.sweep import SIZES, VARIANTS
 
 __all__ = ["draw", "print_tables"]
 
@@ -19,6 +20,26 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
 
 def own(record: Record) -> bool:
     return str(record["method"]).startswith("swquant")
+
+
+def of_tool(*words: str) -> Callable[[Record], bool]:
+    """Data-free rows whose name begins with one of these."""
+    return lambda record: str(record["method"]).startswith(words) and not record["calibrated"]
+
+
+# Label, color, marker, which rows: in the order of the legend.
+FAMILIES = (
+    ("swquant", BLUE, "D", own),
+    ("min/max rounding", "black", "x", of_tool(MIN_MAX)),
+    ("HQQ", "#E69F00", "o", of_tool("HQQ")),
+    ("SINQ", "#CC79A7", "v", of_tool("SINQ")),
+    ("bitsandbytes NF4", "#56B4E9", "s", of_tool("bitsandbytes")),
+    ("AutoRound", "#8C6D31", "^", of_tool("AutoRound")),
+    ("torchao", "#BBBBBB", "P", of_tool("torchao")),
+    ("ONNX Runtime", "#777777", "p", of_tool("ONNX")),
+    ("llama.cpp", GREEN, "h", of_tool("llama.cpp")),
+    ("calibrated on text", ORANGE, "*", lambda record: record["calibrated"]),
+)
 
 
 def closed(record: Record, originals: Mapping[str, Record], records: Sequence[Record]) -> float | None:
@@ -93,7 +114,7 @@ def print_cell(cell: Cell, records: Sequence[Record], originals: Mapping[str, Re
 
 
 def draw(originals: Mapping[str, Record], records: Sequence[Record], folder: Path) -> None:
-    """Perplexity against stored bits, one figure per model."""
+    """Two figures per model: perplexity against stored bits, and against the size of a block."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -101,35 +122,64 @@ def draw(originals: Mapping[str, Record], records: Sequence[Record], folder: Pat
     for key, original in originals.items():
         measured = [item for item in records if item["model"] == key and "texts" in item]
         draw_bits(original, measured, folder / f"{key}-bits.png")
+        draw_blocks(original, measured, folder / f"{key}-blocks.png")
 
 
 def draw_bits(original: Record, records: Sequence[Record], path: Path) -> None:
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    records = [item for item in records if item["cell"] in {str(cell) for cell in CELLS}]
+    figure, panels = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
     base = original["texts"][MAIN]["perplexity"]
+    handles: dict[str, Any] = {}
     for panel, bits in zip(panels, (4, 3), strict=True):
-        shown = [item for item in records if item["cell"].startswith(f"{bits}-") and item["texts"][MAIN]["perplexity"]]
-        if not shown:
-            continue
-        limit = 3 * base if bits == 4 else 20 * base
-        kinds = (
-            ("data-free peers", GREY, "o", [item for item in shown if not own(item) and not item["calibrated"]]),
-            ("calibrated peers", ORANGE, "s", [item for item in shown if item["calibrated"]]),
-            ("swquant", BLUE, "D", [item for item in shown if own(item)]),
-        )
-        for label, color, marker, items in kinds:
-            inside = [item for item in items if item["texts"][MAIN]["perplexity"] < limit]
-            x = [item["bits"] for item in inside]
-            y = [item["texts"][MAIN]["perplexity"] for item in inside]
-            panel.scatter(x, y, color=color, marker=marker, s=26, label=label, zorder=3)
-        panel.axhline(base, color=GREEN, linewidth=1, linestyle="--", label="original")
+        limit = base * (2.5 if bits == 4 else 12)
+        shown = [item for item in records if item["cell"].startswith(f"{bits}-")]
+        for label, color, marker, matches in FAMILIES:
+            points = [
+                (item["bits"], value)
+                for item in shown
+                if matches(item) and (value := item["texts"][MAIN]["perplexity"]) and value < limit
+            ]
+            if points:
+                size, order = (44, 4) if label == "swquant" else (26, 3)
+                x, y = zip(*points, strict=True)
+                handles[label] = panel.scatter(x, y, color=color, marker=marker, s=size, zorder=order)
+        handles["original"] = panel.axhline(base, color="black", linewidth=1, linestyle="--")
         panel.set_title(f"{bits} bits", fontsize=10)
         panel.set_xlabel("stored bits per weight")
         panel.set_yscale("log")
+        panel.yaxis.set_major_locator(MaxNLocator(8))
+        panel.yaxis.set_major_formatter(ScalarFormatter())
+        panel.yaxis.set_minor_formatter(NullFormatter())
         panel.grid(alpha=0.25)
     panels[0].set_ylabel("perplexity, WikiText-2")
-    panels[0].legend(fontsize=8)
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
     figure.suptitle(original["name"], fontsize=11)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def draw_blocks(original: Record, records: Sequence[Record], path: Path) -> None:
+    from matplotlib import pyplot
+
+    labels = {"rounded": "min/max rounding", "restored": "super weights restored", "outliers": "and 0.05 % outliers"}
+    figure, panel = pyplot.subplots(figsize=(7, 4.4), layout="constrained")
+    for name, color, marker in zip(VARIANTS, (GREY, ORANGE, BLUE), "osD", strict=True):
+        found = {
+            item["cell"]: item["texts"][MAIN]["perplexity"] for item in records if item["method"] == f"sweep, {name}"
+        }
+        points = [(place, found[f"4-{size}"]) for place, size in enumerate(SIZES) if found.get(f"4-{size}")]
+        if points:
+            panel.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=5, label=labels[name])
+    panel.axhline(original["texts"][MAIN]["perplexity"], color=GREEN, linewidth=1, linestyle="--", label="original")
+    panel.set_xticks(range(len(SIZES)), [size.removeprefix("flat:") for size in SIZES])
+    panel.set_xlabel("weights that share a scale")
+    panel.set_ylabel("perplexity, WikiText-2")
+    panel.set_yscale("log")
+    panel.grid(alpha=0.25, which="both")
+    panel.legend(fontsize=8)
+    panel.set_title(f"{original['name']}, 4 bits", fontsize=11)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

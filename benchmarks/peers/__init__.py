@@ -9,9 +9,16 @@ from pathlib import Path
 # a folder of their own, which is looked through last. The Makefile fills it.
 sys.path.append(str(Path(__file__).parents[2] / ".peers"))
 
-from peers import calibrated, ggml, onnx_runtime, own, packages
+from peers import calibrated, ggml, onnx_runtime, own, packages, sweep
 from peers.base import CELLS, Cell, Method, Original, Outcome, missing, open_original, versions
 
 __all__ = ["CELLS", "METHODS", "Cell", "Method", "Original", "Outcome", "missing", "open_original", "versions"]
 
-METHODS: list[Method] = [*own.METHODS, *packages.METHODS, *onnx_runtime.METHODS, *ggml.METHODS, *calibrated.METHODS]
+METHODS: list[Method] = [
+    *own.METHODS,
+    *packages.METHODS,
+    *onnx_runtime.METHODS,
+    *ggml.METHODS,
+    *calibrated.METHODS,
+    *sweep.METHODS,
+]
