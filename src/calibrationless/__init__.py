@@ -9,6 +9,7 @@ from calibrationless.blocks import (
     Tile,
     block_elements,
     block_index,
+    columns,
     divides,
     expand,
     fit,
@@ -33,6 +34,8 @@ from calibrationless.quantized import (
     restore,
 )
 from calibrationless.rounding import choose_scale, quantize, round_to_codes
+from calibrationless.scaling import scaling_exponents
+from calibrationless.search import block_importance, search_scale
 
 __all__ = [
     "MAX_BITS",
@@ -60,11 +63,13 @@ __all__ = [
     "Watch",
     "WeightError",
     "block_elements",
+    "block_importance",
     "block_index",
     "check_bits",
     "check_outliers",
     "choose_scale",
     "clip_threshold",
+    "columns",
     "dequantize",
     "detect",
     "divides",
@@ -80,6 +85,8 @@ __all__ = [
     "round_to_codes",
     "run_probe",
     "scale_shape",
+    "scaling_exponents",
+    "search_scale",
     "to_blocks",
     "worst",
 ]

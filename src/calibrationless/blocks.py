@@ -34,6 +34,7 @@ __all__ = [
     "Tile",
     "block_elements",
     "block_index",
+    "columns",
     "divides",
     "element_position",
     "expand",
@@ -179,6 +180,17 @@ def block_elements(block: Block, shape: tuple[int, int]) -> int:
             return shape[1]
         case Tensor():
             return shape[0] * shape[1]
+
+
+def columns(block: Block, shape: tuple[int, int]) -> int:
+    """How many input channels of a [out, in] weight a block reaches across."""
+    match block:
+        case Tile(_, cols):
+            return cols
+        case Group(size) | Flat(size):
+            return min(size, shape[1])
+        case _:
+            return shape[1]
 
 
 def scale_shape(block: Block, shape: tuple[int, int]) -> tuple[int, ...]:

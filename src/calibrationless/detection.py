@@ -107,7 +107,7 @@ class LayerSpike:
 class Detection:
     """super_weights: creators, then amplifiers, then companions, each by layer. cancellers: for information.
 
-    energy: float32 [in] for every watched weight, the mean square of each input channel on the prompt.
+    probe: what the first pass saw, for what comes after detection (None in one made by hand).
     """
 
     super_weights: tuple[SuperWeight, ...] = ()
@@ -115,7 +115,7 @@ class Detection:
     super_activations: tuple[SuperActivation, ...] = ()
     layers: tuple[LayerSpike, ...] = ()
     rounds: int = 0
-    energy: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    probe: Probe | None = field(default=None, compare=False, repr=False)
 
 
 def _reach(probe: Probe, channel: int) -> float:
@@ -260,5 +260,5 @@ def detect(run: Callable[[Sequence[Scalar], bool], Probe], downs: Mapping[str, i
         super_activations=tuple(activations.values()),
         layers=_spikes(base, downs),
         rounds=rounds,
-        energy={name: record.energy for name, record in base.linears.items()},
+        probe=base,
     )

@@ -15,39 +15,73 @@ from torch import Tensor
 from calibrationless.blocks import element_position, to_blocks
 from calibrationless.pieces import for_pieces, row_sum
 from calibrationless.quantized import Outliers, QuantizedTensor, decode_blocks
+from calibrationless.search import block_importance
 
 __all__ = ["WeightError", "measure", "worst"]
 
 
 @dataclass(frozen=True)
 class WeightError:
-    """Of one weight tensor. relative: ||w - q|| / ||w|| (0 for a tensor of zeros). largest: max |w - q|."""
+    """Of one weight tensor. relative: ||w - q|| / ||w|| (0 for a tensor of zeros). largest: max |w - q|.
+    output: the same ratio with every input channel weighted by its energy, the expected error of the layer's output
+    (None where no energy is known)."""
 
     relative: float
     largest: float
+    output: float | None = None
 
 
-def measure(weight: Tensor, quantized: QuantizedTensor, restored: Outliers | None = None) -> WeightError:
-    """Error of `quantized` as a stand-in for the [out, in] weight, `restored` weights counting as exact."""
+def measure(
+    weight: Tensor,
+    quantized: QuantizedTensor,
+    restored: Outliers | None = None,
+    importance: Tensor | None = None,
+) -> WeightError:
+    """Error of `quantized` as a stand-in for the [out, in] weight, `restored` weights counting as exact.
+
+    importance: float [in], the energy of every input channel."""
     original = to_blocks(weight, quantized.block)
     codes = to_blocks(quantized.codes, quantized.block)
     exact = None
     if restored is not None and len(restored):
         exact = _mask(restored.rows.long(), restored.cols.long(), quantized)
 
+    pattern = None if importance is None else block_importance(importance, quantized.block, quantized.shape)
+
     def work(piece: slice) -> Tensor:
-        """float64 [3]: sum of squared errors, sum of squared weights, largest error."""
+        """float64 [5]: sums of squared errors and weights, largest error, both sums weighted by importance."""
         difference = decode_blocks(quantized, codes[piece], piece).sub_(original[piece])
         if exact is not None:
             difference.masked_fill_(exact[piece], 0.0)
         largest = difference.abs_().max().double()
         error = _sum(difference.square_())
+        weighted = [torch.zeros((), dtype=torch.float64)] * 2
+        if pattern is not None:
+            weighted[0] = _sum(difference.mul_(_rows(pattern, piece)))
         weights = torch.square(original[piece].to(torch.float32), out=difference)  # fresh memory costs more than this
-        return torch.stack([error, _sum(weights), largest])
+        total = _sum(weights)
+        if pattern is not None:
+            weighted[1] = _sum(weights.mul_(_rows(pattern, piece)))
+        return torch.stack([error, total, largest, *weighted])
 
-    squares = torch.stack(for_pieces(work, *original.shape))
-    error, total = float(squares[:, 0].sum()), float(squares[:, 1].sum())
-    return WeightError((error / total) ** 0.5 if total else 0.0, float(squares[:, 2].max()))
+    parts = torch.stack(for_pieces(work, *original.shape))
+    error, total, _, weighted_error, weighted_total = parts.sum(dim=0).tolist()
+    return WeightError(
+        relative=_ratio(error, total),
+        largest=float(parts[:, 2].max()),
+        output=None if pattern is None else _ratio(weighted_error, weighted_total),
+    )
+
+
+def _ratio(error: float, total: float) -> float:
+    return (error / total) ** 0.5 if total else 0.0
+
+
+def _rows(pattern: Tensor, piece: slice) -> Tensor:
+    """Importance [blocks of the piece, elements] from one period of it; a view where one row serves all."""
+    if pattern.shape[0] == 1:
+        return pattern
+    return pattern[torch.arange(piece.start, piece.stop) % pattern.shape[0]]
 
 
 def _mask(rows: Tensor, cols: Tensor, quantized: QuantizedTensor) -> Tensor:
@@ -63,11 +97,16 @@ def _sum(matrix: Tensor) -> Tensor:
 
 
 def worst(
-    weight: Tensor, quantized: QuantizedTensor, count: int, *, always: Sequence[tuple[int, int]] = ()
+    weight: Tensor,
+    quantized: QuantizedTensor,
+    count: int,
+    *,
+    always: Sequence[tuple[int, int]] = (),
+    importance: Tensor | None = None,
 ) -> Outliers:
     """The `count` weights with the largest rounding error; of equal ones, those that come first.
 
-    always: (row, col) of weights that come before all others, however well they are rounded.
+    importance: float [in]; with it, the largest importance * error^2. always: (row, col) of weights that come before all others, however well they are rounded.
     Two passes over the pieces, so that a large tensor's errors never stand in memory together: one counts how many
     errors fall into each bucket, the other collects the few that can be among the largest.
     """
@@ -79,8 +118,12 @@ def worst(
         always_rows, always_cols = torch.tensor(always).T
         first = _mask(always_rows, always_cols, quantized)
 
+    pattern = None if importance is None else block_importance(importance, quantized.block, quantized.shape).sqrt_()
+
     def errors(piece: slice) -> Tensor:
         difference = decode_blocks(quantized, codes[piece], piece).sub_(original[piece]).abs_()
+        if pattern is not None:
+            difference.mul_(_rows(pattern, piece))
         return (difference if first is None else difference.masked_fill_(first[piece], torch.inf)).flatten()
 
     def histogram(piece: slice) -> Tensor:

@@ -1,9 +1,9 @@
 """The probe: one forward pass of one short prompt, watched.
 
 While the model runs, every product of a watched weight is seen twice, as input and as output, and only
-a few numbers of each are kept: the largest magnitudes with their coordinates, the mean square of every
-input channel (its *energy*, which later says which channels matter), and for a down projection the
-terms that make up its largest output. Of the residual stream, the largest value of every channel after
+a few numbers of each are kept: the largest magnitudes with their coordinates, the *energy* of every input
+channel (which later says which channels matter), for a down projection the terms that make up its largest
+output, and which norm the input came from. Of the residual stream, the largest value of every channel after
 every layer. Whole activations are never stored.
 
 Watching happens at the call of the matrix product, not on modules: `nn.Linear`, GPT-2's `Conv1D` and
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Contribution", "LinearRecord", "Peak", "Probe", "Residual", "Scalar", "Watch", "run_probe"]
+__all__ = ["Contribution", "LinearRecord", "Peak", "Probe", "Residual", "Scalar", "Watch", "is_norm", "run_probe"]
 
 # How many of the terms behind a largest output are kept.
 _CONTRIBUTIONS = 8
@@ -81,12 +81,18 @@ class Contribution:
 
 @dataclass(frozen=True)
 class LinearRecord:
-    """What one product showed. energy: float32 [in], mean over tokens of the squared input."""
+    """What one product showed.
+
+    energy: float32 [in], mean over tokens of x^2 / |x|^2: the share of an input channel in its token. Every token counts
+    the same; in a plain mean square the one token that carries the super activation would drown out all others.
+    norm: name of the module whose output the input is, "" if it is no norm's.
+    """
 
     input: Peak
     output: Peak
     energy: Tensor
     contributions: tuple[Contribution, ...] = ()
+    norm: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,7 @@ class Probe:
     """Everything one pass leaves. residual[0] enters the first layer, residual[i + 1] leaves layer i."""
 
     linears: dict[str, LinearRecord] = field(default_factory=dict)
+    norms: dict[str, Tensor] = field(default_factory=dict)  # outputs of norms that feed a product, [tokens, channels]
     residual: list[Residual] = field(default_factory=list)
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -168,7 +175,7 @@ def _experts(watch: Watch, parameter: Tensor) -> int:
 class _Watcher(TorchFunctionMode):
     """Sees every product while it is active; `inside` holds the watched modules being executed."""
 
-    def __init__(self, watches: Iterable[Watch], prune: Sequence[Scalar], record: bool):
+    def __init__(self, watches: Iterable[Watch], prune: Sequence[Scalar], scales: Mapping[str, Tensor], record: bool):
         super().__init__()
         self.by_module: dict[str, list[Watch]] = {}
         for watch in watches:
@@ -176,7 +183,9 @@ class _Watcher(TorchFunctionMode):
         self.prune: dict[str, list[Scalar]] = {}
         for scalar in prune:
             self.prune.setdefault(scalar.name, []).append(scalar)
+        self.scales = scales
         self.record = record
+        self.norms: dict[str, Tensor] = {}
         self.inside: list[tuple[str, nn.Module]] = []
         self.linears: dict[str, LinearRecord] = {}
 
@@ -195,13 +204,24 @@ class _Watcher(TorchFunctionMode):
             for scalar in self.prune[watch.name]:
                 weight[(scalar.col, scalar.row) if product.in_out else (scalar.row, scalar.col)] = 0
             args, kwargs = _with_weight(product, weight, args, kwargs)
-        result = func(*args, **kwargs)
         inputs = _argument(product.inputs, args, kwargs)
+        norm = self._norm_of(inputs)
+        if norm in self.scales:
+            scale = self.scales[norm].to(weight.dtype)
+            weight = weight * (scale.unsqueeze(1) if product.in_out else scale)
+            args, kwargs = _with_weight(product, weight, args, kwargs)
+        result = func(*args, **kwargs)
         if self.record and inputs.numel():
             matrix = weight.T if product.in_out else weight  # [out, in]
             with torch._C.DisableTorchFunction():
-                self._keep(watch, inputs.reshape(-1, matrix.shape[1]), matrix, result.reshape(-1, matrix.shape[0]))
+                rows = inputs.reshape(-1, matrix.shape[1])
+                self._keep(watch, rows, matrix, result.reshape(-1, matrix.shape[0]), norm)
         return result
+
+    def _norm_of(self, inputs: Tensor) -> str:
+        """The norm whose output `inputs` is, or a view of; outputs are kept, so their memory is not used twice."""
+        memory = inputs.untyped_storage().data_ptr()
+        return next((name for name, output in self.norms.items() if output.untyped_storage().data_ptr() == memory), "")
 
     def _find(self, weight: object) -> Watch | None:
         """The watch whose parameter `weight` is, or is a slice of."""
@@ -224,15 +244,35 @@ class _Watcher(TorchFunctionMode):
                     return watch
         return None
 
-    def _keep(self, watch: Watch, inputs: Tensor, matrix: Tensor, outputs: Tensor) -> None:
+    def _keep(self, watch: Watch, inputs: Tensor, matrix: Tensor, outputs: Tensor, norm: str) -> None:
         inputs, outputs = inputs.to(torch.float32), outputs.to(torch.float32)
         output = _peak(outputs)
         self.linears[watch.name] = LinearRecord(
             input=_peak(inputs),
             output=output,
-            energy=inputs.square().mean(dim=0),
+            energy=_energy(inputs),
             contributions=_explain(inputs, matrix, output) if watch.down else (),
+            norm=norm,
         )
+
+
+def _energy(inputs: Tensor) -> Tensor:
+    """float32 [in] of inputs [tokens, in]; tokens that are all zero say nothing."""
+    squares = inputs.square()
+    totals = squares.sum(dim=1, keepdim=True)
+    return (squares / totals.clamp(min=torch.finfo(torch.float32).tiny)).mean(dim=0)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a LayerNorm or RMSNorm of any make: named so, without parts, a gain and perhaps a bias."""
+    gain = module._parameters.get("weight")
+    return (
+        type(module).__name__.lower().endswith("norm")
+        and not module._modules
+        and gain is not None
+        and gain.ndim == 1
+        and set(module._parameters) <= {"weight", "bias"}
+    )
 
 
 def _residual(hidden: Any) -> Residual:
@@ -245,6 +285,17 @@ def _residual(hidden: Any) -> Residual:
     return Residual(values, tokens, magnitudes.median(dim=1).values)
 
 
+def _watch_norm(watcher: _Watcher, name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    def keep(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            if name in watcher.scales:
+                output = output / watcher.scales[name].to(output.dtype)
+            watcher.norms[name] = output
+            return output
+
+    return keep
+
+
 def run_probe(
     model: nn.Module,
     forward: Callable[[], Tensor],
@@ -252,12 +303,14 @@ def run_probe(
     layers: Sequence[str],
     *,
     prune: Sequence[Scalar] = (),
+    scales: Mapping[str, Tensor] | None = None,
     record: bool = True,
 ) -> Probe:
     """Run `forward` once and return what was seen.
 
     forward: runs the prompt through `model` and returns its logits [tokens, vocabulary].
     layers: names of the decoder layers, first to last. prune: weights to leave out of this pass.
+    scales: name of a norm -> [channels]; its output is divided by them and the weights that read it multiplied.
     record: False keeps the logits only (ablation needs no more).
     Raises ValueError if a layer or a watched module does not exist, or a weight to prune is not watched.
     """
@@ -269,7 +322,7 @@ def run_probe(
     if unknown := [scalar.name for scalar in prune if scalar.name not in known]:
         raise ValueError(f"cannot prune {unknown[0]!r}: it is not watched")
 
-    watcher = _Watcher(watches, prune, record)
+    watcher = _Watcher(watches, prune, scales or {}, record)
     residual: list[Residual] = []
     with ExitStack() as stack:
         for name in watcher.by_module:
@@ -278,6 +331,9 @@ def run_probe(
             leave = lambda module, args, output: watcher.inside.pop() and None  # noqa: E731
             stack.callback(module.register_forward_pre_hook(enter).remove)
             stack.callback(module.register_forward_hook(leave).remove)
+        for name, module in modules.items():
+            if is_norm(module):
+                stack.callback(module.register_forward_hook(_watch_norm(watcher, name)).remove)
         if record and layers:
 
             def first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -290,4 +346,6 @@ def run_probe(
         stack.enter_context(torch.no_grad())
         stack.enter_context(watcher)
         logits = forward()
-    return Probe(watcher.linears, residual, logits.detach().to(torch.float32))
+    feeding = {record.norm for record in watcher.linears.values()}
+    norms = {name: output for name, output in watcher.norms.items() if name in feeding}
+    return Probe(watcher.linears, norms, residual, logits.detach().to(torch.float32))

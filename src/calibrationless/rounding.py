@@ -22,27 +22,42 @@ from calibrationless.blocks import Block, Tile, from_blocks, scale_shape, to_blo
 from calibrationless.clipping import Clip, clip_threshold
 from calibrationless.pieces import for_pieces
 from calibrationless.quantized import QuantizedTensor, check_bits
+from calibrationless.search import block_importance, search_scale
 
 __all__ = ["choose_scale", "quantize", "round_to_codes"]
 
 _NOT_FINITE = "a weight is NaN or infinite"
 
 
-def choose_scale(blocks: Tensor, bits: int, *, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def choose_scale(
+    blocks: Tensor,
+    bits: int,
+    *,
+    symmetric: bool,
+    dtype: torch.dtype,
+    importance: Tensor | None = None,
+    first: int = 0,
+    keep_extreme: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Scale [blocks, 1] of `dtype` and zero point uint8 [blocks, 1] (None if symmetric).
 
     blocks: float32 [blocks, elements]. A block of zeros gets scale 1, so that no division by zero
-    ever happens and it decodes to zeros. Raises ValueError where a weight is NaN or infinite, or where
-    the scale does not fit `dtype`.
+    ever happens and it decodes to zeros. importance, first: search instead of stretching to the extremes
+    (see `search_scale`), but for the blocks of `keep_extreme`, bool [blocks].
+    Raises ValueError where a weight is NaN or infinite, or where the scale does not fit `dtype`.
     """
     # Two passes, not torch.aminmax: along rows that is one loop without vectors, 15 times slower than both together.
     low, high = blocks.amin(dim=1, keepdim=True), blocks.amax(dim=1, keepdim=True)
+    top, half = (1 << bits) - 1, 1 << (bits - 1)
     if symmetric:
-        signed_max = torch.where(high >= -low, high, low)
-        wide = signed_max / -(1 << (bits - 1))
+        wide = torch.where(high >= -low, high, low) / -half
     else:
         low, high = low.clamp_(max=0), high.clamp_(min=0)
-        wide = (high - low) / ((1 << bits) - 1)
+        wide = (high - low) / top
+    zero_point = None
+    if importance is not None and bool(torch.isfinite(wide).all()):
+        searched, zero_point = search_scale(blocks, importance, first, bits, symmetric=symmetric)
+        wide = searched if keep_extreme is None else torch.where(keep_extreme.unsqueeze(1), wide, searched)
     scale = wide.to(dtype)
     if not bool(torch.isfinite(scale).all()):
         if bool(torch.isfinite(wide).all()):
@@ -50,19 +65,25 @@ def choose_scale(blocks: Tensor, bits: int, *, symmetric: bool, dtype: torch.dty
         raise ValueError(_NOT_FINITE)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     if symmetric:
-        _check_decodes(scale * -(1 << (bits - 1)), signed_max)
+        _check_decodes(scale * -half, low, high)
         return scale, None
-    zero_point = torch.round(-low / scale.to(torch.float32)).clamp_(0, (1 << bits) - 1).to(torch.uint8)
-    _check_decodes(scale * zero_point, low)
-    _check_decodes(scale * ((1 << bits) - 1 - zero_point), high)
-    return scale, zero_point
+    plain = torch.round(-low / scale.to(torch.float32))
+    if zero_point is None:
+        zero_point = plain
+    elif keep_extreme is not None:
+        zero_point = torch.where(keep_extreme.unsqueeze(1), plain, zero_point)
+    stored = zero_point.clamp_(0, top).to(torch.uint8)
+    _check_decodes(scale * stored, low, high)
+    _check_decodes(scale * (top - stored), low, high)
+    return scale, stored
 
 
-def _check_decodes(extreme: Tensor, weight: Tensor) -> None:
+def _check_decodes(extreme: Tensor, low: Tensor, high: Tensor) -> None:
     """Refuse finite weights whose decoded value would overflow: a scale can fit a dtype that its multiples do not."""
     if not bool(torch.isfinite(extreme).all()):
         name = str(extreme.dtype).removeprefix("torch.")
-        raise ValueError(f"a weight of {weight.abs().max():.3g} does not fit {name}")
+        largest = max(float(high.max()), -float(low.min()))
+        raise ValueError(f"a weight of {largest:.3g} does not fit {name}")
 
 
 def round_to_codes(
@@ -87,13 +108,15 @@ def quantize(
     *,
     symmetric: bool = True,
     clip: Clip | None = None,
-    unclipped: Tensor | None = None,
+    importance: Tensor | None = None,
+    keep_extreme: Tensor | None = None,
     scale_dtype: torch.dtype | None = None,
 ) -> QuantizedTensor:
     """Round a [out, in] weight to `bits` per element.
 
-    clip: cut each block's outliers first. unclipped: bool [blocks], blocks that the rule leaves alone
-    (those that must represent a super weight). scale_dtype: the dtype that the scale is stored in,
+    clip: cut each block's outliers first. importance: float [in], how much an error on each input channel matters
+    (E[x^2]); with it, scales are searched. keep_extreme: bool [blocks], blocks that are neither clipped nor searched,
+    because they must represent a super weight. scale_dtype: the dtype that the scale is stored in,
     the weight's own by default.
     Raises ValueError for bits outside 2..8, a block that does not divide the shape, NaN or Inf.
     """
@@ -102,6 +125,7 @@ def quantize(
     dtype = scale_dtype or weight.dtype
     blocks = to_blocks(weight.detach(), block)
     codes = torch.empty(blocks.shape, dtype=torch.uint8)
+    pattern = None if importance is None else block_importance(importance, block, shape)
 
     def work(piece: slice) -> tuple[Tensor, Tensor | None]:
         part = blocks[piece].to(torch.float32, copy=True)
@@ -109,10 +133,18 @@ def quantize(
             if not bool(torch.isfinite(part).all()):  # a clipped Inf would pass for an ordinary weight
                 raise ValueError(_NOT_FINITE)
             threshold = clip_threshold(part, clip)
-            if unclipped is not None:
-                threshold = threshold.masked_fill(unclipped[piece].unsqueeze(1), torch.inf)
+            if keep_extreme is not None:
+                threshold = threshold.masked_fill(keep_extreme[piece].unsqueeze(1), torch.inf)
             part.clamp_(-threshold, threshold)
-        scale, zero_point = choose_scale(part, bits, symmetric=symmetric, dtype=dtype)
+        scale, zero_point = choose_scale(
+            part,
+            bits,
+            symmetric=symmetric,
+            dtype=dtype,
+            importance=pattern,
+            first=piece.start,
+            keep_extreme=None if keep_extreme is None else keep_extreme[piece],
+        )
         round_to_codes(part, scale, zero_point, bits, out=codes[piece])
         return scale, zero_point
 

@@ -70,13 +70,15 @@ class LinearWeight:
 @dataclass(frozen=True)
 class Architecture:
     """layers: names of the decoder layers. weights: linear weights by stored name. dense: stored name -> why it is
-    none. watches: what the probe looks at. downs: watched down projections -> layer."""
+    none. watches: what the probe looks at. downs: watched down projections -> layer. vectors: parameter with one dimension
+    (gains and biases of norms) -> stored name."""
 
     layers: tuple[str, ...]
     weights: Mapping[str, LinearWeight]
     dense: Mapping[str, str]
     watches: tuple[Watch, ...]
     downs: Mapping[str, int]
+    vectors: Mapping[str, str]
 
 
 def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
@@ -169,6 +171,7 @@ def describe(checkpoint: Checkpoint, model: PreTrainedModel | None = None) -> Ar
     state = model.state_dict()
     weights: dict[str, LinearWeight] = {}
     dense: dict[str, str] = {}
+    vectors: dict[str, str] = {}
     for name, stored in checkpoint.tensors.items():
         target, how = rename(name)
         layer = next((index for index, prefix in enumerate(layers) if target.startswith(prefix + ".")), None)
@@ -180,6 +183,7 @@ def describe(checkpoint: Checkpoint, model: PreTrainedModel | None = None) -> Ar
             dense[name] = "empty"
         elif len(stored.shape) < 2:
             dense[name] = "not a matrix"
+            vectors[target] = name
         elif layer is None:
             dense[name] = _outside(target, model)
         else:
@@ -195,6 +199,7 @@ def describe(checkpoint: Checkpoint, model: PreTrainedModel | None = None) -> Ar
         dense=dense,
         watches=watches,
         downs={watch.name: _layer_of(watch.module, layers) for watch in watches if watch.down},
+        vectors=vectors,
     )
 
 

@@ -6,7 +6,7 @@ same on any number of threads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ from exporters.errors import SwquantError
 from swquant.architecture import Architecture, describe
 from swquant.checkpoint.base import Checkpoint
 from swquant.directory import Published, published_for
+from swquant.folding import Fold, find_folds
 from swquant.models import build_model, fits_in_memory, offloaded_model, quiet
 from swquant.options import DEFAULT_PROMPT
 
@@ -29,14 +30,22 @@ MAX_PROMPT_TOKENS = 512
 
 @dataclass(frozen=True)
 class Found:
-    """The detection and what it rests on. token_ids: the prompt as the model read it, BOS included where it has one."""
+    """The detection and what it rests on. token_ids: the prompt as the model read it, BOS included where it has one.
+    folds: the norms that can take over a scaling of weights, if they were asked for."""
 
     detection: Detection
     architecture: Architecture
     prompt: str
     token_ids: tuple[int, ...]
     tokens: tuple[str, ...]
+    folds: tuple[Fold, ...] = ()
     published: tuple[Published, ...] = ()
+
+    def energy(self, name: str) -> torch.Tensor | None:
+        """float32 [in]: the energy of the inputs of a stored linear weight; None for an expert that no token visited."""
+        probe, weight = self.detection.probe, self.architecture.weights[name]
+        record = probe.linears.get(weight.watch) if probe is not None else None
+        return record.energy if record is not None else None
 
 
 def prompt_tokens(checkpoint: Checkpoint, prompt: str) -> tuple[int, ...]:
@@ -78,11 +87,13 @@ def find_super_weights(
     *,
     low_memory: bool = False,
     model: PreTrainedModel | None = None,
+    folds: bool = False,
 ) -> Found:
     """Find the super weights of a checkpoint with forward passes of one prompt.
 
     low_memory: keep one module's weights in memory at a time (chosen by itself for models that take more than half of
-    the free memory in float32). model: the checkpoint's model in float32, where it is in memory anyway.
+    the free memory in float32). model: the checkpoint's model in float32, where it is in memory anyway. folds: also find out
+    which norms can take over a scaling of weights.
     Raises SwquantError where the prompt, the tokenizer or the weights are unusable.
     """
     ids = prompt_tokens(checkpoint, prompt)
@@ -103,15 +114,27 @@ def find_super_weights(
         def forward() -> torch.Tensor:
             return probed(input_ids=tokens.unsqueeze(0), use_cache=False).logits[0]
 
-        def run(prune: Sequence[Scalar], record: bool) -> Probe:
-            return run_probe(probed, forward, architecture.watches, architecture.layers, prune=prune, record=record)
+        def run(
+            prune: Sequence[Scalar] = (), record: bool = False, scales: Mapping[str, torch.Tensor] | None = None
+        ) -> Probe:
+            return run_probe(
+                probed, forward, architecture.watches, architecture.layers, prune=prune, scales=scales, record=record
+            )
 
         try:
             detection = detect(run, architecture.downs, tokens)
         except ValueError as error:
             raise SwquantError(f"{checkpoint.name}: {error}; check the weights (NaN, Inf) and the prompt") from None
+        assert detection.probe is not None
+        foldable = (
+            find_folds(checkpoint, architecture, detection.probe, lambda scales: run(scales=scales).logits)
+            if folds
+            else ()
+        )
     unseen = [
-        watch.name for watch in architecture.watches if watch.expert is None and watch.name not in detection.energy
+        watch.name
+        for watch in architecture.watches
+        if watch.expert is None and watch.name not in detection.probe.linears
     ]
     if unseen:
         raise SwquantError(
@@ -119,4 +142,4 @@ def find_super_weights(
             "this architecture multiplies in a way that swquant does not know"
         )
     words = tuple(checkpoint.tokenizer().convert_ids_to_tokens(list(ids)))
-    return Found(detection, architecture, prompt, ids, words, published_for(checkpoint))
+    return Found(detection, architecture, prompt, ids, words, foldable, published_for(checkpoint))

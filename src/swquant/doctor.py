@@ -13,6 +13,7 @@ __all__ = ["examine"]
 _NEEDED = {
     "torch": "everything",
     "numpy": "everything",
+    "numba": "searching scales (compress --refine)",
     "transformers": "model code and tokenizers",
     "safetensors": "reading by transformers",
     "compressed-tensors": "loading compressed checkpoints in stock transformers",

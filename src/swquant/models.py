@@ -6,6 +6,7 @@ transformers' own, and a weight that is missing is an error, never a random numb
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import warnings
@@ -27,10 +28,13 @@ __all__ = ["build_model", "fits_in_memory", "offloaded_model", "quiet"]
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and no warnings from transformers: what matters, swquant says itself."""
+    """No progress bars and no warnings from transformers or accelerate: what matters, swquant says itself."""
     verbosity = transformers.logging.get_verbosity()
+    accelerate = logging.getLogger("accelerate")
+    level = accelerate.level
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
+    accelerate.setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
@@ -38,6 +42,7 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         transformers.logging.set_verbosity(verbosity)
+        accelerate.setLevel(level)
         if bars:
             transformers.utils.logging.enable_progress_bar()
 

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 
     from calibrationless import Block, Clip
 
-__all__ = ["DEFAULT_PROMPT", "EXPERIMENTS", "CompressOptions", "StudyOptions", "option_help", "parse_bytes"]
+__all__ = ["DEFAULT_PROMPT", "EXPERIMENTS", "PRESETS", "CompressOptions", "StudyOptions", "option_help", "parse_bytes"]
 
 DEFAULT_PROMPT = "Apple Inc. is a worldwide tech company."
 EXPERIMENTS = ("identify", "importance", "persistence", "stopwords", "amplification", "block-size")
+# What each preset refines the rounding with.
+PRESETS = {"fast": "none", "balanced": "prompt"}
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -36,9 +38,13 @@ class CompressOptions:
     bits: int = _option(4, "Bits per weight, 2 to 8. vLLM's kernels take 4 and 8.")
     block: str = _option("128", "Weights that share a scale: 128, 64x64, channel, tensor or flat:512.")
     symmetric: bool = _option(True, "Signed-maximum scale without zero point, or min/max with one.")
-    clip: str = _option("none", "Cut each block's outliers first: none, z=9, iqr=3 or quantile=0.999.")
+    preset: str = _option("balanced", "fast (rounding alone) or balanced (scales searched with one prompt).")
+    refine: str | None = _option(None, "What scales are searched with: none or prompt; the preset's by default.")
+    clip: str = _option("none", "Cut each block's outliers, then round plainly: z=9, iqr=3, quantile=0.999 or none.")
     restore: bool = _option(True, "Keep super weights and outliers exactly, in the sidecar.")
-    outliers: float = _option(0.0, "Fraction of each tensor kept in the sidecar, by rounding error: 0.0005.")
+    outliers: float | None = _option(
+        None, "Fraction of each tensor kept in the sidecar, by the error it costs; 0.0005, or 0 with --refine none."
+    )
     dense: tuple[str, ...] = _option(
         (), "Leave tensors whose name contains PATTERN (or matches a * glob) alone; repeatable."
     )
@@ -57,7 +63,15 @@ class CompressOptions:
             self.parsed_block, self.parsed_clip  # noqa: B018 - raise on nonsense now, not after the probe
         except ValueError as error:
             raise SwquantError(str(error)) from None
-        if not 0 <= self.outliers <= 0.1:
+        if self.preset not in PRESETS:
+            raise SwquantError(f"preset {self.preset!r} is not one of: {', '.join(PRESETS)}")
+        if self.refine is not None and self.refine not in PRESETS.values():
+            raise SwquantError(f"refine {self.refine!r} is not one of: {', '.join(PRESETS.values())}")
+        if self.refinement != "none" and self.parsed_clip is not None:
+            raise SwquantError(
+                f"clip {self.clip} belongs to plain rounding, and --refine {self.refine} decides itself what to cut; use one"
+            )
+        if self.outliers is not None and not 0 <= self.outliers <= 0.1:
             raise SwquantError(f"outliers {self.outliers:g} is outside 0 to 0.1; 0.0005 keeps one weight in 2,000")
         if self.outliers and not self.restore:
             raise SwquantError("--outliers needs the sidecar that --no-restore leaves out; use one of the two")
@@ -67,6 +81,18 @@ class CompressOptions:
             raise SwquantError("an empty --dense pattern would match every tensor; name a part of a tensor's name")
         if parse_bytes(self.shard_size) < 1_000_000:
             raise SwquantError(f"shard size {self.shard_size} is below 1MB; the usual size is 5GB")
+
+    @property
+    def refinement(self) -> str:
+        """none or prompt: what the scales are searched with. A rule for clipping is one of plain rounding, so it chooses that."""
+        return self.refine or ("none" if self.parsed_clip else PRESETS[self.preset])
+
+    @property
+    def outlier_fraction(self) -> float:
+        """Of each tensor, beside its super weights."""
+        if self.outliers is not None:
+            return self.outliers
+        return 0.0005 if self.restore and self.refinement != "none" else 0.0
 
     @property
     def parsed_block(self) -> Block:

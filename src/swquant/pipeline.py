@@ -38,6 +38,7 @@ from swquant.checkpoint.base import Checkpoint
 from swquant.console import Progress, silent
 from swquant.destination import check_destination, check_space, no_space, replace, unfinished
 from swquant.detection import Found, find_super_weights
+from swquant.folding import fold_columns, fold_gain
 from swquant.manifest import detection_record, loader_table, tensor_record, write_manifest
 from swquant.options import CompressOptions
 from swquant.plan import Plan, TensorPlan, make_plan
@@ -73,8 +74,10 @@ def prepare(
     if checkpoint.kind == "swquant":
         raise SwquantError(f"{checkpoint.name}: already compressed; start from the original model")
     with progress.step(f"Probing {checkpoint.name} with one prompt"):
-        found = find_super_weights(checkpoint, options.prompt, low_memory=low_memory)
-    plan = make_plan(checkpoint, found.architecture, found.detection.super_weights, options)
+        found = find_super_weights(
+            checkpoint, options.prompt, low_memory=low_memory, folds=options.refinement != "none"
+        )
+    plan = make_plan(checkpoint, found.architecture, found.detection.super_weights, options, found.folds)
     return Prepared(checkpoint, found, plan)
 
 
@@ -189,23 +192,35 @@ def _write_tensor(
     """Read, round, pack and write one tensor. Returns what its rounding cost (nothing for a dense one)."""
     weight = prepared.checkpoint.read(tensor.name)
     bar.advance(tensor.name, tensor.source.nbytes)
+    fold = tensor.fold
     if tensor.block is None:
         ((name, (dtype, _)),) = tensor.layout.items()
         _check_finite(tensor.name, weight)
+        if fold is not None:
+            weight = fold_gain(weight, fold, is_bias=tensor.name == fold.bias)
         writer.write(name, _cast(tensor.name, weight, dtype))
-        return {}
+        return {"scaled": True} if fold else {}
+    energy = prepared.found.energy(tensor.name)
+    if fold is not None:
+        weight = fold_columns(weight, fold)
+        energy = torch.ldexp(energy, -2 * fold.exponents.to(torch.int32)) if energy is not None else None
     options = prepared.plan.options
-    quantized = round_weight(weight, tensor, options)
+    importance = energy if options.refinement != "none" else None
+    quantized = round_weight(weight, tensor, options, importance)
     for key, part in compressed_tensors.to_tensors(quantized).items():
         writer.write(f"{tensor.module}.{key}", part)
-    kept = choose_outliers(weight, quantized, tensor) if tensor.points else None
+    kept = choose_outliers(weight, quantized, tensor, importance) if tensor.points else None
     if kept is not None and sidecar is not None:
         sidecar.write(tensor.name, kept)
-    error = measure(weight, quantized, kept)
+    error = measure(weight, quantized, kept, energy)
     record: dict[str, Any] = {
         "relative_error": float(f"{error.relative:.7g}"),
         "largest_error": float(f"{error.largest:.7g}"),
     }
+    if error.output is not None:
+        record["output_error"] = float(f"{error.output:.7g}")
+    if fold is not None:
+        record["scaled"] = True
     if tensor.super_weights:
         # What a loader sees that does not know the sidecar: the safety rule, in numbers.
         decoded = dequantize(quantized, torch.float32)
@@ -241,16 +256,18 @@ def _cast(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return cast
 
 
-def round_weight(weight: torch.Tensor, tensor: TensorPlan, options: CompressOptions) -> QuantizedTensor:
-    """Round one weight as planned; blocks that hold a super weight are not clipped."""
+def round_weight(
+    weight: torch.Tensor, tensor: TensorPlan, options: CompressOptions, importance: torch.Tensor | None = None
+) -> QuantizedTensor:
+    """Round one weight as planned; blocks that hold a super weight keep their extreme."""
     assert tensor.block is not None
     scale_dtype = tensor.layout[f"{tensor.module}.weight_scale"][0]
-    unclipped = None
-    if options.parsed_clip is not None and tensor.super_weights:
+    keep_extreme = None
+    if tensor.super_weights:
         rows, cols = torch.tensor(tensor.super_weights, dtype=torch.int64).T
         count = tensor.source.numel // block_elements(tensor.block, tensor.shape)
-        unclipped = torch.zeros(count, dtype=torch.bool)
-        unclipped[block_index(rows, cols, tensor.block, tensor.shape)] = True
+        keep_extreme = torch.zeros(count, dtype=torch.bool)
+        keep_extreme[block_index(rows, cols, tensor.block, tensor.shape)] = True
     try:
         return quantize(
             weight,
@@ -258,7 +275,8 @@ def round_weight(weight: torch.Tensor, tensor: TensorPlan, options: CompressOpti
             options.bits,
             symmetric=options.symmetric,
             clip=options.parsed_clip,
-            unclipped=unclipped,
+            importance=importance,
+            keep_extreme=keep_extreme,
             scale_dtype=scale_dtype,
         )
     except ValueError as error:
@@ -266,9 +284,11 @@ def round_weight(weight: torch.Tensor, tensor: TensorPlan, options: CompressOpti
         raise SwquantError(f"{tensor.name}: {error}; use --dtype bfloat16") from None
 
 
-def choose_outliers(weight: torch.Tensor, quantized: QuantizedTensor, tensor: TensorPlan) -> Outliers:
+def choose_outliers(
+    weight: torch.Tensor, quantized: QuantizedTensor, tensor: TensorPlan, importance: torch.Tensor | None = None
+) -> Outliers:
     """The points of a tensor's sidecar: its super weights, and as many of the worst rounded as were planned."""
-    return worst(weight, quantized, tensor.points, always=tensor.super_weights)
+    return worst(weight, quantized, tensor.points, always=tensor.super_weights, importance=importance)
 
 
 def _config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:

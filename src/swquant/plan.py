@@ -10,17 +10,18 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from calibrationless import Block, Flat, Group, SuperWeight, Tile, block_elements, fit
+from calibrationless import Block, Flat, Group, SuperWeight, Tile, block_elements, columns, fit
 from exporters import compressed_tensors
 from exporters.compressed_tensors import Scheme
 from exporters.errors import SwquantError
 from exporters.sidecar import patch_bytes
 from swquant.architecture import Architecture, LinearWeight
 from swquant.checkpoint.base import Checkpoint, Stored
+from swquant.folding import Fold
 from swquant.options import CompressOptions, parse_bytes
 
 __all__ = ["Plan", "TensorPlan", "make_plan"]
@@ -28,6 +29,8 @@ __all__ = ["Plan", "TensorPlan", "make_plan"]
 # Weights in a block that may hold a super weight: beyond a few hundred, the step that represents it rounds all its
 # neighbours to zero.
 MAX_BLOCK_WITH_SUPER_WEIGHT = 512
+# Scaling channels makes the weights of a row less alike: within a block of a few hundred columns it pays, beyond it costs.
+MAX_COLUMNS_TO_SCALE = 256
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -37,7 +40,8 @@ class TensorPlan:
     """One tensor. block: None if it stays dense, then `reason` says why.
 
     layout: stored name -> (dtype, shape) of what is written for it. points: number of its weights in the sidecar.
-    super_weights: (row, col) of those that the detection found in it.
+    super_weights: (row, col) of those that the detection found in it. fold: the scaling that it takes part in, as a
+    norm's gain or bias or as a weight that reads the norm.
     """
 
     name: str
@@ -47,6 +51,7 @@ class TensorPlan:
     reason: str = ""
     points: int = 0
     super_weights: tuple[tuple[int, int], ...] = ()
+    fold: Fold | None = None
 
     @property
     def module(self) -> str:
@@ -102,7 +107,11 @@ class Plan:
 
 
 def make_plan(
-    checkpoint: Checkpoint, architecture: Architecture, super_weights: Sequence[SuperWeight], options: CompressOptions
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    super_weights: Sequence[SuperWeight],
+    options: CompressOptions,
+    folds: Sequence[Fold] = (),
 ) -> Plan:
     """Decide for every tensor. Raises SwquantError where an option fits nothing, or --strict-block fails."""
     found: dict[str, list[tuple[int, int]]] = {}
@@ -131,10 +140,22 @@ def make_plan(
         tensors.append(_quantized(name, stored, choice, points, checkpoint, options))
     if not any(tensor.block for tensor in tensors):
         raise SwquantError(_nothing(checkpoint, tensors))
+    tensors = _folded(tensors, folds)
     notes = [
         f"block {options.block} does not divide {count} tensors, which take {block}" for block, count in fitted.items()
     ]
     return Plan(options, tuple(tensors), _shards(tensors, parse_bytes(options.shard_size)), left_out, tuple(notes))
+
+
+def _folded(tensors: Sequence[TensorPlan], folds: Sequence[Fold]) -> list[TensorPlan]:
+    """The tensors with the folds that pay: all that read the norm are rounded, in blocks of not too many columns."""
+    plans = {tensor.name: tensor for tensor in tensors}
+    for fold in folds:
+        readers = [plans[name] for name in fold.readers]
+        if all(tensor.block and columns(tensor.block, tensor.shape) <= MAX_COLUMNS_TO_SCALE for tensor in readers):
+            for name in (*fold.readers, fold.gain, *filter(None, [fold.bias])):
+                plans[name] = replace(plans[name], fold=fold)
+    return list(plans.values())
 
 
 def _nothing(checkpoint: Checkpoint, tensors: Iterable[TensorPlan]) -> str:
@@ -296,7 +317,7 @@ def _quantized(
         scale_dtype=_dense_dtype(checkpoint, stored, options),
     )
     module = name.removesuffix(".weight")
-    kept = (len(set(points)) + int(options.outliers * stored.numel)) if options.restore else 0
+    kept = (len(set(points)) + int(options.outlier_fraction * stored.numel)) if options.restore else 0
     return TensorPlan(
         name=name,
         source=stored,

@@ -222,7 +222,7 @@ def _as_typed(options: Mapping[str, Any]) -> str:
             words += [flag] if value else []
         elif isinstance(value, list):
             words += [word for item in value for word in (flag, item)]
-        elif value not in (0.0, "auto"):
+        elif value not in (None, 0.0, "auto"):
             words += [flag, str(value)]
     return shlex.join(words)
 

@@ -90,7 +90,7 @@ def test_energy_and_peaks_are_those_of_a_loop(kind):
     record = probe_of(model, watch, prompt).linears["down"]
     for col in range(INNER):
         assert record.energy[col].item() == pytest.approx(
-            sum(value**2 for value in x[:, col].tolist()) / len(x), rel=1e-5
+            sum(token[col] ** 2 / sum(value**2 for value in token) for token in x.tolist()) / len(x), rel=1e-5
         )
     for peak, activation in ((record.input, x), (record.output, x @ weight.T + bias)):
         rows = activation.tolist()
@@ -214,7 +214,11 @@ def test_a_product_of_all_experts_at_once_is_not_taken_for_one_expert():
     watches = [Watch(str(e), "0", "down", expert=e, transposed=True) for e in range(2)]
     probe = run_probe(model, lambda: model(x)[0], watches, [])
     for name, record in probe.linears.items():
-        assert torch.allclose(record.energy, x[int(name)].square().mean(dim=0))
+        assert torch.allclose(record.energy, energy(x[int(name)]))
+
+
+def energy(x: Tensor) -> Tensor:
+    return (x / x.norm(dim=1, keepdim=True)).square().mean(dim=0)
 
 
 class Product(nn.Module):
@@ -246,7 +250,7 @@ def test_a_product_is_seen_and_pruned_however_it_is_written(way):
     watch = Watch("w", "0", transposed=transposed)
     record = run_probe(model, lambda: model(x), [watch], []).linears.get("w")
     assert record is not None
-    assert torch.allclose(record.energy, x.square().mean(dim=0))
+    assert torch.allclose(record.energy, energy(x))
     pruned = run_probe(model, lambda: model(x), [watch], [], prune=[Scalar("w", 1, 2)]).logits
     weight[1, 2] = 0
     assert torch.allclose(pruned, x @ weight.T + (1 if way == "addmm" else 0), atol=1e-6)

@@ -202,12 +202,12 @@ def test_finite_weights_are_refused_rather_than_decoded_to_infinity(values, dtyp
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("clip", CLIPS[1:], ids=str)
 @pytest.mark.parametrize("block", EVERY_KIND, ids=str)
-def test_clipping_equals_rounding_a_clamped_weight_but_in_unclipped_blocks(block, clip, symmetric):
+def test_clipping_equals_rounding_a_clamped_weight_but_where_the_extreme_is_kept(block, clip, symmetric):
     weight = random_weight((8, 24))
     blocks = to_blocks(weight, block)
     spared = torch.arange(len(blocks)) % 3 == 1
     threshold = expand(clip_threshold(blocks, clip).squeeze(1).masked_fill(spared, torch.inf), block, (8, 24))
-    found = quantize(weight, block, 4, symmetric=symmetric, clip=clip, unclipped=spared)
+    found = quantize(weight, block, 4, symmetric=symmetric, clip=clip, keep_extreme=spared)
     assert bool((weight.abs() > threshold).any())
     assert same(found, quantize(torch.clamp(weight, -threshold, threshold), block, 4, symmetric=symmetric))
 
@@ -223,11 +223,11 @@ def test_a_weight_of_several_pieces_is_rounded_as_its_parts_are_and_left_as_it_w
     weight = random_weight((1031, 640))  # more than one piece, and the last is not full
     before = weight.clone()
     spared = torch.arange(1031 * 10) % 3 == 0
-    whole = quantize(weight, Group(64), 4, symmetric=symmetric, clip=clip, unclipped=spared)
+    whole = quantize(weight, Group(64), 4, symmetric=symmetric, clip=clip, keep_extreme=spared)
     assert torch.equal(weight, before)
     for rows in (slice(0, 7), slice(815, 825), slice(1020, 1031)):
         its_spared = spared.view(1031, 10)[rows].flatten()
-        part = quantize(weight[rows].clone(), Group(64), 4, symmetric=symmetric, clip=clip, unclipped=its_spared)
+        part = quantize(weight[rows].clone(), Group(64), 4, symmetric=symmetric, clip=clip, keep_extreme=its_spared)
         assert torch.equal(whole.codes[rows], part.codes)
         assert torch.equal(whole.scale[rows], part.scale)
         assert symmetric or torch.equal(whole.zero_point[rows], part.zero_point)

@@ -148,6 +148,8 @@ OPTIONS = {
     "--block 32": {"block": "32"},
     "--asymmetric": {"symmetric": False},
     "--clip z=3": {"clip": "z=3"},
+    "--preset fast": {"preset": "fast"},
+    "--refine none": {"refine": "none"},
     "--no-restore": {"restore": False},
     "--outliers 0.01": {"outliers": 0.01},
     "--dense q_proj --dense *.up_proj.*": {"dense": ["q_proj", "*.up_proj.*"]},

@@ -41,7 +41,7 @@ def directly(weight: torch.Tensor, record: dict, options: dict) -> QuantizedTens
         record["bits"],
         symmetric=record["symmetric"],
         clip=parse_clip(options.get("clip", "none")),
-        unclipped=to_blocks(holds, block).any(dim=1),
+        keep_extreme=to_blocks(holds, block).any(dim=1),
         scale_dtype=DTYPES.get(options.get("dtype", "auto")),
     )
 
@@ -92,13 +92,13 @@ def check_outliers(
 
 
 OPTIONS = [
-    {},
-    {"bits": 2, "block": "32"},
-    {"bits": 3, "block": "channel"},
-    {"bits": 5, "block": "32x32", "outliers": 0.01},
-    {"bits": 6, "block": "flat:64", "symmetric": False},
-    {"bits": 7, "block": "tensor", "dtype": "float16"},
-    {"bits": 8, "block": "32", "symmetric": False, "outliers": 0.01, "dtype": "float32"},
+    {"preset": "fast"},
+    {"bits": 2, "block": "32", "refine": "none"},
+    {"bits": 3, "block": "channel", "refine": "none"},
+    {"bits": 5, "block": "32x32", "outliers": 0.01, "refine": "none"},
+    {"bits": 6, "block": "flat:64", "symmetric": False, "refine": "none"},
+    {"bits": 7, "block": "tensor", "dtype": "float16", "refine": "none"},
+    {"bits": 8, "block": "32", "symmetric": False, "outliers": 0.01, "dtype": "float32", "refine": "none"},
     {"bits": 4, "block": "128", "clip": "z=2", "outliers": 0.01},
     {"bits": 4, "block": "channel", "clip": "iqr=3", "restore": False},
     {"bits": 3, "block": "64x16", "clip": "quantile=0.98", "symmetric": False},
@@ -233,4 +233,4 @@ def test_a_dense_value_that_float16_cannot_hold_is_an_error_not_an_infinity(sour
     weights["model.layers.0.input_layernorm.weight"][3] = 1e5
     save_file(weights, source / "model.safetensors", {"format": "pt"})
     with pytest.raises(swquant.SwquantError, match=r"input_layernorm.*float16"):
-        swquant.compress(source, tmp_path / "out", prompt=PROMPT, dtype="float16")
+        swquant.compress(source, tmp_path / "out", prompt=PROMPT, dtype="float16", preset="fast")

@@ -108,7 +108,7 @@ def test_smollm2_is_compressed_as_planned(compressed: Path) -> None:
     assert schemes == {  # 576 inputs are no multiple of 128
         "int4 group 64 symmetric": 180, "int4 group 128 symmetric": 30, "embedding": 1, "not a matrix": 61,
     }  # fmt: skip
-    assert manifest["totals"]["bits_per_quantized_weight"] == pytest.approx(4.219, abs=0.001)
+    assert manifest["totals"]["bits_per_quantized_weight"] == pytest.approx(4.267, abs=0.001)
     points = manifest["tensors"]["model.layers.11.mlp.down_proj.weight"]["super_weights"]
     assert [(point["row"], point["col"]) for point in points] == [(507, 1229), (507, 1487)]
     for point in points:  # the safety rule: a loader without the sidecar has them, too
@@ -182,9 +182,9 @@ def test_the_compressed_model_is_close_to_the_original(smollm2: Path, compressed
     result = swquant.evaluate(compressed, EXCERPT.read_text(encoding="utf-8"), smollm2, window=256, limit=2)
     assert result.tokens == 2 * 255
     assert result.original_perplexity == pytest.approx(22.460, rel=0.002)
-    assert result.perplexity == pytest.approx(26.49, rel=0.02)
-    assert result.kl == pytest.approx(0.366, rel=0.05)
-    assert result.top1 == pytest.approx(0.673, abs=0.02)
+    assert result.perplexity == pytest.approx(24.44, rel=0.02)
+    assert result.kl == pytest.approx(0.182, rel=0.05)
+    assert result.top1 == pytest.approx(0.790, abs=0.02)
 
 
 @pytest.mark.slow

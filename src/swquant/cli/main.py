@@ -96,13 +96,15 @@ def compress(
     symmetric: Annotated[
         bool, typer.Option("--symmetric/--asymmetric", help=option_help("symmetric"))
     ] = CompressOptions.symmetric,
+    preset: Annotated[str, typer.Option(help=option_help("preset"))] = CompressOptions.preset,
+    refine: Annotated[str | None, typer.Option(help=option_help("refine"), show_default=False)] = None,
     clip: Annotated[str, typer.Option(help=option_help("clip"))] = CompressOptions.clip,
     restore: Annotated[
         bool, typer.Option("--restore/--no-restore", help=option_help("restore"))
     ] = CompressOptions.restore,
     outliers: Annotated[
-        float, typer.Option(metavar="FRACTION", help=option_help("outliers"))
-    ] = CompressOptions.outliers,
+        float | None, typer.Option(metavar="FRACTION", help=option_help("outliers"), show_default=False)
+    ] = None,
     dense: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help=option_help("dense"), show_default=False)
     ] = None,
@@ -122,7 +124,7 @@ def compress(
 ) -> None:
     """Compress MODEL into OUT, a checkpoint that stock transformers and vLLM load."""
     options = CompressOptions(
-        bits=bits, block=block, symmetric=symmetric, clip=clip, restore=restore, outliers=outliers, dense=tuple(dense or ()),
+        bits=bits, block=block, symmetric=symmetric, preset=preset, refine=refine, clip=clip, restore=restore, outliers=outliers, dense=tuple(dense or ()),
         strict_block=strict_block, dtype=dtype, shard_size=shard_size, prompt=prompt,
     )  # fmt: skip
     from swquant.checkpoint.open import open_checkpoint
