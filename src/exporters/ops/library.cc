@@ -7,6 +7,9 @@
 #include <type_traits>
 
 #include "cpu/linear.h"
+#if defined(SWQUANT_CUDA) || defined(SWQUANT_EMULATION)
+#include "cuda/linear.h"
+#endif
 #include "weights.h"
 
 namespace swquant {
@@ -131,7 +134,14 @@ ort::Status* add_operators(const ort::Api* api, ort::CustomOpDomain* domain, con
 ort::CustomOpDomain* make_domain(const ort::Api* api, ort::Status** status) {
   ort::CustomOpDomain* domain = nullptr;
   *status = ort::CreateCustomOpDomain(api, kDomain, &domain);
+#if defined(SWQUANT_EMULATION)  // tests: the CUDA operator in the place of the CPU's
+  if (!*status) *status = add_operators<cuda::Linear, false>(api, domain, "CPUExecutionProvider");
+#else
   if (!*status) *status = add_operators<cpu::Linear, false>(api, domain, "CPUExecutionProvider");
+#endif
+#if defined(SWQUANT_CUDA)
+  if (!*status) *status = add_operators<cuda::Linear, true>(api, domain, "CUDAExecutionProvider");
+#endif
   return domain;
 }
 

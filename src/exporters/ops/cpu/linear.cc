@@ -3,11 +3,11 @@
 #include "linear.h"
 
 #include <algorithm>
-#include <cinttypes>
 #include <cmath>
 #include <cstring>
 
 #include "../floats.h"
+#include "../node.h"
 #include "kernels.h"
 
 namespace swquant::cpu {
@@ -197,22 +197,8 @@ Linear::~Linear() = default;
 
 void Linear::compute(ort::KernelContext* context) const {
   const State& state = *state_;
-  const ort::Value* input = nullptr;
-  check(state.api, ort::GetInput(state.api, context, kA, &input));
-  if (!input) fail("node %s: input A is missing", state.node.c_str());
-  TensorView a = view(state.api, input);
-  if (a.shape.empty() || a.shape.back() != state.layout.inputs) {
-    fail("node %s: A has shape %s; its last dimension must be K = %" PRId64, state.node.c_str(), text(a.shape).c_str(),
-         state.layout.inputs);
-  }
-  int64_t rows = 1;
-  for (size_t i = 0; i + 1 < a.shape.size(); ++i) rows *= a.shape[i];
-  a.shape.back() = state.layout.outputs;
-  ort::Value* output = nullptr;
-  check(state.api, ort::GetOutput(state.api, context, 0, a.shape.data(), a.shape.size(), &output));
-  void* y = nullptr;
-  check(state.api, ort::GetTensorMutableData(state.api, output, &y));
-  if (rows) state.run(context, a.data, rows, y);
+  const Activations in = read_activations(state.api, context, state.node, state.layout.inputs, state.layout.outputs);
+  if (in.rows) state.run(context, in.a, in.rows, in.y);
 }
 
 }  // namespace swquant::cpu
