@@ -90,9 +90,9 @@ def build_library(target: Path = FOLDER / LIBRARY, flags: Sequence[str] = (), *,
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as name:
         folder = Path(name)
         whole = folder / target.name
-        everything = [compiler, *FLAGS, *flags, *sources()]
+        everything: list[str | Path] = [compiler, *FLAGS, *flags, *sources()]
         if emulate_cuda:
-            cuda = ["-DSWQUANT_EMULATION", FOLDER / "cuda" / "linear.cc", FOLDER / "cuda" / "emulated.cc"]
+            cuda: list[str | Path] = ["-DSWQUANT_EMULATION", FOLDER / "cuda" / "linear.cc", FOLDER / "cuda" / "emulated.cc"]
             run([*everything, *cuda, "-shared", "-o", whole])
         elif wants_cuda():
             run([*everything, "-DSWQUANT_CUDA", "-c"], folder)
