@@ -118,7 +118,7 @@ def digest(*parts: bytes) -> str:
 def identity(method: Method, calibration: str) -> Record:
     """What a result depends on: a recorded one with another identity is measured again. Raises PackageNotFoundError."""
     result: Record = versions(("torch", "transformers", *method.packages))
-    if "swquant" in method.packages:
+    if method.name.startswith("swquant"):
         result["sources"] = digest(*(path.read_bytes() for path in sorted(SOURCES.rglob("*.py"))))
         result["call"] = method.call
     if method.calibrated:

@@ -17,6 +17,7 @@ import swquant
 from exporters.sidecar import SIDECAR
 from peers.base import Cell, Method, Original, Outcome
 from swquant.checkpoint.open import open_checkpoint
+from swquant.options import PRESETS
 
 __all__ = ["METHODS", "MIN_MAX"]
 
@@ -59,7 +60,6 @@ def row(name: str, **options: Any) -> Method:
 
 
 METHODS = [
-    row(MIN_MAX, symmetric=False),
-    row("swquant, plain rounding", symmetric=True),
-    row("swquant, plain rounding, outliers", symmetric=True, outliers=0.0005),
+    row(MIN_MAX, preset="fast", symmetric=False),
+    *(row(f"swquant {preset}", preset=preset) for preset in PRESETS),
 ]

@@ -67,7 +67,7 @@ def test_own_rows_decode_and_count_every_byte(peers: ModuleType, model: Path) ->
 
     cell = peers.Cell(4, "32")
     original = peers.open_original(model, "")
-    outcome = own.row("some", symmetric=True, outliers=0.001).run(original, cell)
+    outcome = own.row("some", outliers=0.001).run(original, cell)
     result = swquant.compress(model, model.parent / "out", bits=4, block="32", dtype="bfloat16", outliers=0.001)
     loaded = swquant.load(result.path, dtype=torch.float32).state_dict()
     assert set(outcome.state) >= set(original.linears)
