@@ -14,7 +14,7 @@ embeddings, norms and head stay as they are. Then swquant's evaluator reads the 
     KL          of the original's predictions from the method's, in nats, mean over all predicted tokens.
                 Rows are sorted by it: it is far less noisy than perplexity on texts this short
     closed      share of the perplexity that asymmetric min/max rounding adds to the original's, in the same
-                cell, that the method takes away again
+                cell, that the method takes away again; and the same of KL
     block       where it does not divide a row, half of it is taken, and so on, by every method. Types of a fixed
                 block (llama.cpp's) stand in the cell nearest in bits
 

@@ -53,6 +53,12 @@ def closed(record: Record, originals: Mapping[str, Record], records: Sequence[Re
     return None if worst is None or reached is None else (worst - reached) / (worst - best)
 
 
+def closed_kl(record: Record, records: Sequence[Record]) -> float | None:
+    """The same in KL, of which the original has none."""
+    plain = next((item for item in records if item["method"] == MIN_MAX and "texts" in item), None)
+    return None if plain is None else 1 - record["texts"][MAIN]["kl"] / plain["texts"][MAIN]["kl"]
+
+
 def number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
@@ -65,7 +71,7 @@ def perplexity(value: float | None) -> str:
 
 def line(record: Record, originals: Mapping[str, Record], records: Sequence[Record]) -> str:
     first, second = record["texts"][MAIN], record["texts"][OTHER]
-    share = closed(record, originals, records)
+    shares = (closed(record, originals, records), closed_kl(record, records))
     name = f"**{record['method']}**" if own(record) else record["method"]
     cells = [
         name,
@@ -74,7 +80,7 @@ def line(record: Record, originals: Mapping[str, Record], records: Sequence[Reco
         perplexity(first["perplexity"]),
         f"{first['kl']:.4f}",
         f"{100 * first['top1']:.1f}",
-        "-" if share is None else f"{100 * share:.0f} %",
+        *("-" if share is None else f"{100 * share:.0f} %" for share in shares),
         perplexity(second["perplexity"]),
         f"{second['kl']:.4f}",
     ]
@@ -101,8 +107,8 @@ def print_cell(cell: Cell, records: Sequence[Record], originals: Mapping[str, Re
     if not records:
         return
     print(f"\n{cell.title}:\n")
-    print("| method | reads | bits | perplexity | KL | top-1 % | closed | Python: perplexity | KL |")
-    print("|---|---|---:|---:|---:|---:|---:|---:|---:|")
+    print("| method | reads | bits | perplexity | KL | top-1 % | closed: perplexity | KL | Python: perplexity | KL |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for record in measured:
         print(line(record, originals, records))
     for record in records:
@@ -164,7 +170,11 @@ def draw_bits(original: Record, records: Sequence[Record], path: Path) -> None:
 def draw_blocks(original: Record, records: Sequence[Record], path: Path) -> None:
     from matplotlib import pyplot
 
-    labels = {"rounded": "min/max rounding", "restored": "super weights restored", "outliers": "and 0.05 % outliers"}
+    labels = {
+        "rounded": "min/max rounding",
+        "restored": "super weights restored",
+        "refined": "refined, 0.05 % restored",
+    }
     figure, panel = pyplot.subplots(figsize=(7, 4.4), layout="constrained")
     for name, color, marker in zip(VARIANTS, (GREY, ORANGE, BLUE), "osD", strict=True):
         found = {
