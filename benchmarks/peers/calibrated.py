@@ -113,6 +113,8 @@ def program(path: Path) -> None:
 
     dynamic = {rf"+:.*{name.removesuffix('.weight')}$": {"group_size": size} for name, size in job["others"].items()}
     options: dict[str, Any] = {"bits": job["bits"], "group_size": job["group"], "dynamic": dynamic or None}
+    if job["group"] == -1:
+        options |= {"act_group_aware": False}  # its own rule: not with one scale per row
     if job["method"] == "awq":
         options |= {"method": "awq", "format": "gemm", "sym": False}
     model = GPTQModel.load(job["folder"], QuantizeConfig(**options), device="cpu", dtype=torch.float32)
