@@ -169,7 +169,11 @@ def draw_bits(original: Record, records: Sequence[Record], path: Path) -> None:
 
 def draw_blocks(original: Record, records: Sequence[Record], path: Path) -> None:
     from matplotlib import pyplot
+    from matplotlib.ticker import LogFormatter
 
+    records = [item for item in records if item["method"].startswith("sweep")]
+    if not records:
+        return
     labels = {
         "rounded": "min/max rounding",
         "restored": "super weights restored",
@@ -188,6 +192,8 @@ def draw_blocks(original: Record, records: Sequence[Record], path: Path) -> None
     panel.set_xlabel("weights that share a scale")
     panel.set_ylabel("perplexity, WikiText-2")
     panel.set_yscale("log")
+    panel.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+    panel.yaxis.set_major_formatter(LogFormatter())
     panel.grid(alpha=0.25, which="both")
     panel.legend(fontsize=8)
     panel.set_title(f"{original['name']}, 4 bits", fontsize=11)
