@@ -21,6 +21,7 @@ from calibrationless.blocks import (
 from calibrationless.clipping import RULES, Clip, clip_threshold, parse_clip
 from calibrationless.detection import Detection, LayerSpike, SuperActivation, SuperWeight, detect
 from calibrationless.errors import WeightError, measure, worst
+from calibrationless.feedback import feed_back, inverse_factor
 from calibrationless.pieces import for_pieces
 from calibrationless.probe import Contribution, LinearRecord, Peak, Probe, Residual, Scalar, Watch, run_probe
 from calibrationless.quantized import (
@@ -74,9 +75,11 @@ __all__ = [
     "detect",
     "divides",
     "expand",
+    "feed_back",
     "fit",
     "for_pieces",
     "from_blocks",
+    "inverse_factor",
     "measure",
     "parse_block",
     "parse_clip",

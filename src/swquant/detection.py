@@ -59,7 +59,7 @@ def prompt_tokens(checkpoint: Checkpoint, prompt: str) -> tuple[int, ...]:
 
 
 @contextmanager
-def _probed_model(checkpoint: Checkpoint, low_memory: bool) -> Iterator[PreTrainedModel]:
+def probed_model(checkpoint: Checkpoint, low_memory: bool) -> Iterator[PreTrainedModel]:
     if low_memory or (checkpoint.kind == "safetensors" and not fits_in_memory(checkpoint, torch.float32)):
         with offloaded_model(checkpoint, torch.float32) as model:
             yield model
@@ -101,7 +101,7 @@ def find_super_weights(
     tokens = torch.tensor(ids)
     with ExitStack() as stack:
         if model is None:
-            model = stack.enter_context(_probed_model(checkpoint, low_memory))
+            model = stack.enter_context(probed_model(checkpoint, low_memory))
         probed = model
         stack.enter_context(watchable(probed))
         vocabulary = probed.get_input_embeddings().get_parameter("weight").shape[0]

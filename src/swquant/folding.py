@@ -103,6 +103,6 @@ def _normalized(output: Tensor, gain: Tensor) -> bool:
 
 
 def _unchanged(folds: Sequence[Fold], logits: Tensor, run: Callable[[Mapping[str, Tensor]], Tensor]) -> bool:
-    scaled = run({fold.norm: torch.ldexp(torch.ones(1), fold.exponents.to(torch.int32)) for fold in folds})
+    scaled = run({fold.norm: torch.exp2(fold.exponents.to(torch.float32)) for fold in folds})
     largest = float((scaled - logits).abs().max())
     return largest <= _UNCHANGED * float(logits.max() - logits.min())

@@ -23,7 +23,7 @@ __all__ = ["DEFAULT_PROMPT", "EXPERIMENTS", "PRESETS", "CompressOptions", "Study
 DEFAULT_PROMPT = "Apple Inc. is a worldwide tech company."
 EXPERIMENTS = ("identify", "importance", "persistence", "stopwords", "amplification", "block-size")
 # What each preset refines the rounding with.
-PRESETS = {"fast": "none", "balanced": "prompt"}
+PRESETS = {"fast": "none", "balanced": "prompt", "best": "self"}
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -38,8 +38,11 @@ class CompressOptions:
     bits: int = _option(4, "Bits per weight, 2 to 8. vLLM's kernels take 4 and 8.")
     block: str = _option("128", "Weights that share a scale: 128, 64x64, channel, tensor or flat:512.")
     symmetric: bool = _option(True, "Signed-maximum scale without zero point, or min/max with one.")
-    preset: str = _option("balanced", "fast (rounding alone) or balanced (scales searched with one prompt).")
-    refine: str | None = _option(None, "What scales are searched with: none or prompt; the preset's by default.")
+    preset: str = _option(
+        "balanced",
+        "fast (rounding alone), balanced (scales searched with one prompt) or best (with text the model writes).",
+    )
+    refine: str | None = _option(None, "What rounding is refined with: none, prompt or self; the preset's by default.")
     clip: str = _option("none", "Cut each block's outliers, then round plainly: z=9, iqr=3, quantile=0.999 or none.")
     restore: bool = _option(True, "Keep super weights and outliers exactly, in the sidecar.")
     outliers: float | None = _option(
@@ -54,6 +57,7 @@ class CompressOptions:
     dtype: str = _option("auto", "Of dense tensors and scales: auto (the source's), bfloat16, float16 or float32.")
     shard_size: str = _option("5GB", "Largest size of one file of weights.")
     prompt: str = _option(DEFAULT_PROMPT, "The one prompt that detection runs.")
+    seed: int = _option(0, "Of the text that the model writes with --refine self; nothing else is random.")
 
     def __post_init__(self) -> None:
         from calibrationless import check_bits  # here, not above: `swquant --help` must not wait for torch
@@ -84,7 +88,7 @@ class CompressOptions:
 
     @property
     def refinement(self) -> str:
-        """none or prompt: what the scales are searched with. A rule for clipping is one of plain rounding, so it chooses that."""
+        """none, prompt or self: what the rounding is refined with. A rule for clipping is one of plain rounding, so it chooses that."""
         return self.refine or ("none" if self.parsed_clip else PRESETS[self.preset])
 
     @property

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from calibrationless import (
     block_elements,
     block_index,
     dequantize,
+    feed_back,
     for_pieces,
     measure,
     quantize,
@@ -42,6 +43,7 @@ from swquant.folding import fold_columns, fold_gain
 from swquant.manifest import detection_record, loader_table, tensor_record, write_manifest
 from swquant.options import CompressOptions
 from swquant.plan import Plan, TensorPlan, make_plan
+from swquant.self_text import SelfText, self_text
 from swquant.verification import file_sha256, verify
 
 __all__ = ["Compressed", "Prepared", "compress_checkpoint", "prepare", "write"]
@@ -57,6 +59,7 @@ class Prepared:
     checkpoint: Checkpoint
     found: Found
     plan: Plan
+    low_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def prepare(
             checkpoint, options.prompt, low_memory=low_memory, folds=options.refinement != "none"
         )
     plan = make_plan(checkpoint, found.architecture, found.detection.super_weights, options, found.folds)
-    return Prepared(checkpoint, found, plan)
+    return Prepared(checkpoint, found, plan, low_memory)
 
 
 def compress_checkpoint(
@@ -165,6 +168,7 @@ def _write_weights(
     weight_map: dict[str, str] = {}
     patched = [(tensor.name, tensor.points, tensor.source.dtype) for tensor in plan.tensors if tensor.points]
     with ExitStack() as stack:
+        text = stack.enter_context(_text_of(prepared, progress))
         sidecar = SidecarWriter(folder / SIDECAR, patched) if patched else None
         if sidecar is not None:
             stack.callback(sidecar.close)
@@ -174,7 +178,7 @@ def _write_weights(
             layout = [(key, *form) for tensor in shard for key, form in tensor.layout.items()]
             writer = SafetensorsWriter(folder / name, layout, {"format": "pt"})
             stack.callback(writer.close)
-            errors = {tensor.name: _write_tensor(tensor, prepared, writer, sidecar, bar) for tensor in shard}
+            errors = {tensor.name: _write_tensor(tensor, prepared, writer, sidecar, text, bar) for tensor in shard}
             files[name] = writer.finish()
             for tensor in shard:
                 records[tensor.name] = tensor_record(tensor, plan, name, files[name].tensors) | errors[tensor.name]
@@ -186,8 +190,29 @@ def _write_weights(
     return records, files
 
 
+def _text_of(prepared: Prepared, progress: Progress) -> AbstractContextManager[SelfText | None]:
+    """The model with text of its own, where the refinement needs it."""
+    options = prepared.plan.options
+    if options.refinement != "self":
+        return nullcontext()
+    names = [tensor.name for tensor in prepared.plan.quantized]
+    return self_text(
+        prepared.checkpoint,
+        prepared.found,
+        names,
+        low_memory=prepared.low_memory,
+        seed=options.seed,
+        progress=progress,
+    )
+
+
 def _write_tensor(
-    tensor: TensorPlan, prepared: Prepared, writer: SafetensorsWriter, sidecar: SidecarWriter | None, bar: Any
+    tensor: TensorPlan,
+    prepared: Prepared,
+    writer: SafetensorsWriter,
+    sidecar: SidecarWriter | None,
+    text: SelfText | None,
+    bar: Any,
 ) -> dict[str, Any]:
     """Read, round, pack and write one tensor. Returns what its rounding cost (nothing for a dense one)."""
     weight = prepared.checkpoint.read(tensor.name)
@@ -206,10 +231,15 @@ def _write_tensor(
         energy = torch.ldexp(energy, -2 * fold.exponents.to(torch.int32)) if energy is not None else None
     options = prepared.plan.options
     importance = energy if options.refinement != "none" else None
+    own = text.statistics(tensor.name, fold.exponents if fold else None) if text is not None else None
+    if own is not None:
+        energy = importance = own[1]
     quantized = round_weight(weight, tensor, options, importance)
+    kept = choose_outliers(weight, quantized, tensor, importance) if tensor.points else None
+    if own is not None:
+        quantized = feed_back(weight, quantized, own[0], kept)
     for key, part in compressed_tensors.to_tensors(quantized).items():
         writer.write(f"{tensor.module}.{key}", part)
-    kept = choose_outliers(weight, quantized, tensor, importance) if tensor.points else None
     if kept is not None and sidecar is not None:
         sidecar.write(tensor.name, kept)
     error = measure(weight, quantized, kept, energy)

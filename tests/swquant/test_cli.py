@@ -149,6 +149,7 @@ OPTIONS = {
     "--asymmetric": {"symmetric": False},
     "--clip z=3": {"clip": "z=3"},
     "--preset fast": {"preset": "fast"},
+    "--seed 7": {"seed": 7},
     "--refine none": {"refine": "none"},
     "--no-restore": {"restore": False},
     "--outliers 0.01": {"outliers": 0.01},

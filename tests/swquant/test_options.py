@@ -14,7 +14,7 @@ from swquant.options import CompressOptions, parse_bytes
 OTHER = {
     "bits": 3, "block": "64", "symmetric": False, "clip": "z=9", "restore": False, "outliers": 0.01, "dense": ("q_proj",),
     "strict_block": True, "dtype": "float16", "shard_size": "1GB", "prompt": "Hello.",
-    "preset": "fast", "refine": "none",
+    "preset": "fast", "refine": "none", "seed": 1,
 }  # fmt: skip
 
 

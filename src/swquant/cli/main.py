@@ -114,6 +114,7 @@ def compress(
     dtype: Annotated[str, typer.Option(help=option_help("dtype"))] = CompressOptions.dtype,
     shard_size: Annotated[str, typer.Option(help=option_help("shard_size"))] = CompressOptions.shard_size,
     prompt: PromptOption = DEFAULT_PROMPT,
+    seed: Annotated[int, typer.Option(help=option_help("seed"))] = CompressOptions.seed,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be done, tensor by tensor; write nothing.")
     ] = False,
@@ -125,7 +126,7 @@ def compress(
     """Compress MODEL into OUT, a checkpoint that stock transformers and vLLM load."""
     options = CompressOptions(
         bits=bits, block=block, symmetric=symmetric, preset=preset, refine=refine, clip=clip, restore=restore, outliers=outliers, dense=tuple(dense or ()),
-        strict_block=strict_block, dtype=dtype, shard_size=shard_size, prompt=prompt,
+        strict_block=strict_block, dtype=dtype, shard_size=shard_size, prompt=prompt, seed=seed,
     )  # fmt: skip
     from swquant.checkpoint.open import open_checkpoint
     from swquant.destination import check_destination
