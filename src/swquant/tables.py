@@ -242,10 +242,14 @@ def show_manifest(console: Console, path: Path, manifest: Mapping[str, Any]) -> 
     _show_outliers(console, manifest)
     quantized = {name: tensor for name, tensor in manifest["tensors"].items() if "dense" not in tensor}
     table = make_table(
-        "Largest relative rounding errors", ("tensor", "left"), ("stored as", "left"), ("relative error", "right")
+        "Tensors that lose most",
+        ("tensor", "left"),
+        ("stored as", "left"),
+        ("error of output", "right"),
+        ("of weight", "right"),
     )
-    for name, tensor in sorted(quantized.items(), key=lambda item: -item[1]["relative_error"])[:5]:
-        table.add_row(_short(name), tensor["stored_as"], f"{tensor['relative_error']:.4f}")
+    for name, tensor in sorted(quantized.items(), key=lambda item: -_lost(item[1]))[:5]:
+        table.add_row(_short(name), tensor["stored_as"], f"{_lost(tensor):.4f}", f"{tensor['relative_error']:.4f}")
     show_table(console, table)
     table = make_table("Loaders", ("loader", "left"), ("loads it?", "left"))
     for loader, verdict in manifest["loaders"].items():
@@ -253,6 +257,11 @@ def show_manifest(console: Console, path: Path, manifest: Mapping[str, Any]) -> 
     show_table(console, table)
     for note in manifest["notes"]:
         console.print(f"Note: {note}", markup=False)
+
+
+def _lost(record: Mapping[str, Any]) -> float:
+    """Expected relative error of a tensor's output; of the weight itself where the prompt did not reach it."""
+    return float(record.get("output_error", record["relative_error"]))
 
 
 def _show_outliers(console: Console, manifest: Mapping[str, Any]) -> None:

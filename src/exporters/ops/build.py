@@ -92,7 +92,11 @@ def build_library(target: Path = FOLDER / LIBRARY, flags: Sequence[str] = (), *,
         whole = folder / target.name
         everything: list[str | Path] = [compiler, *FLAGS, *flags, *sources()]
         if emulate_cuda:
-            cuda: list[str | Path] = ["-DSWQUANT_EMULATION", FOLDER / "cuda" / "linear.cc", FOLDER / "cuda" / "emulated.cc"]
+            cuda: list[str | Path] = [
+                "-DSWQUANT_EMULATION",
+                FOLDER / "cuda" / "linear.cc",
+                FOLDER / "cuda" / "emulated.cc",
+            ]
             run([*everything, *cuda, "-shared", "-o", whole])
         elif wants_cuda():
             run([*everything, "-DSWQUANT_CUDA", "-c"], folder)
