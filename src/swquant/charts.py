@@ -54,7 +54,12 @@ def draw(chart: Chart | Bars) -> str:
 
     with style.context(["default", _STYLE]):
         height = max(_HEIGHT, 1.1 + 0.38 * len(chart.categories)) if isinstance(chart, Bars) else _HEIGHT
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        # Fixed margins: neighbours line up, and nothing has to be laid out twice to find out how wide its labels are.
+        figure = Figure(figsize=(_WIDTH, height))
+        legend = len(chart.labels if isinstance(chart, Bars) else chart.series) > 1
+        below = 0.85 if legend else 0.55
+        left = 0.03 if isinstance(chart, Bars) else 0.165
+        figure.subplots_adjust(left=left, right=0.97, top=1 - 0.32 / height, bottom=below / height)
         axes = figure.subplots()
         if isinstance(chart, Bars):
             _bars(figure, axes, chart)
@@ -126,7 +131,7 @@ def _curves(figure: Figure, axes: Axes, chart: Chart) -> None:
     axes.grid(True, which="major", linewidth=0.7)
     axes.margins(x=0.04, y=0.12)
     if len(chart.series) > 1:
-        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+        figure.legend(loc="lower center", ncols=2, frameon=False, fontsize=9)
 
 
 def _mark(axes: Axes, x: float, y: float, label: str, kept: bool, *, early: bool) -> None:
@@ -179,7 +184,7 @@ def _bars(figure: Figure, axes: Axes, chart: Bars) -> None:
         axes.set_xlim(left=0)
     axes.grid(True, axis="x", linewidth=0.7)
     if len(chart.labels) > 1:
-        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+        figure.legend(loc="lower center", ncols=2, frameon=False, fontsize=9)
 
 
 def _themed(svg: str, name: str, alt: str) -> str:

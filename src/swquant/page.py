@@ -27,7 +27,7 @@ h2{{font-size:1.25rem;margin:2.6rem 0 .6rem;border-top:1px solid var(--grid);pad
 p,dl{{max-width:46rem;margin:.5rem 0}}
 a{{color:var(--series-1)}}
 dl{{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1rem}}
-dt,.paper,.note,caption,figcaption{{color:var(--faint)}}
+dt,.paper,.note,.caption{{color:var(--faint)}}
 dd{{margin:0;overflow-wrap:anywhere}}
 .verdict{{font-weight:600}}
 .verdict.no{{color:var(--series-2)}}
@@ -38,7 +38,8 @@ svg.chart{{display:block;width:100%;max-width:34rem;height:auto}}
 svg.chart text{{font-family:system-ui,sans-serif}}
 .scroll{{overflow-x:auto;margin:1rem 0;border:1px solid var(--grid);border-radius:6px}}
 table{{border-collapse:collapse;font-size:.86rem;width:100%}}
-caption{{text-align:left;padding:.5rem .7rem;caption-side:top}}
+.caption{{font-size:.86rem;margin:1.2rem 0 -.6rem}}
+@media (max-width:34rem){{dl{{grid-template-columns:1fr}}dd{{margin-bottom:.4rem}}}}
 th,td{{padding:.28rem .7rem;text-align:right;white-space:nowrap;border-top:1px solid var(--grid)}}
 th{{font-weight:600;white-space:normal;vertical-align:bottom}}
 th:first-child,td:first-child{{text-align:left}}
@@ -82,7 +83,7 @@ def section_html(section: Section, figures: Mapping[str, str]) -> str:
             *(f"<figure>\n{figures[chart.name]}</figure>" for chart in section.charts),
             "</div>",
         ]
-    parts += [_table(table) for table in section.tables]
+    parts += [_table(table) for table in section.tables if table.rows]
     parts += [f'<p class="note">{escape(note)}</p>' for note in section.notes]
     return "\n".join([*parts, "</section>"])
 
@@ -115,9 +116,9 @@ def _table(table: Table) -> str:
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in table.columns)
     rows = "\n".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
     body = (
-        f'<div class="scroll" tabindex="0"><table>\n<caption>{escape(table.caption)}</caption>\n'
+        f'<p class="caption">{escape(table.caption)}</p>\n<div class="scroll" tabindex="0"><table>\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table></div>"
     )
     if len(table.rows) <= _LONG:
         return body
-    return f"<details><summary>Table: {escape(table.caption)}</summary>\n{body}\n</details>"
+    return f"<details><summary>Table of {len(table.rows)} rows</summary>\n{body}\n</details>"

@@ -1,6 +1,6 @@
 """`compress`, from end to end: the only module that knows the order of things.
 
-    open -> probe and detect -> plan -> per tensor: read, round, pack, write -> sidecar, config, manifest -> verify -> rename
+    open -> probe and detect -> plan -> per tensor: read, round, pack, write -> sidecar, config, report, manifest -> verify -> rename
 
 Everything is written into a hidden folder beside OUT, verified there, and renamed as the last act. Whatever
 happens before that, OUT does not exist (or, with overwrite, is still the old one).
@@ -44,6 +44,7 @@ from swquant.manifest import detection_record, loader_table, tensor_record, writ
 from swquant.options import CompressOptions
 from swquant.plan import Plan, TensorPlan, make_plan
 from swquant.self_text import SelfText, self_text
+from swquant.report import REPORT, checkpoint_report
 from swquant.verification import file_sha256, verify
 
 __all__ = ["Compressed", "Prepared", "compress_checkpoint", "prepare", "write"]
@@ -128,6 +129,8 @@ def _write_all(prepared: Prepared, folder: Path, progress: Progress) -> Mapping[
     records, files = _write_weights(prepared, folder, progress)
     checkpoint.save_companions(folder)
     write_json(folder / "config.json", _config(checkpoint, plan))
+    page = checkpoint_report(checkpoint.name, prepared.found, plan, records)
+    (folder / REPORT).write_text(page, encoding="utf-8")
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
         if name not in files:

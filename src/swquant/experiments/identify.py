@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from calibrationless import LayerSpike, SuperWeight
+from calibrationless import Detection, LayerSpike, SuperWeight
+from swquant.detection import Found
 from swquant.experiments.changes import Change
 from swquant.experiments.measuring import Measured
 from swquant.experiments.section import Chart, Mark, Section, Series, Table, number
 from swquant.experiments.subject import Subject
 
-__all__ = ["changes", "conclude"]
+__all__ = ["changes", "conclude", "describe"]
 
 PAPER = (
     "Super weights are found with one forward pass of one prompt, as spikes in input and output of a down projection. "
@@ -29,25 +30,30 @@ def changes(subject: Subject) -> tuple[Change, ...]:
 
 def conclude(subject: Subject, measured: Measured) -> Section:
     """Every layer's maxima, and the super weights and cancellers with their evidence."""
-    detection = subject.found.detection
+    return describe(subject.found)
+
+
+def describe(found: Found) -> Section:
+    """The same, from a detection alone."""
+    detection = found.detection
     return Section(
         name="identify",
         title="How to identify super weights",
         paper=PAPER,
-        finding=_finding(subject),
+        finding=_finding(found),
         agrees=bool(detection.super_weights),
-        charts=tuple(_chart(subject, which) for which in ("input", "output")),
+        charts=tuple(_chart(detection, which) for which in ("input", "output")),
         tables=(_weights(detection.super_weights, detection.cancellers), _layers(detection.layers)),
     )
 
 
-def _finding(subject: Subject) -> str:
-    detection, layers = subject.found.detection, len(subject.found.architecture.layers)
+def _finding(found: Found) -> str:
+    detection, layers = found.detection, len(found.architecture.layers)
     spike = max(detection.layers, key=lambda item: item.output)
     usual = median(item.output for item in detection.layers)
     if not detection.super_weights:
         return (
-            f"No super weight was found on the prompt “{subject.found.prompt}”. The largest output of a down projection is "
+            f"No super weight was found on the prompt “{found.prompt}”. The largest output of a down projection is "
             f"{number(spike.output)} in layer {spike.layer}, {number(spike.output / usual)} times the median layer's."
         )
     first = detection.super_weights[0]
@@ -60,8 +66,7 @@ def _finding(subject: Subject) -> str:
     )
 
 
-def _chart(subject: Subject, which: str) -> Chart:
-    detection = subject.found.detection
+def _chart(detection: Detection, which: str) -> Chart:
     values = {item.layer: float(getattr(item, which)) for item in detection.layers}
     marks = [
         Mark(layer, values[layer], _label(layer, detection.super_weights), kept=True)
