@@ -36,7 +36,12 @@ def checkpoint_report(name: str, found: Found, plan: Plan, records: Mapping[str,
         ("weights", f"{human_bytes(plan.source_bytes)} became {human_bytes(plan.nbytes)}"),
         ("bits per quantized weight", f"{plan.bits_per_weight:.3f}"),
         ("bits, block", f"{options.bits}, {options.block}, {'symmetric' if options.symmetric else 'asymmetric'}"),
-        ("clip, restore, outliers", f"{options.clip}, {'yes' if options.restore else 'no'}, {options.outliers:g}"),
+        (
+            "scales searched with",
+            {"none": "nothing", "prompt": "the one prompt"}.get(options.refinement, options.refinement),
+        ),
+        ("clipped", options.clip),
+        ("kept exactly", f"super weights and {options.outlier_fraction:.2%} more" if options.restore else "nothing"),
         *((f"loads in {loader}", verdict) for loader, verdict in loader_table(plan).items()),
         ("made with", f"swquant {swquant.__version__}"),
     )
@@ -74,8 +79,8 @@ def _rounding(found: Found, plan: Plan, records: Mapping[str, Mapping[str, Any]]
         title="What rounding changed",
         paper="",
         finding=(
-            f"{len(errors)} tensors were rounded, with a median relative error of {median(errors.values()):.3g}, and {kept:,} "
-            f"weights are kept exactly in the sidecar."
+            f"{len(errors)} tensors were rounded, with a median relative error of {median(errors.values()):.3g}; {kept:,} weights "
+            f"are kept exactly in the sidecar."
         ),
         charts=(chart,),
         tables=(

@@ -178,7 +178,9 @@ def test_pruning_equals_eval_of_the_pruned_model(study: Study, planted: World, t
 
 
 def test_rounding_equals_eval_of_the_compressed_model(study: Study, planted: World, tmp_path: Path) -> None:
-    small = swquant.compress(planted.folder, tmp_path / "small", block="flat:32", restore=False, prompt=PROMPT).path
+    small = swquant.compress(
+        planted.folder, tmp_path / "small", block="flat:32", refine="none", restore=False, prompt=PROMPT
+    ).path
     result = swquant.evaluate(small, planted.text.read_text(), planted.folder, window=WINDOW, limit=WINDOWS)
     assert_equal(rows(study, "block-size", "block-size")[0], result)
 

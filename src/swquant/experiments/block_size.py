@@ -1,7 +1,7 @@
 """Experiment 6: how large a block may be (the paper's Figure 7).
 
 All linear weights rounded in ever larger blocks, in the paper's flat order: to nearest; with outliers clipped; with the
-super weights put back; and with one weight in 2,000 kept besides.
+super weights put back; and with all that one prompt can do: scales searched, one weight in 2,000 kept.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ METHODS = {
     "plain": "rounded to nearest",
     "clipped": f"outliers cut at {CLIP} first",
     "restored": "super weights held out, the rest clipped, and put back",
-    "refined": f"as restored, and {KEPT:.2%} of each tensor, the worst rounded, kept exactly",
+    "refined": f"super weights held out, scales searched with one prompt, {KEPT:.2%} of the weights kept exactly",
 }
 
 
@@ -179,12 +179,13 @@ def rounded(block: str, method: str, subject: Subject) -> Change:
 
     @contextmanager
     def apply(subject: Subject) -> Iterator[None]:
-        points = _points(subject)
+        points, energies = _points(subject), subject.energies() if method == "refined" else {}
         before = []
         try:
             for matrix in subject.matrices():
                 before.append((matrix, matrix.clone()))
-                matrix.copy_(_round(matrix, block, method, points.get(matrix.data_ptr(), []), subject))
+                place = matrix.data_ptr()
+                matrix.copy_(_round(matrix, block, method, points.get(place, []), energies.get(place), subject))
             yield
         finally:
             for matrix, values in before:
@@ -213,20 +214,29 @@ def _scale_dtype(subject: Subject) -> torch.dtype:
     )
 
 
-def _round(matrix: Tensor, block: str, method: str, points: Sequence[tuple[int, int]], subject: Subject) -> Tensor:
+def _round(
+    matrix: Tensor,
+    block: str,
+    method: str,
+    points: Sequence[tuple[int, int]],
+    energy: Tensor | None,
+    subject: Subject,
+) -> Tensor:
     fitted = fit(parse_block(block), (matrix.shape[0], matrix.shape[1]))
     if fitted is None:
         return matrix
-    clip = None if method == "plain" else CLIP
     held = matrix
     if points and method in ("restored", "refined"):
         rows, cols = torch.tensor(points).T
         held = matrix.clone()
         held[rows, cols] = 0.0
-    quantized = quantize(held, fitted, subject.bits, clip=clip, scale_dtype=_scale_dtype(subject))
+    clip = CLIP if method in ("clipped", "restored") else None
+    dtype = _scale_dtype(subject)
+    quantized = quantize(held, fitted, subject.bits, clip=clip, importance=energy, scale_dtype=dtype)
     result = dequantize(quantized, torch.float32)
     if method == "refined":
-        restore(result, worst(matrix, quantized, len(points) + int(KEPT * matrix.numel()), always=points))
+        count = len(points) + int(KEPT * matrix.numel())
+        restore(result, worst(matrix, quantized, count, always=points, importance=energy))
     elif held is not matrix:
         restore(result, Outliers.at(matrix, rows, cols))
     return result

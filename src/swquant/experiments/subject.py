@@ -58,6 +58,21 @@ class Subject:
             else:
                 yield parameter.T if linear.transposed else parameter
 
+    def energies(self) -> dict[int, Tensor]:
+        """Address of each of these matrices -> energy of its inputs on the prompt, float32 [in]. Experts that no token
+        visited have none."""
+        probe = self.found.detection.probe
+        energies: dict[int, Tensor] = {}
+        for linear in self.found.architecture.weights.values():
+            parameter = self.model.get_submodule(linear.module).get_parameter(linear.parameter)
+            slices = [parameter] if parameter.ndim == 2 else list(parameter)
+            for index, weight in enumerate(slices):
+                watch = f"{linear.name}[{index}]" if linear.kind == "fused" else linear.watch
+                record = probe.linears.get(watch) if probe is not None else None
+                if record is not None and linear.expert in (None, index):
+                    energies[weight.data_ptr()] = record.energy
+        return energies
+
     @property
     def weights(self) -> int:
         """Number of linear weights in the decoder layers."""
