@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import swquant
 from exporters.sidecar import SIDECAR
+from swquant.report import REPORT
 
 MANIFEST = "swquant/manifest.json"
 FILES = (
@@ -23,6 +24,7 @@ FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     SIDECAR,
+    REPORT,
 )
 
 
