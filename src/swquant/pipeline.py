@@ -43,8 +43,8 @@ from swquant.folding import fold_columns, fold_gain
 from swquant.manifest import detection_record, loader_table, tensor_record, write_manifest
 from swquant.options import CompressOptions
 from swquant.plan import Plan, TensorPlan, make_plan
-from swquant.self_text import SelfText, self_text
 from swquant.report import REPORT, checkpoint_report
+from swquant.self_text import SelfText, self_text
 from swquant.verification import file_sha256, verify
 
 __all__ = ["Compressed", "Prepared", "compress_checkpoint", "prepare", "write"]
