@@ -1,6 +1,6 @@
 """Our operator against ONNX Runtime's MatMulNBits: the same bits, block, accuracy level, rows and threads, in one run.
 
-    python benchmarks/kernels.py [--size 4096] [--threads 1] [--rounds 5] [--quick]
+    python benchmarks/kernels.py [--size 4096] [--threads 1] [--rounds 5] [--cpu-time] [--quick]
 
 Every measurement is a process of its own (two sessions in one process share their cores and spoil each other's
 timings); the two operators take turns, round by round. A process warms up, then times single calls for a second or so.
@@ -73,7 +73,7 @@ def model(kind: str, setting: Setting, size: int) -> bytes:
     return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
 
 
-def measure(kind: str, setting: Setting, size: int, threads: int) -> list[float]:
+def measure(kind: str, setting: Setting, size: int, threads: int, cpu_time: bool) -> list[float]:
     """Seconds of single calls, in this process."""
     import onnxruntime
 
@@ -92,20 +92,21 @@ def measure(kind: str, setting: Setting, size: int, threads: int) -> list[float]
     for _ in range(3):
         session.run(None, {"A": a})
     times: list[float] = []
+    clock = time.process_time if cpu_time else time.perf_counter
     end = time.perf_counter() + SECONDS
     while time.perf_counter() < end or len(times) < 5:
-        start = time.perf_counter()
+        start = clock()
         session.run(None, {"A": a})
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return times
 
 
-def compare(setting: Setting, size: int, threads: int, rounds: int) -> dict[str, list[float]]:
+def compare(setting: Setting, size: int, threads: int, rounds: int, cpu_time: bool) -> dict[str, list[float]]:
     """Seconds of all calls of both operators, each round two processes."""
     times: dict[str, list[float]] = {"stock": [], "ours": []}
     for turn in range(rounds):
         for kind in ("stock", "ours") if turn % 2 else ("ours", "stock"):
-            one = json.dumps([kind, asdict(setting), size, threads])
+            one = json.dumps([kind, asdict(setting), size, threads, cpu_time])
             done = subprocess.run([sys.executable, __file__, "--one", one], capture_output=True, text=True, check=False)
             if done.returncode:
                 raise SystemExit(done.stderr)
@@ -119,25 +120,29 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="two settings, one round: too short to quote")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time, for a machine that is not idle")
     parser.add_argument("--json", type=Path, help="write every timing here")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        kind, setting, size, threads = json.loads(arguments.one)
-        print(json.dumps(measure(kind, Setting(**setting), size, threads)))
+        kind, setting, *rest = json.loads(arguments.one)
+        print(json.dumps(measure(kind, Setting(**setting), *rest)))
         return
+    if arguments.cpu_time and arguments.threads > 1:
+        parser.error("--cpu-time adds up the time of all threads; it needs --threads 1")
     import onnxruntime
 
     print(
         f"onnxruntime {onnxruntime.__version__}, {platform.machine()}, {os.cpu_count()} cores, {arguments.threads} "
         f"thread(s), load {os.getloadavg()[0]:.1f}, SWQUANT_CPU={os.environ.get('SWQUANT_CPU', 'unset')}, "
-        f"weights [{arguments.size}, {arguments.size}], milliseconds"
+        f"weights [{arguments.size}, {arguments.size}], milliseconds{' of processor time' if arguments.cpu_time else ''}"
     )
     print("\n| bits | block | level | rows | MatMulNBits | ours | ratio | best: MatMulNBits | ours | ratio |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     kept = []
     for setting in settings(arguments.quick):
-        times = compare(setting, arguments.size, arguments.threads, 1 if arguments.quick else arguments.rounds)
+        rounds = 1 if arguments.quick else arguments.rounds
+        times = compare(setting, arguments.size, arguments.threads, rounds, arguments.cpu_time)
         kept.append({**asdict(setting), **times})
         cells = []
         for of in (statistics.median, min):

@@ -2,6 +2,7 @@
 //
 // One OrtCustomOp per element type and execution provider. Once the library is registered the model-local function of
 // the same name is no fallback any more, so every provider that a node may be placed on needs a kernel here.
+#include <cstdio>
 #include <exception>
 #include <string>
 #include <type_traits>
@@ -69,6 +70,13 @@ ort::Status* infer_shape(const ort::Api* api, ort::ShapeInferContext* context) {
 }
 
 const ort::Api* g_api = nullptr;  // shape inference is not given one
+// 1.20 follows a null pointer when an optional input is absent; 1.27 is the first that is known not to.
+bool g_infers_shapes = false;
+
+bool at_least_1_27(const char* version) {
+  int major = 0, minor = 0;
+  return std::sscanf(version, "%d.%d", &major, &minor) == 2 && (major > 1 || minor >= 27);
+}
 
 template <typename Linear, ort::Type type, bool on_device>
 struct Operator : ort::CustomOp {
@@ -114,7 +122,9 @@ struct Operator : ort::CustomOp {
     KernelDestroy = [](void* kernel) { delete static_cast<Kernel<Linear>*>(kernel); };
     GetStartVersion = [](const CustomOp*) { return 1; };
     GetEndVersion = [](const CustomOp*) { return 1; };
-    InferOutputShapeFn = [](const CustomOp*, ort::ShapeInferContext* context) { return infer_shape(g_api, context); };
+    if (g_infers_shapes) {
+      InferOutputShapeFn = [](const CustomOp*, ort::ShapeInferContext* context) { return infer_shape(g_api, context); };
+    }
   }
   const char* provider_;
 };
@@ -153,6 +163,7 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
   const ort::Api* api = base->GetApi(ort::kVersion);
   if (!api) return nullptr;  // a runtime before 1.17 has no way to tell; it then lacks the operator and says so
   swquant::g_api = api;
+  swquant::g_infers_shapes = swquant::at_least_1_27(base->GetVersionString());
   static ort::Status* status = nullptr;
   static ort::CustomOpDomain* domain = swquant::make_domain(api, &status);  // lives as long as the process
   if (status) return status;
