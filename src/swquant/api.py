@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from exporters.errors import SwquantError
 from swquant.checkpoint.compressed import CompressedCheckpoint
+from swquant.checkpoint.onnx import GRAPH
 from swquant.checkpoint.open import open_checkpoint
 from swquant.console import Progress, silent
 from swquant.detection import Found, find_super_weights
@@ -87,6 +88,8 @@ def export(
     from swquant.onnx_export import export_checkpoint
 
     chosen, path = ExportOptions(**options), Path(checkpoint)
+    if (path / GRAPH).is_file():
+        raise SwquantError(f"{path}: already exported; give the checkpoint that it was made from")
     if not (path / MANIFEST).is_file():
         raise SwquantError(f"{path}: not a compressed checkpoint; make one first: swquant compress MODEL OUT")
     with CompressedCheckpoint(path, unrounded=True, trust_remote_code=trust_remote_code) as opened:

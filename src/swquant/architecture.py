@@ -84,6 +84,11 @@ class Architecture:
 def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
     """The model without memory for its weights. Raises SwquantError where transformers has no causal model for it, or where
     the configuration claims so many weights that making room for them could bring down the machine."""
+    if checkpoint.kind == "onnx":
+        raise SwquantError(
+            f"{checkpoint.name}: an ONNX graph, which can only be run (swquant generate, swquant eval); "
+            "use the checkpoint that it was made from"
+        )
     check_depth(checkpoint.name, checkpoint.config, len(checkpoint.tensors))
     model = _build(checkpoint)
     stored = sum(tensor.numel for tensor in checkpoint.tensors.values())

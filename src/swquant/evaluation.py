@@ -25,8 +25,10 @@ from transformers import PreTrainedModel
 
 from exporters.errors import SwquantError
 from swquant.checkpoint.base import Checkpoint
+from swquant.checkpoint.onnx import OnnxCheckpoint
 from swquant.console import Progress, silent
 from swquant.models import build_model, quiet
+from swquant.onnx_model import OnnxModel
 
 __all__ = [
     "Evaluation",
@@ -37,6 +39,7 @@ __all__ = [
     "generate_text",
     "make_windows",
     "perplexity_of",
+    "runnable_model",
     "score_window",
     "window_logits",
 ]
@@ -99,7 +102,14 @@ def fit_window(checkpoint: Checkpoint, window: int) -> int:
     return min(window, int(context) - 1)
 
 
-def window_logits(model: PreTrainedModel, ids: Tensor, bos: int | None) -> tuple[Tensor, Tensor]:
+def runnable_model(checkpoint: Checkpoint) -> PreTrainedModel | OnnxModel:
+    """The model in float32; an ONNX graph in what it was exported for."""
+    if isinstance(checkpoint, OnnxCheckpoint):
+        return OnnxModel.open(checkpoint.graph, checkpoint.config, checkpoint.end_tokens)
+    return build_model(checkpoint, torch.float32)
+
+
+def window_logits(model: PreTrainedModel | OnnxModel, ids: Tensor, bos: int | None) -> tuple[Tensor, Tensor]:
     """(logits [n, vocabulary], targets int64 [n]) of one window."""
     inputs = ids if bos is None else torch.cat([torch.tensor([bos]), ids])
     logits = model(input_ids=inputs.unsqueeze(0), use_cache=False).logits[0, :-1]
@@ -170,11 +180,11 @@ def evaluate_model(
     originals: list[Score] = []
     with ExitStack() as stack, torch.no_grad():
         with progress.step(f"Loading {checkpoint.name}"):
-            model = build_model(checkpoint, torch.float32)
-        original: PreTrainedModel | None = None
+            model = runnable_model(checkpoint)
+        original: PreTrainedModel | OnnxModel | None = None
         if against is not None:
             with progress.step(f"Loading {against.name}"):
-                original = build_model(against, torch.float32)
+                original = runnable_model(against)
             if original.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
                 raise SwquantError(
                     f"{checkpoint.name} and {against.name} have different vocabularies; compare with the original"
@@ -217,7 +227,7 @@ def generate_text(
         raise SwquantError(f"{tokens} tokens are nothing to generate; give 1 or more")
     tokenizer = checkpoint.tokenizer()
     with quiet():
-        model: Any = build_model(checkpoint, torch.float32)
+        model: Any = runnable_model(checkpoint)
         inputs = tokenizer(prompt, return_tensors="pt")
         if inputs["input_ids"].shape[1] == 0:
             raise SwquantError("the prompt is empty; give some words to continue")

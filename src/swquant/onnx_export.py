@@ -8,6 +8,8 @@ gives the same answers as the checkpoint.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +22,15 @@ import torch
 import swquant
 from exporters.json_file import write_json
 from exporters.onnx.nodes import DOMAIN, OPERATOR, PackedWeight
-from exporters.onnx.write import add_function, count_operators, save
+from exporters.onnx.write import count_operators, save, weight_bytes
 from swquant.checkpoint.compressed import CompressedCheckpoint
 from swquant.console import Progress, silent
 from swquant.destination import check_destination, check_space, replace, unfinished
 from swquant.manifest import write_manifest
 from swquant.models import build_model
-from swquant.onnx_check import check_export, make_reference
-from swquant.onnx_graph import dynamo_graph, put_packed_linears
-from swquant.onnx_linears import PackedModel, pack_model
+from swquant.onnx_check import Reference, check_export, make_reference
+from swquant.onnx_graph import dynamo_graph, genai_graph, save_for_builder
+from swquant.onnx_linears import keep_channels, pack_head, pack_weights, watch_peaks
 from swquant.onnx_options import ExportOptions
 from swquant.verification import file_sha256
 
@@ -53,34 +55,75 @@ def export_checkpoint(
 ) -> Exported:
     """Export a checkpoint that was opened with unrounded=True. `out` appears whole or not at all. Raises SwquantError."""
     check_destination(out, overwrite, checkpoint)
-    with progress.step(f"Loading {checkpoint.name}"):
-        model = build_model(checkpoint, torch.float32)
-        packed = pack_model(checkpoint, model, torch.float32)
-        reference = make_reference(model, tuple(checkpoint.manifest["detection"]["token_ids"]))
-    with progress.step("Tracing the graph"):
-        put_packed_linears(model, packed.weights, options.accuracy_level)
-        graph = dynamo_graph(model, checkpoint.name)
-        if packed.form is not None:
-            add_function(graph, packed.form)
-    check_space(out, 2 * sum(parameter.numel() * 4 for parameter in model.state_dict().values()))
-    with unfinished(out) as folder:
+    with unfinished(out) as folder, tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as scratch:
+        traced = _trace(checkpoint, options, Path(scratch), progress)
         with progress.step("Writing"):
-            save(graph, folder)
+            check_space(out, weight_bytes(traced.graph))
+            save(traced.graph, folder)
             checkpoint.save_companions(folder)
-            write_json(folder / "config.json", _config(checkpoint))
+            write_json(folder / "config.json", _config(checkpoint, options))
+            if (configuration := Path(scratch) / "graph/genai_config.json").is_file():
+                shutil.copyfile(configuration, folder / configuration.name)
         with progress.step("Running it beside the checkpoint"):
-            deltas = _deltas(graph)
-            check = check_export(folder, deltas, checkpoint.config, reference, options)
-        manifest = _write_manifest(checkpoint, folder, options, packed, graph, check)
+            check = check_export(folder, _deltas(traced.graph), checkpoint.config, traced.reference, options)
+        manifest = _write_manifest(checkpoint, folder, options, traced, check)
         replace(folder, out, overwrite)
     return Exported(out, manifest)
 
 
-def _config(checkpoint: CompressedCheckpoint) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Traced:
+    """What is left of the torch model: the graph, its packed weights, and its answers."""
+
+    graph: onnx_ir.Model
+    weights: Mapping[str, PackedWeight]
+    reference: Reference
+
+
+def _trace(checkpoint: CompressedCheckpoint, options: ExportOptions, scratch: Path, progress: Progress) -> _Traced:
+    dtype = torch.float16 if options.precision == "fp16" else torch.float32
+    prompt = tuple(checkpoint.manifest["detection"]["token_ids"])
+    with progress.step(f"Loading {checkpoint.name}"):
+        model = build_model(checkpoint, torch.float32)
+        weights = pack_weights(checkpoint, model, dtype)
+        head = model.get_output_embeddings().weight.detach()
+        if options.graph == "genai":
+            save_for_builder(model, scratch / "model")
+            checkpoint.save_companions(scratch / "model")
+        head_name = "lm_head"
+        if options.lm_head_bits:
+            head_name, weights_of_head = pack_head(model, options.lm_head_bits, dtype)
+            weights[head_name] = weights_of_head
+        with watch_peaks(model, weights) as peaks:
+            reference = make_reference(model, prompt)
+        if options.accuracy_level:
+            weights = keep_channels(weights, peaks)
+    with progress.step("Tracing the graph"):
+        if options.graph == "genai":
+
+            def dense(name: str) -> torch.Tensor:
+                return head if name == head_name else model.get_submodule(name).weight.detach()  # type: ignore[operator]
+
+            graph = genai_graph(
+                scratch / "model",
+                scratch / "graph",
+                weights,
+                dense,
+                head_name,
+                checkpoint.name,
+                options.accuracy_level,
+            )
+        else:
+            model = model.half() if dtype is torch.float16 else model
+            graph = dynamo_graph(model, weights, checkpoint.name, options.accuracy_level)
+    return _Traced(graph, weights, reference)
+
+
+def _config(checkpoint: CompressedCheckpoint, options: ExportOptions) -> dict[str, Any]:
     """The original's configuration: the weights are in the graph, so nothing of how they are quantized is left in it."""
     left_out = ("quantization_config", "swquant", "torch_dtype")
     config = {key: value for key, value in checkpoint.raw_config.items() if key not in left_out}
-    return {**config, "dtype": "float32"}
+    return {**config, "dtype": "float16" if options.precision == "fp16" else "float32"}
 
 
 def _deltas(graph: onnx_ir.Model) -> dict[str, np.ndarray]:
@@ -100,6 +143,7 @@ def _weight_record(weight: PackedWeight) -> dict[str, Any]:
         "bits": weight.bits,
         "block": weight.block,
         "outliers": weight.outliers,
+        "channels": 0 if weight.channels is None else weight.channels.numel(),
         "bytes": weight.nbytes,
     }
 
@@ -108,8 +152,7 @@ def _write_manifest(
     checkpoint: CompressedCheckpoint,
     folder: Path,
     options: ExportOptions,
-    packed: PackedModel,
-    graph: onnx_ir.Model,
+    traced: _Traced,
     check: Mapping[str, Any],
 ) -> dict[str, Any]:
     (folder / "swquant").mkdir()
@@ -127,8 +170,8 @@ def _write_manifest(
             "options": options.as_dict(),
             "detection": checkpoint.manifest["detection"],
             "check": dict(check),
-            "operators": count_operators(graph),
-            "weights": {name: _weight_record(weight) for name, weight in packed.weights.items()},
+            "operators": count_operators(traced.graph),
+            "weights": {name: _weight_record(weight) for name, weight in traced.weights.items()},
             "totals": {"bytes": sum(record["bytes"] for record in files.values())},
             "tensors": {},
             "files": files,

@@ -1,14 +1,17 @@
-"""The graph of a compressed model, through torch's exporter: any architecture that transformers builds.
+"""The graph of a compressed model: through torch's exporter, any architecture that transformers builds, or through
+onnxruntime-genai's builder, faster, for those that it knows.
 
 Inputs and outputs have the names that the ecosystem agreed on (optimum, onnxruntime-genai, transformers.js): `input_ids`,
 `attention_mask`, `position_ids` and for every layer `past_key_values.N.key` and `.value` in, `logits` and `present.N.key`
-and `.value` out. All dimensions are dynamic, and the past may be empty: prompt and next token go through one graph.
+and `.value` out. All dimensions are dynamic, and the past may be empty: prompt and next token go through one graph. The
+builder's has no `position_ids`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import onnx_ir
 import torch
@@ -16,10 +19,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from exporters.errors import SwquantError, first_line
-from exporters.onnx.dynamo import PackedLinear, export_graph
+from exporters.onnx.dynamo import Placeholder, export_graph
+from exporters.onnx.genai import BuilderError, build_graph, place_weights
 from exporters.onnx.nodes import PackedWeight
+from swquant.models import quiet
 
-__all__ = ["CausalGraph", "dynamo_graph", "put_packed_linears"]
+__all__ = ["CausalGraph", "dynamo_graph", "genai_graph", "save_for_builder"]
 
 
 class CausalGraph(nn.Module):
@@ -46,12 +51,10 @@ class CausalGraph(nn.Module):
         return (output.logits, *present)
 
 
-def put_packed_linears(model: PreTrainedModel, weights: Mapping[str, PackedWeight], accuracy_level: int) -> None:
-    """Replace the linear modules named in `weights`."""
+def _put_placeholders(model: PreTrainedModel, weights: Mapping[str, PackedWeight]) -> None:
     for name, weight in weights.items():
         bias = model.get_submodule(name).bias
-        data = bias.data if isinstance(bias, Tensor) else None
-        model.set_submodule(name, PackedLinear(weight, data, accuracy_level))
+        model.set_submodule(name, Placeholder(name, weight.N, bias.data if isinstance(bias, Tensor) else None))
 
 
 def _cache_form(model: PreTrainedModel) -> list[tuple[int, int]]:
@@ -68,9 +71,15 @@ def _cache_form(model: PreTrainedModel) -> list[tuple[int, int]]:
     return [(part.shape[1], part.shape[3]) for layer in layers for part in (layer.keys, layer.values)]
 
 
-def dynamo_graph(model: PreTrainedModel, name: str) -> onnx_ir.Model:
-    """The ONNX graph of a model whose linears are packed. Raises SwquantError where torch cannot trace it."""
+def dynamo_graph(
+    model: PreTrainedModel, weights: Mapping[str, PackedWeight], name: str, accuracy_level: int
+) -> onnx_ir.Model:
+    """The ONNX graph of a model whose linears named in `weights` are packed; the model loses them.
+
+    Raises SwquantError where torch cannot trace it.
+    """
     form = _cache_form(model)
+    _put_placeholders(model, weights)
     batch, sequence, past = 2, 3, 4  # all different and none 1, which the exporter would take for constants
     dtype = model.dtype
     arguments = (
@@ -95,9 +104,45 @@ def dynamo_graph(model: PreTrainedModel, name: str) -> onnx_ir.Model:
         dimensions[f"past_key_values.{part}"] = ["batch", heads, "past_sequence", size]
         dimensions[f"present.{part}"] = ["batch", heads, "total_sequence", size]
     try:
-        return export_graph(CausalGraph(model).eval(), arguments, shapes, inputs, outputs, dimensions)
+        return export_graph(
+            CausalGraph(model).eval(), arguments, shapes, inputs, outputs, dimensions, weights, accuracy_level
+        )
     except Exception as error:  # the exporter raises anything
         raise SwquantError(
             f"{name}: torch cannot export {type(model).__name__} to ONNX ({first_line(error)}); serve the checkpoint with "
             "transformers or vLLM"
+        ) from None
+
+
+def save_for_builder(model: PreTrainedModel, folder: Path) -> None:
+    """The model as a Hugging Face folder of float32 weights."""
+    with quiet():
+        model.save_pretrained(folder, max_shard_size="5GB")
+
+
+def genai_graph(
+    source: Path,
+    out: Path,
+    weights: Mapping[str, PackedWeight],
+    dense: Callable[[str], Tensor],
+    head: str,
+    name: str,
+    accuracy_level: int,
+) -> onnx_ir.Model:
+    """The builder's graph of the model in `source`, its MatMuls replaced. `out`: a scratch folder that the builder fills; its
+    files must live as long as the graph. Raises SwquantError where the builder does not know the architecture.
+    """
+    families: dict[str, set[tuple[object, ...]]] = {}
+    for module, weight in weights.items():
+        parent, _, leaf = module.rpartition(".")
+        if leaf in ("q_proj", "k_proj", "v_proj"):
+            families.setdefault(parent, set()).add(weight.form)
+    count = sum(module.endswith((".q_proj", ".k_proj", ".v_proj")) for module in weights)
+    alike = all(len(forms) == 1 for forms in families.values()) and count in (0, 3 * len(families))
+    try:
+        build_graph(source, out, fuse_qkv=alike)
+        return place_weights(out / "model.onnx", weights, dense, head, accuracy_level)
+    except BuilderError as error:
+        raise SwquantError(
+            f"{name}: onnxruntime-genai's builder cannot export this model ({error}); use --graph dynamo"
         ) from None

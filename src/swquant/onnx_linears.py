@@ -1,32 +1,37 @@
-"""From a compressed checkpoint to the packed weights of an ONNX graph, and the torch model that they must agree with."""
+"""From a compressed checkpoint to the packed weights of an ONNX graph, and which inputs level 4 may not round.
+
+Accuracy level 4 rounds activations to int8 in blocks along the inputs. One massive channel in a block takes all levels for
+itself; the block's other activations vanish, which is the super weight's problem in the activations. So the channels that
+tower over the others on the one prompt are multiplied apart, in float.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from calibrationless import Group, dequantize, fit, quantize
 from exporters.errors import SwquantError
-from exporters.onnx.function import Form
-from exporters.onnx.nodes import OPERATOR, PackedWeight, pack_weight
+from exporters.onnx.nodes import PackedWeight, pack_weight, with_channels
 from swquant.architecture import describe
 from swquant.checkpoint.compressed import CompressedCheckpoint
 
-__all__ = ["PackedModel", "pack_model"]
+__all__ = ["keep_channels", "pack_head", "pack_weights", "watch_peaks"]
+
+# A channel is massive if it reaches this many times the median channel; of each linear the largest are kept, no more than so
+# many.
+_MASSIVE, _MOST = 16.0, 4
+_HEAD_BLOCK = 32
 
 
-@dataclass(frozen=True)
-class PackedModel:
-    """weights: module -> packed weight. form: of the file's LinearNBits nodes, None where there are none."""
-
-    weights: dict[str, PackedWeight]
-    form: Form | None
-
-
-def pack_model(checkpoint: CompressedCheckpoint, model: PreTrainedModel, dtype: torch.dtype) -> PackedModel:
-    """Pack every quantized weight of a checkpoint. Raises SwquantError for what no node can hold."""
+def pack_weights(
+    checkpoint: CompressedCheckpoint, model: PreTrainedModel, dtype: torch.dtype
+) -> dict[str, PackedWeight]:
+    """Module -> packed weight, for every quantized weight. Raises SwquantError for what no node can hold."""
     architecture = describe(checkpoint)
     weights: dict[str, PackedWeight] = {}
     for name in checkpoint.quantized_names:
@@ -40,22 +45,59 @@ def pack_model(checkpoint: CompressedCheckpoint, model: PreTrainedModel, dtype: 
             weights[linear.module] = pack_weight(checkpoint.quantized(name), checkpoint.outliers(name), dtype)
         except ValueError as error:
             raise SwquantError(f"{checkpoint.name}: {name}: {error}; use --precision fp32") from None
-    return _uniform(weights)
+    return weights
 
 
-def _uniform(weights: dict[str, PackedWeight]) -> PackedModel:
-    """One function gives all LinearNBits nodes of a file their meaning, so where one has outliers, all get some: an outlier
-    of zero changes nothing."""
-    ours = {name: weight for name, weight in weights.items() if weight.operator == OPERATOR}
-    if not ours:
-        return PackedModel(weights, None)
-    form = Form(
-        stock=all(weight.stock for weight in ours.values()),
-        zero_points=any(weight.zero_points is not None for weight in ours.values()),
-        outliers=any(weight.outliers for weight in ours.values()),
-    )
-    if form.outliers:
-        place, nothing = torch.zeros(1, dtype=torch.int32), torch.zeros(1)
-        bare = {name: weight for name, weight in ours.items() if not weight.outliers}
-        weights |= {name: replace(weight, rows=place, cols=place, deltas=nothing) for name, weight in bare.items()}
-    return PackedModel(weights, form)
+def pack_head(model: PreTrainedModel, bits: int, dtype: torch.dtype) -> tuple[str, PackedWeight]:
+    """Round the output head to `bits` in blocks of 32. Returns its module's name and packed weight.
+
+    The model's head becomes what the codes stand for; an embedding that was tied to it stays as it is.
+    """
+    head = model.get_output_embeddings()
+    name = next(name for name, module in model.named_modules() if module is head)
+    weight = head.weight.detach()
+    block = fit(Group(_HEAD_BLOCK), (weight.shape[0], weight.shape[1]))
+    if block is None:
+        raise SwquantError(f"{name}: {weight.shape[1]} inputs have no block of 16 or 32; leave --lm-head-bits out")
+    quantized = quantize(weight, block, bits, scale_dtype=dtype)
+    rounded = nn.Linear(weight.shape[1], weight.shape[0], bias=head.bias is not None)
+    rounded.weight = nn.Parameter(dequantize(quantized, torch.float32), requires_grad=False)
+    if head.bias is not None:
+        rounded.bias = head.bias
+    model.set_submodule(name, rounded)
+    return name, pack_weight(quantized, None, dtype)
+
+
+@contextmanager
+def watch_peaks(model: PreTrainedModel, names: Mapping[str, object]) -> Iterator[dict[str, Tensor]]:
+    """Module -> largest |input| of every channel, [K], over all that runs inside the block."""
+    peaks: dict[str, Tensor] = {}
+
+    def hook(name: str) -> object:
+        def see(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            peak = arguments[0].detach().abs().flatten(0, -2).amax(0).to(torch.float32)
+            peaks[name] = torch.maximum(peaks[name], peak) if name in peaks else peak
+
+        return see
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]  # type: ignore[arg-type]
+    try:
+        yield peaks
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def _massive(peaks: Tensor) -> Tensor:
+    """Indices of massive channels, ascending, int32."""
+    values, channels = peaks.topk(min(_MOST, len(peaks)))
+    chosen: Tensor = channels[values > _MASSIVE * peaks.median()].sort().values.to(torch.int32)
+    return chosen
+
+
+def keep_channels(weights: Mapping[str, PackedWeight], peaks: Mapping[str, Tensor]) -> dict[str, PackedWeight]:
+    """The weights, with the massive channels of their inputs multiplied apart."""
+    massive = {name: _massive(peaks[name]) for name in weights}
+    return {
+        name: with_channels(weight, massive[name]) if len(massive[name]) else weight for name, weight in weights.items()
+    }

@@ -10,9 +10,10 @@ from exporters.errors import SwquantError
 __all__ = ["ExportOptions", "export_help"]
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    "graph": ("dynamo",),
-    "precision": ("fp32",),
-    "accuracy_level": (0,),
+    "graph": ("dynamo", "genai"),
+    "precision": ("fp32", "fp16"),
+    "accuracy_level": (0, 4),
+    "lm_head_bits": (0, 4, 8),
 }
 
 
@@ -24,15 +25,20 @@ def _option(default: Any, text: str) -> Any:
 class ExportOptions:
     """What `export` can be told. Raises SwquantError for values that it does not know."""
 
-    graph: str = _option("dynamo", "Where the graph comes from: dynamo (torch's exporter, any architecture).")
-    precision: str = _option("fp32", "Of activations, scales and dense weights: fp32.")
-    accuracy_level: int = _option(0, "Arithmetic of the 4-bit products: 0 (float).")
+    graph: str = _option(
+        "dynamo", "dynamo (torch's exporter, any architecture) or genai (onnxruntime-genai's builder, faster)."
+    )
+    precision: str = _option("fp32", "Of activations, scales and dense weights: fp32 or fp16.")
+    accuracy_level: int = _option(0, "Arithmetic of products: 0 (float) or 4 (activations rounded to int8; faster).")
+    lm_head_bits: int = _option(0, "Round the output head, too: 8 or 4 bits in blocks of 32; 0 leaves it alone.")
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
             if (value := getattr(self, name)) not in known:
                 flag = "--" + name.replace("_", "-")
                 raise SwquantError(f"{flag} {value} is not one of: {', '.join(map(str, known))}")
+        if self.graph == "genai" and self.precision == "fp16":
+            raise SwquantError("onnxruntime-genai's builder has no fp16 for the CPU; use --graph dynamo, or fp32")
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

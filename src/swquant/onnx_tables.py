@@ -34,7 +34,7 @@ def _show_nodes(console: Console, manifest: Mapping[str, Any]) -> None:
 
 def _check_lines(check: Mapping[str, Any]) -> list[str]:
     lines = [
-        f"Checked on {check['runtime']}: logits within {check['largest_difference']:.2g} of their range, "
+        f"Checked on {check['runtime']}{' and with the operator library' if check['operator_library'] else ''}: logits within {check['largest_difference']:.2g} of their range, "
         f"{check['same_tokens']} of {check['generated_tokens']} greedy tokens the same"
     ]
     if check["without_outliers"] is not None:

@@ -1,4 +1,12 @@
-"""ONNX Runtime as swquant uses it: is it there, and sessions that report nothing but errors."""
+"""ONNX Runtime as swquant uses it: is it there, the operator library, and sessions that report nothing but errors.
+
+import onnxruntime, swquant.ort
+
+options = onnxruntime.SessionOptions()
+if library := swquant.ort.library_path():  # without it, the file's own function is used
+    options.register_custom_ops_library(str(library))
+session = onnxruntime.InferenceSession("folder/model.onnx", options)
+"""
 
 from __future__ import annotations
 
@@ -7,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporters.errors import SwquantError, first_line
+from exporters.ops import library_path
 
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["open_session", "require_exporter", "require_runtime"]
+__all__ = ["library_path", "open_session", "require_exporter", "require_runtime"]
 
 _INSTALL = 'pip install "swquant[cpu]"'
 
@@ -33,11 +42,11 @@ def require_exporter() -> None:
 
 
 def open_session(
-    path: Path, options: onnxruntime.SessionOptions | None = None, threads: int | None = None
+    path: Path, options: onnxruntime.SessionOptions | None = None, *, library: bool = True
 ) -> onnxruntime.InferenceSession:
-    """A session on the CPU. Raises SwquantError where the runtime refuses the file.
+    """A session on the CPU with as many threads as torch uses. Raises SwquantError where the runtime refuses the file.
 
-    threads: of one operator; as many as torch uses if None, so that a user sets one number.
+    library: whether to use the operator library, where it is installed.
     """
     require_runtime()
     import onnxruntime
@@ -45,8 +54,10 @@ def open_session(
 
     options = options or onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.intra_op_num_threads = torch.get_num_threads()
     try:
+        if library and (operators := library_path()) is not None:
+            options.register_custom_ops_library(str(operators))
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime has a dozen exception classes of its own
         raise SwquantError(

@@ -22,9 +22,14 @@ pytest.importorskip("onnxruntime")
 Cli = Callable[..., Ran]
 
 
+_PLAIN_MLP = ("opt",)
+
+
 def compressed_model(architecture: str, folder: Path, **options: object) -> Path:
     """A random model of two layers, as tracing takes seconds for each, with one weight in a hundred in the sidecar."""
-    save_model(tiny_model(architecture, num_hidden_layers=2), folder / "model")
+    # genai's builder takes every module that is as wide as the vocabulary for the output head, hence 96.
+    sizes = {"num_hidden_layers": 2, **({} if architecture in _PLAIN_MLP else {"intermediate_size": 96})}
+    save_model(tiny_model(architecture, **sizes), folder / "model")
     settings: dict = {"prompt": PROMPT, "block": "32", "outliers": 0.01, **options}
     return swquant.compress(folder / "model", folder / "out", **settings).path
 
@@ -38,6 +43,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(checkpoint: Path) -> Path:
     """Its ONNX folder. Do not change it."""
     return swquant.export(checkpoint, checkpoint.parent / "onnx").path
+
+
+@pytest.fixture(scope="session")
+def genai(checkpoint: Path) -> Path:
+    """The same, as genai's builder draws it, for the fast arithmetic."""
+    folder = checkpoint.parent / "genai"
+    return swquant.export(checkpoint, folder, graph="genai", accuracy_level=4, lm_head_bits=8).path
 
 
 def torch_model(checkpoint: Path) -> torch.nn.Module:
@@ -69,6 +81,75 @@ def test_the_model_gives_the_same_logits_and_tokens(checkpoint: Path, exported: 
     check_parity(checkpoint, exported)
 
 
+def test_eval_and_generate_run_the_folder(cli: Cli, checkpoint: Path, exported: Path, tmp_path: Path) -> None:
+    text = " ".join(f"t{41 + 7 * index % 59}" for index in range(60))
+    result = swquant.evaluate(exported, text, checkpoint, window=20)
+    assert result.windows == 3
+    assert result.kl is not None
+    assert result.kl < 1e-6
+    assert result.top1 == 1.0
+    ran = cli("generate", exported, "t5 t9", "--tokens", "8")
+    assert (ran.code, ran.out) == (0, cli("generate", checkpoint, "t5 t9", "--tokens", "8").out)
+    for words, problem in (
+        (("generate", exported, "t5", "--no-restore"), "the outliers are part of the graph"),
+        (("detect", exported), "can only be run"),
+        (("compress", exported, tmp_path / "again"), "can only be run"),
+        (("export", exported, tmp_path / "again"), "already exported"),
+    ):
+        ran = cli(*words)
+        assert (ran.code, problem in ran.err) == (1, True), ran.err
+
+
+def test_the_builders_graph_at_level_4(checkpoint: Path, genai: Path) -> None:
+    manifest = swquant.inspect(genai)
+    assert manifest["operators"]["com.microsoft::GroupQueryAttention"] == 2
+    assert manifest["operators"]["swquant::LinearNBits"] == 10  # q, k and v in one, gate, up, down, o
+    assert manifest["operators"]["com.microsoft::MatMulNBits"] == 1
+    assert manifest["weights"]["lm_head"]["bits"] == 8
+    assert json.loads((genai / "genai_config.json").read_text())["model"]["type"] == "llama"
+    result = swquant.evaluate(genai, " ".join(f"t{index}" for index in range(3, 90)), checkpoint)
+    assert result.kl is not None
+    assert result.kl < 1e-3
+
+
+def test_onnxruntime_genai_runs_the_builders_graph(genai: Path) -> None:
+    og = pytest.importorskip("onnxruntime_genai")
+    model = og.Model(str(genai))
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=14, do_sample=False)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens([5, 9])
+    while not generator.is_done():
+        generator.generate_next_token()
+    ours = OnnxModel.open(genai / "model.onnx", None).generate(torch.tensor([[5, 9]]), max_new_tokens=12)
+    theirs = list(generator.get_sequence(0))
+    assert theirs == ours[0, : len(theirs)].tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3"])
+def test_the_builders_graph_gives_the_same_logits_and_tokens(architecture: str, tmp_path: Path) -> None:
+    checkpoint = compressed_model(architecture, tmp_path)
+    check_parity(checkpoint, swquant.export(checkpoint, tmp_path / "onnx", graph="genai").path)
+
+
+@pytest.mark.slow
+def test_parts_of_attention_that_differ_are_not_fused(tmp_path: Path) -> None:
+    checkpoint = compressed_model("llama", tmp_path, dense=["v_proj"])
+    folder = swquant.export(checkpoint, tmp_path / "onnx", graph="genai").path
+    check_parity(checkpoint, folder)
+    assert swquant.inspect(folder)["operators"]["MatMul"] == 3  # v of both layers, lm_head
+
+
+@pytest.mark.slow
+def test_half_precision(tmp_path: Path) -> None:
+    checkpoint = compressed_model("llama", tmp_path)
+    folder = swquant.export(checkpoint, tmp_path / "onnx", precision="fp16", lm_head_bits=8).path
+    model = OnnxModel.open(folder / "model.onnx", None)
+    assert {array.dtype for array in model.empty_past(1)} == {np.dtype(np.float16)}
+    assert swquant.inspect(folder)["check"]["largest_difference"] < 0.02
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["mistral", "qwen3", "olmo2", "phi3", "gemma3", "gpt_neox", "opt"])
 def test_other_families_do_too(architecture: str, tmp_path: Path) -> None:
@@ -93,7 +174,7 @@ def test_linears_become_nodes_with_the_names_of_their_modules(exported: Path) ->
     assert len(nodes) == 14
     assert all(node.domain == "swquant" for node in nodes)
     assert [function.name for function in model.functions] == ["LinearNBits"]
-    assert nodes[0].input[1] == "model.model.layers.0.self_attn.q_proj.codes"
+    assert nodes[0].input[1] == "model.layers.0.self_attn.q_proj.codes"
     matrices = [list(item.dims) for item in model.graph.initializer if item.data_type == 1 and len(item.dims) == 2]
     assert sorted(dims for dims in matrices if dims[1] > 4) == [
         [64, 128],
@@ -118,7 +199,7 @@ def test_a_wrong_export_is_not_written(
 ) -> None:
     """One wrong scale in the graph, where a wrong layout would make many."""
     graph = onnx_ir.load(exported / "model.onnx")
-    name = "model.model.layers.0.self_attn.v_proj.scales"
+    name = "model.layers.0.self_attn.v_proj.scales"
     scales = graph.graph.initializers[name].const_value.numpy().copy()
     scales[0, 0] *= 1.5
     graph.graph.initializers[name].const_value = onnx_ir.tensor(scales, name=name)

@@ -16,15 +16,27 @@ MatMulNBits takes the bytes are the same.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from calibrationless import Channel, Group, Outliers, QuantizedTensor, check_outliers, dequantize
-from exporters.packing import pack
+from exporters.packing import pack, packed_words, unpack
 
-__all__ = ["DOMAIN", "MICROSOFT", "OPERATOR", "STOCK_BITS", "PackedWeight", "pack_weight", "stock_block"]
+__all__ = [
+    "DOMAIN",
+    "MICROSOFT",
+    "OPERATOR",
+    "STOCK_BITS",
+    "PackedWeight",
+    "pack_weight",
+    "stack",
+    "stock_block",
+    "take_rows",
+    "with_channels",
+]
 
 DOMAIN, OPERATOR = "swquant", "LinearNBits"
 MICROSOFT = "com.microsoft"
@@ -38,7 +50,8 @@ class PackedWeight:
 
     codes: uint8 [N, blocks * block * bits / 8, rounded up]. scales: [N, blocks], float32 or float16. zero_points: uint8
     [N, ceil(blocks * bits / 8)], None where it is 2^(bits-1) everywhere. rows, cols: int32 [P], sorted; deltas: float32 [P],
-    what is missing from the decoded weight at these places; None without outliers.
+    what is missing from the decoded weight at these places; None without outliers. channels: int32 [c], inputs that are
+    kept out of the rounding of activations; channel_weights: [c, N], as scales, what their codes decode to.
     """
 
     K: int
@@ -51,6 +64,8 @@ class PackedWeight:
     rows: Tensor | None = None
     cols: Tensor | None = None
     deltas: Tensor | None = None
+    channels: Tensor | None = None
+    channel_weights: Tensor | None = None
 
     @property
     def stock(self) -> bool:
@@ -68,8 +83,14 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        parts = (self.codes, self.scales, self.zero_points, self.rows, self.cols, self.deltas)
-        return sum(part.numel() * part.itemsize for part in parts if part is not None)
+        parts = (getattr(self, item.name) for item in fields(self))
+        return sum(part.numel() * part.itemsize for part in parts if isinstance(part, Tensor))
+
+    @property
+    def form(self) -> tuple[object, ...]:
+        """What weights must have in common to be stacked."""
+        channels = None if self.channels is None else tuple(self.channels.tolist())
+        return (self.K, self.bits, self.block, self.zero_points is None, channels)
 
 
 def stock_block(inputs: int, block: int, bits: int) -> int | None:
@@ -145,3 +166,71 @@ def pack_weight(quantized: QuantizedTensor, outliers: Outliers | None, dtype: to
         cols=outliers.cols[order].contiguous(),
         deltas=deltas[order].contiguous(),
     )
+
+
+def _unpacked_rows(stream: Tensor, bits: int, cols: int) -> Tensor:
+    """The inverse of `_packed_rows`: uint8 [rows, cols]."""
+    missing = 4 * packed_words(cols, bits) - stream.shape[1]
+    return unpack(torch.nn.functional.pad(stream, (0, missing)).view(torch.int32), bits, cols)
+
+
+def with_channels(weight: PackedWeight, channels: Tensor) -> PackedWeight:
+    """The weight with input channels (int32 [c], ascending) that are multiplied apart, in float.
+
+    Outliers are not part of channel_weights: the operator adds their deltas for every column.
+    """
+    columns = channels.to(torch.int64)
+    blocks = weight.scales.shape[1]
+    codes = _unpacked_rows(weight.codes, weight.bits, blocks * weight.block)[:, columns].to(torch.float32)
+    points: Tensor | int = 1 << (weight.bits - 1)
+    if weight.zero_points is not None:
+        points = _unpacked_rows(weight.zero_points, weight.bits, blocks)[:, columns // weight.block].to(torch.float32)
+    values = (codes - points) * weight.scales[:, columns // weight.block].to(torch.float32)
+    return replace(
+        weight, channels=channels.to(torch.int32), channel_weights=values.T.to(weight.scales.dtype).contiguous()
+    )
+
+
+def stack(weights: Sequence[PackedWeight]) -> PackedWeight:
+    """One weight whose outputs are those of `weights`, one after the other: fused q, k and v. Their `form` must be one."""
+    if len(weights) > 1 and len({weight.form for weight in weights}) != 1:
+        raise ValueError("weights of different bits, blocks or channels cannot share a node")
+
+    def joined(name: str, dim: int = 0) -> Tensor | None:
+        parts = [part for weight in weights if (part := getattr(weight, name)) is not None]
+        return torch.cat(parts, dim) if parts else None
+
+    codes, scales = joined("codes"), joined("scales")
+    assert codes is not None
+    assert scales is not None
+    starts = [sum(weight.N for weight in weights[:index]) for index in range(len(weights))]
+    rows = [weight.rows + start for weight, start in zip(weights, starts, strict=True) if weight.rows is not None]
+    return replace(
+        weights[0],
+        N=sum(weight.N for weight in weights),
+        codes=codes,
+        scales=scales,
+        zero_points=joined("zero_points"),
+        rows=torch.cat(rows) if rows else None,
+        cols=joined("cols"),
+        deltas=joined("deltas"),
+        channel_weights=joined("channel_weights", 1),
+    )
+
+
+def take_rows(weight: PackedWeight, start: int, stop: int) -> PackedWeight:
+    """The weight of outputs start to stop - 1: one half of a fused gate and up."""
+    part = replace(
+        weight,
+        N=stop - start,
+        codes=weight.codes[start:stop],
+        scales=weight.scales[start:stop],
+        zero_points=None if weight.zero_points is None else weight.zero_points[start:stop],
+        channel_weights=None if weight.channel_weights is None else weight.channel_weights[:, start:stop],
+    )
+    if weight.rows is None or weight.cols is None or weight.deltas is None:
+        return part
+    inside = (weight.rows >= start) & (weight.rows < stop)
+    if not bool(inside.any()):
+        return replace(part, rows=None, cols=None, deltas=None)
+    return replace(part, rows=weight.rows[inside] - start, cols=weight.cols[inside], deltas=weight.deltas[inside])

@@ -1,7 +1,6 @@
 """An ONNX model on disk: the graph in `model.onnx`, every weight in `model.onnx.data` beside it.
 
-Protocol buffers end at 2 GB, so weights are always external. What follows the graph is dropped: shapes of inner values,
-names of the source lines, anything that says on which machine it was made.
+Protocol buffers end at 2 GB, so weights are always external. Names of source lines and of the machine are dropped.
 """
 
 from __future__ import annotations
@@ -9,21 +8,11 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-import onnx
 import onnx_ir
 
-from exporters.onnx.function import Form, linear_function
-from exporters.onnx.nodes import DOMAIN, OPERATOR
-
-__all__ = ["DATA", "MODEL", "add_function", "count_operators", "save"]
+__all__ = ["DATA", "MODEL", "count_operators", "save", "weight_bytes"]
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
-
-
-def add_function(model: onnx_ir.Model, form: Form) -> None:
-    """Put the meaning of swquant::LinearNBits into the file."""
-    function = onnx_ir.serde.deserialize_function(linear_function(form))
-    model.functions[function.identifier()] = function
 
 
 def count_operators(model: onnx_ir.Model) -> dict[str, int]:
@@ -32,18 +21,21 @@ def count_operators(model: onnx_ir.Model) -> dict[str, int]:
     return dict(sorted(Counter(names).items()))
 
 
+def weight_bytes(model: onnx_ir.Model) -> int:
+    """Bytes of all weights."""
+    contents = (value.const_value for value in model.graph.initializers.values())
+    return sum(content.nbytes for content in contents if content is not None)
+
+
 def save(model: onnx_ir.Model, folder: Path) -> None:
     """Write the model into `folder`, which exists."""
-    used = {node.domain for node in model.graph}
-    if not any(node.domain == DOMAIN and node.op_type == OPERATOR for node in model.graph):
-        model.opset_imports.pop(DOMAIN, None)
+    used = {node.domain for function in model.functions.values() for node in function}
+    used |= {node.domain for node in model.graph} | {""}
+    for domain in set(model.opset_imports) - used:
+        model.opset_imports.pop(domain)
     for node in model.graph:
         node.metadata_props.clear()
         node.doc_string = None
     model.producer_name, model.producer_version = "swquant", None
     model.doc_string = None
-    for domain in set(model.opset_imports) - used - {""}:
-        if not model.functions:
-            model.opset_imports.pop(domain)
     onnx_ir.save(model, folder / MODEL, external_data=DATA)
-    onnx.checker.check_model(folder / MODEL)

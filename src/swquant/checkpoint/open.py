@@ -1,6 +1,6 @@
 """`open_checkpoint`: from what a user types to a checkpoint.
 
-a folder with swquant/manifest.json   CompressedCheckpoint
+a folder with swquant/manifest.json   CompressedCheckpoint; OnnxCheckpoint where it has model.onnx, too
 a folder with config.json             SafetensorsCheckpoint
 a file that ends in .gguf             GgufCheckpoint
 OWNER/NAME                            fetched from the hub (safetensors only), then a folder
@@ -16,6 +16,7 @@ from exporters.errors import SwquantError, first_line
 from swquant.checkpoint.base import Checkpoint
 from swquant.checkpoint.compressed import CompressedCheckpoint
 from swquant.checkpoint.gguf import GgufCheckpoint
+from swquant.checkpoint.onnx import GRAPH, OnnxCheckpoint
 from swquant.checkpoint.safetensors import COMPANIONS, SafetensorsCheckpoint
 from swquant.manifest import MANIFEST
 
@@ -41,6 +42,8 @@ def open_checkpoint(
             )
         return GgufCheckpoint(path)
     if os.path.isdir(path):
+        if (path / MANIFEST).is_file() and (path / GRAPH).is_file():
+            return OnnxCheckpoint(path, restored=restored, trust_remote_code=trust_remote_code)
         if (path / MANIFEST).is_file():
             return CompressedCheckpoint(path, restored=restored, trust_remote_code=trust_remote_code)
         if not any(path.iterdir()):

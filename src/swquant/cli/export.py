@@ -19,6 +19,7 @@ def export(
     graph: Annotated[str, typer.Option(help=export_help("graph"))] = ExportOptions.graph,
     precision: Annotated[str, typer.Option(help=export_help("precision"))] = ExportOptions.precision,
     accuracy_level: Annotated[int, typer.Option(help=export_help("accuracy_level"))] = ExportOptions.accuracy_level,
+    lm_head_bits: Annotated[int, typer.Option(help=export_help("lm_head_bits"))] = ExportOptions.lm_head_bits,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace FOLDER if swquant made it.", show_default=False)
     ] = False,
@@ -26,7 +27,7 @@ def export(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Export a compressed checkpoint to ONNX, and check that it gives the same answers."""
-    options = ExportOptions(graph=graph, precision=precision, accuracy_level=accuracy_level)
+    options = ExportOptions(graph, precision, accuracy_level, lm_head_bits)
     from swquant.api import export as export_folder
     from swquant.onnx_tables import show_export
 

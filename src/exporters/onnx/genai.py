@@ -1,0 +1,133 @@
+"""The graph of onnxruntime-genai's model builder, with quantized linears put into it.
+
+The builder knows some twenty architectures and writes them with fused attention and norms: the fastest graphs for ONNX
+Runtime, with the `genai_config.json` that onnxruntime-genai runs. Its float export keeps the names of weights
+(`model.layers.0.attn.qkv_proj.MatMul.weight`), so the MatMuls can be replaced afterwards. That a name means what it seems to
+is not taken on trust: the float weight in the graph must be the model's.
+
+The builder runs as a program of its own, which is the interface that it documents.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir
+import torch
+from torch import Tensor
+
+from exporters.json_file import read_json
+from exporters.onnx.nodes import PackedWeight, stack, take_rows
+from exporters.onnx.place import Placer, common_form
+
+__all__ = ["BuilderError", "build_graph", "place_weights"]
+
+_MATMUL = re.compile(r"^(?:model\.layers\.(?P<layer>\d+)\.\w+\.(?P<leaf>\w+)|(?P<head>lm_head))\.MatMul\.weight$")
+# A weight of the graph that may be several of the model's, stacked, or one of the halves of another.
+_STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_HALVES = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1)}
+
+
+class BuilderError(Exception):
+    """What the builder said, or what is wrong with its graph."""
+
+
+def build_graph(model: Path, out: Path, *, fuse_qkv: bool) -> None:
+    """Run the builder on a Hugging Face folder of float32 weights. Raises BuilderError with its last words."""
+    options = ["hf_token=false", *([] if fuse_qkv else ["disable_qkv_fusion=true"])]
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o", str(out)]
+    command += ["-p", "fp32", "-e", "cpu", "-c", str(out / "cache"), "--extra_options", *options]
+    ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    if ran.returncode or not (out / "model.onnx").is_file():
+        lines = [line.strip() for line in (ran.stderr or ran.stdout).splitlines() if line.strip()]
+        raise BuilderError(lines[-1] if lines else f"exit code {ran.returncode}")
+
+
+def _find(weights: Mapping[str, PackedWeight], layer: str, leaf: str) -> str | None:
+    """The module `leaf` of decoder layer `layer`."""
+    pattern = re.compile(rf"\blayers\.{layer}\..*\b{leaf}$")
+    return next((name for name in weights if pattern.search(name)), None)
+
+
+def _sources(weights: Mapping[str, PackedWeight], layer: str, leaf: str) -> list[tuple[str, slice | None]]:
+    """(module, rows of it) that make up a weight of the graph, [] where the model has it dense."""
+    if (name := _find(weights, layer, leaf)) is not None:
+        return [(name, None)]
+    if leaf in _STACKED:
+        names = [_find(weights, layer, part) for part in _STACKED[leaf]]
+        return [(name, None) for name in names if name is not None] if all(names) else []
+    if leaf in _HALVES:
+        whole, half = _HALVES[leaf]
+        if (name := _find(weights, layer, whole)) is not None:
+            rows = weights[name].N // 2
+            return [(name, slice(half * rows, (half + 1) * rows))]
+    return []
+
+
+def place_weights(
+    path: Path, weights: Mapping[str, PackedWeight], dense: Callable[[str], Tensor], head: str, accuracy_level: int
+) -> onnx_ir.Model:
+    """The builder's graph with the MatMuls of `weights` replaced. Raises BuilderError where one has no place in it, or where
+    the graph multiplies with another weight than the model's.
+
+    dense: module -> its float32 weight [out, in]. head: the name in `weights` of what the graph calls lm_head.
+    """
+    model = onnx_ir.load(path)
+    _fix_cache_shapes(model, read_json(path.with_name("genai_config.json"))["model"]["decoder"]["head_size"])
+    pieces: dict[str, tuple[onnx_ir.Node, PackedWeight]] = {}
+    used: set[str] = set()
+    for node in model.graph:
+        match = _MATMUL.match(str(node.inputs[1].name)) if node.op_type == "MatMul" and node.inputs[1] else None
+        if match is None:
+            continue
+        if match["head"]:
+            sources: list[tuple[str, slice | None]] = [(head, None)] if head in weights else []
+        else:
+            sources = _sources(weights, match["layer"], match["leaf"])
+        if not sources:
+            continue
+        name = match.string.removesuffix(".MatMul.weight")
+        _check_values(name, node, torch.cat([dense(module)[rows or slice(None)] for module, rows in sources]))
+        parts = [
+            weights[module] if rows is None else take_rows(weights[module], rows.start, rows.stop)
+            for module, rows in sources
+        ]
+        try:
+            pieces[name] = (node, stack(parts))
+        except ValueError as error:
+            raise BuilderError(f"{name}: {error}") from None
+        used |= {module for module, _ in sources}
+    if lost := sorted(set(weights) - used):
+        raise BuilderError(f"{lost[0]} has no place in the graph")
+    packed, form = common_form({name: weight for name, (_, weight) in pieces.items()})
+    placer = Placer(model, accuracy_level)
+    if form is not None:
+        placer.add_function(form)
+    for name, (node, _) in pieces.items():
+        weight_value = node.inputs[1]
+        placer.replace(node, name, packed[name])
+        assert weight_value is not None
+        if not weight_value.uses():
+            model.graph.initializers.pop(str(weight_value.name))
+    return model
+
+
+def _fix_cache_shapes(model: onnx_ir.Model, head_size: int) -> None:
+    """The builder leaves the last dimension of keys and values a name; who makes an empty past wants its number."""
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if str(value.name).startswith(("past_key_values.", "present.")) and value.shape is not None:
+            value.shape = onnx_ir.Shape([*list(value.shape)[:-1], head_size])
+
+
+def _check_values(name: str, node: onnx_ir.Node, expected: Tensor) -> None:
+    value = node.inputs[1]
+    assert value is not None
+    found = None if value.const_value is None else value.const_value.numpy()
+    if found is None or found.shape != tuple(expected.T.shape) or not np.array_equal(found, expected.T.numpy()):
+        raise BuilderError(f"{name} of the graph is not the model's weight")

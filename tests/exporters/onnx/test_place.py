@@ -1,0 +1,110 @@
+"""Weights put into a graph: two linears on one input, in every arithmetic, with channels multiplied apart."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir
+import pytest
+import torch
+
+from calibrationless import Outliers, dequantize, parse_block, quantize, restore
+from exporters.onnx.nodes import PackedWeight, pack_weight, stack, take_rows, with_channels
+from exporters.onnx.place import Placer, common_form
+
+onnxruntime = pytest.importorskip("onnxruntime")
+
+K, N = 128, 24
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def linear(outliers: bool, bits: int = 4, rows: int = N) -> tuple[PackedWeight, torch.Tensor]:
+    """(packed, what it stands for)."""
+    dense = torch.randn(rows, K, generator=GENERATOR)
+    quantized = quantize(dense, parse_block("32"), bits)
+    decoded = dequantize(quantized)
+    if not outliers:
+        return pack_weight(quantized, None, torch.float32), decoded
+    kept = Outliers.at(dense, torch.tensor([1, 7, 9]), torch.tensor([77, 0, 77]))
+    return pack_weight(quantized, kept, torch.float32), restore(decoded, kept)
+
+
+def build(weights: dict[str, PackedWeight], level: int) -> onnx_ir.Model:
+    """A graph in which MatMuls of the same x were replaced."""
+    value = onnx_ir.Value(name="x", shape=onnx_ir.Shape(["rows", K]), type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT))
+    nodes = [onnx_ir.node("MatMul", [value, value]) for _ in weights]
+    for node, (name, weight) in zip(nodes, weights.items(), strict=True):
+        node.outputs[0].name = name
+        node.outputs[0].shape = onnx_ir.Shape(["rows", weight.N])
+        node.outputs[0].type = onnx_ir.TensorType(onnx_ir.DataType.FLOAT)
+    graph = onnx_ir.Graph(
+        [value], [node.outputs[0] for node in nodes], nodes=nodes, opset_imports={"": 21}, name="two linears"
+    )
+    model = onnx_ir.Model(graph, ir_version=10)
+    placer = Placer(model, level)
+    packed, form = common_form(weights)
+    if form is not None:
+        placer.add_function(form)
+    for node, name in zip(nodes, weights, strict=True):
+        placer.replace(node, name, packed[name])
+    return model
+
+
+def run(weights: dict[str, PackedWeight], level: int, x: np.ndarray) -> list[np.ndarray]:
+    """Each weight times x."""
+    proto = onnx_ir.serde.serialize_model(build(weights, level))
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": x})
+
+
+@pytest.mark.parametrize("outliers", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("bits", [(4, 4), (3, 4)])
+@pytest.mark.parametrize("channels", [None, [5, 77]])
+def test_the_nodes_multiply(outliers: tuple[bool, bool], bits: tuple[int, int], channels: list[int] | None) -> None:
+    """At level 0 channels change nothing, also where an outlier lies in one."""
+    first, dense_first = linear(outliers[0], bits[0])
+    second, dense_second = linear(outliers[1], bits[1], rows=40)
+    if channels:
+        second = with_channels(second, torch.tensor(channels, dtype=torch.int32))
+    x = torch.randn(3, K, generator=GENERATOR)
+    for ours, dense in zip(run({"a": first, "b": second}, 0, x.numpy()), (dense_first, dense_second), strict=True):
+        expected = (x.double() @ dense.double().T).numpy()
+        assert np.abs(ours - expected).max() < 1e-6 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("outliers", [False, True])
+def test_a_super_activation_does_not_spoil_level_4(outliers: bool) -> None:
+    weight, dense = linear(outliers)
+    calm = torch.randn(4, K, generator=GENERATOR)
+    spiked = calm.clone()
+    spiked[:, 77] = 3000.0
+
+    def error(x: torch.Tensor, packed: PackedWeight) -> float:
+        (ours,) = run({"y": packed}, 4, x.numpy())
+        return float(np.abs(ours - (x.double() @ dense.double().T).numpy()).max())
+
+    kept = with_channels(weight, torch.tensor([77], dtype=torch.int32))
+    usual = error(calm, weight)
+    assert usual > 0  # level 4 rounds
+    assert error(spiked, weight) > 20 * usual
+    assert error(spiked, kept) < 2 * usual
+
+
+def test_stacked_weights_are_the_weights_one_after_the_other() -> None:
+    parts = [linear(True)[0], linear(False)[0], linear(True, rows=40)[0]]
+    x = torch.randn(2, K, generator=GENERATOR).numpy()
+    (whole,) = run({"all": stack(parts)}, 0, x)
+    apart = run({str(index): part for index, part in enumerate(parts)}, 0, x)
+    assert np.abs(whole - np.concatenate(apart, axis=1)).max() < 1e-5
+    (half,) = run({"half": take_rows(stack(parts), N, 2 * N + 40)}, 0, x)
+    assert np.abs(half - np.concatenate(apart[1:], axis=1)).max() < 1e-5
+
+
+def test_weights_that_differ_are_not_stacked() -> None:
+    with pytest.raises(ValueError, match="cannot share a node"):
+        stack([linear(False)[0], linear(False, bits=8)[0]])
+
+
+def test_the_mask_of_channels_is_shared() -> None:
+    weights = {name: with_channels(linear(False)[0], torch.tensor([5], dtype=torch.int32)) for name in "qkv"}
+    kinds = [node.op_type for node in build(weights, 4).graph]
+    assert [kinds.count(kind) for kind in ("Mul", "Gather", "MatMulNBits", "MatMul", "Add")] == [1, 1, 3, 3, 3]
