@@ -1,8 +1,8 @@
 """Loops that torch cannot fuse, compiled by numba: the inner loop of the scale search.
 
 A search tries dozens of scales on every block. In torch each trial is half a dozen passes over memory; here a block of
-weights stays in the first cache while all trials run over it. Both say the same: `search.search_scale_reference` is the
-plain torch version that the tests compare this one with.
+weights stays in the first cache while all trials run over it. The tests compare it with a plain version that
+tries one block after the other in float64.
 
 The functions release the interpreter's lock, so `for_pieces` runs them on several threads. They are compiled at their
 first call (a few seconds) and kept in numba's cache on the disk.

@@ -115,7 +115,7 @@ def quantize(
     """Round a [out, in] weight to `bits` per element.
 
     clip: cut each block's outliers first. importance: float [in], how much an error on each input channel matters
-    (E[x^2]); with it, scales are searched. keep_extreme: bool [blocks], blocks that are neither clipped nor searched,
+    (its energy); with it, scales are searched. keep_extreme: bool [blocks], blocks that are neither clipped nor searched,
     because they must represent a super weight. scale_dtype: the dtype that the scale is stored in,
     the weight's own by default.
     Raises ValueError for bits outside 2..8, a block that does not divide the shape, NaN or Inf.

@@ -18,7 +18,7 @@ from torch import Tensor
 __all__ = ["STRENGTH", "scaling_exponents"]
 
 # 0 leaves all as it is, 1 gives every channel the same energy. From 0.15 to 0.3 is best on both models measured, with
-# blocks of 64 and 128; 0.5 is worse than none. With one scale per row, scaling does not pay (docs/quality.md).
+# blocks of 64 and 128; 0.5 is worse than none. With one scale per row, scaling does not pay (docs/decisions.md).
 STRENGTH = 0.2
 
 

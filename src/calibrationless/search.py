@@ -5,8 +5,8 @@ little often costs less, and "costs" depends on the input channel that a weight 
 
     minimize over scale, zero point:   sum_j importance[j] * (w[j] - scale * (codes[j] - zero_point))^2
 
-With importance = E[x_j^2], the mean square of input channel j on the one prompt, this is the expected error of the
-layer's output for uncorrelated inputs. Without it a search *hurts* large blocks: it gives up the few weights that matter.
+With importance = the energy of input channel j on the one prompt (its mean share of a token's square, see `probe`), this is
+the expected error of the layer's output for uncorrelated inputs. Without it a search *hurts* large blocks: it gives up the few weights that matter.
 
 For given codes the best scale is a ratio of two sums (least squares), so a trial needs no more than those: 16 stretches of
 plain rounding's scale are tried, the best is refitted to its own codes. That is the search of GGUF's k-quants, made
@@ -54,7 +54,9 @@ def search_scale(
     blocks: float32 [blocks, elements], finite. importance: from `block_importance`. first: index of blocks[0] among all
     blocks of the weight. A block of zeros gets scale 0.
     """
-    from calibrationless.kernels import search_blocks
+    from calibrationless.kernels import (
+        search_blocks,
+    )  # here: numba takes a second to import, and plain rounding needs none
 
     count = blocks.shape[0]
     if importance.shape[1] != blocks.shape[1]:
@@ -64,7 +66,7 @@ def search_scale(
         blocks.contiguous().numpy(),
         importance.numpy(),
         first,
-        _stretches().numpy(),
+        torch.tensor(STRETCHES, dtype=torch.float32).numpy(),
         1 << bits,
         _SHIFTS,
         symmetric,
@@ -73,7 +75,3 @@ def search_scale(
         zero_point.numpy()[:, 0],
     )
     return scale, None if symmetric else zero_point
-
-
-def _stretches() -> Tensor:
-    return torch.tensor(STRETCHES, dtype=torch.float32)

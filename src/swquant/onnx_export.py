@@ -32,7 +32,7 @@ from swquant.onnx_check import Reference, check_export, make_reference
 from swquant.onnx_graph import dynamo_graph, genai_graph, save_for_builder
 from swquant.onnx_linears import keep_channels, pack_head, pack_weights, watch_peaks
 from swquant.onnx_options import ExportOptions
-from swquant.verification import file_sha256
+from swquant.verification import file_table
 
 __all__ = ["Exported", "export_checkpoint"]
 
@@ -156,11 +156,7 @@ def _write_manifest(
     check: Mapping[str, Any],
 ) -> dict[str, Any]:
     (folder / "swquant").mkdir()
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        for path in paths
-    }
+    files = file_table(folder)
     return write_manifest(
         folder,
         {

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from exporters.errors import SwquantError
+from swquant.options import described
 
-__all__ = ["ExportOptions", "export_help"]
+__all__ = ["ExportOptions"]
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "graph": ("dynamo", "genai"),
@@ -17,20 +18,16 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class ExportOptions:
     """What `export` can be told. Raises SwquantError for values that it does not know."""
 
-    graph: str = _option(
+    graph: str = described(
         "dynamo", "dynamo (torch's exporter, any architecture) or genai (onnxruntime-genai's builder, faster)."
     )
-    precision: str = _option("fp32", "Of activations, scales and dense weights: fp32 or fp16.")
-    accuracy_level: int = _option(0, "Arithmetic of products: 0 (float) or 4 (activations rounded to int8; faster).")
-    lm_head_bits: int = _option(0, "Round the output head, too: 8 or 4 bits in blocks of 32; 0 leaves it alone.")
+    precision: str = described("fp32", "Of activations, scales and dense weights: fp32 or fp16.")
+    accuracy_level: int = described(0, "Arithmetic of products: 0 (float) or 4 (activations rounded to int8; faster).")
+    lm_head_bits: int = described(0, "Round the output head, too: 8 or 4 bits in blocks of 32; 0 leaves it alone.")
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
@@ -42,8 +39,3 @@ class ExportOptions:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def export_help(name: str) -> str:
-    """The text of one option, for `--help`."""
-    return next(str(item.metadata["help"]) for item in fields(ExportOptions) if item.name == name)

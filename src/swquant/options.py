@@ -18,7 +18,16 @@ if TYPE_CHECKING:
 
     from calibrationless import Block, Clip
 
-__all__ = ["DEFAULT_PROMPT", "EXPERIMENTS", "PRESETS", "CompressOptions", "StudyOptions", "option_help", "parse_bytes"]
+__all__ = [
+    "DEFAULT_PROMPT",
+    "EXPERIMENTS",
+    "PRESETS",
+    "CompressOptions",
+    "StudyOptions",
+    "described",
+    "option_help",
+    "parse_bytes",
+]
 
 DEFAULT_PROMPT = "Apple Inc. is a worldwide tech company."
 EXPERIMENTS = ("identify", "importance", "persistence", "stopwords", "amplification", "block-size")
@@ -27,7 +36,7 @@ PRESETS = {"fast": "none", "balanced": "prompt", "best": "self"}
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
-def _option(default: Any, text: str) -> Any:
+def described(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
@@ -35,29 +44,31 @@ def _option(default: Any, text: str) -> Any:
 class CompressOptions:
     """What `compress` can be told. Raises SwquantError for values that make no sense, alone or together."""
 
-    bits: int = _option(4, "Bits per weight, 2 to 8. vLLM's kernels take 4 and 8.")
-    block: str = _option("128", "Weights that share a scale: 128, 64x64, channel, tensor or flat:512.")
-    symmetric: bool = _option(True, "Signed-maximum scale without zero point, or min/max with one.")
-    preset: str = _option(
+    bits: int = described(4, "Bits per weight, 2 to 8. vLLM's kernels take 4 and 8.")
+    block: str = described("128", "Weights that share a scale: 128, 64x64, channel, tensor or flat:512.")
+    symmetric: bool = described(True, "Signed-maximum scale without zero point, or min/max with one.")
+    preset: str = described(
         "balanced",
         "fast (rounding alone), balanced (scales searched with one prompt) or best (with text the model writes).",
     )
-    refine: str | None = _option(None, "What rounding is refined with: none, prompt or self; the preset's by default.")
-    clip: str = _option("none", "Cut each block's outliers, then round plainly: z=9, iqr=3, quantile=0.999 or none.")
-    restore: bool = _option(True, "Keep super weights and outliers exactly, in the sidecar.")
-    outliers: float | None = _option(
+    refine: str | None = described(
+        None, "What rounding is refined with: none, prompt or self; the preset's by default."
+    )
+    clip: str = described("none", "Cut each block's outliers, then round plainly: z=9, iqr=3, quantile=0.999 or none.")
+    restore: bool = described(True, "Keep super weights and outliers exactly, in the sidecar.")
+    outliers: float | None = described(
         None, "Fraction of each tensor kept in the sidecar, by the error it costs; 0.0005, or 0 with --refine none."
     )
-    dense: tuple[str, ...] = _option(
+    dense: tuple[str, ...] = described(
         (), "Leave tensors whose name contains PATTERN (or matches a * glob) alone; repeatable."
     )
-    strict_block: bool = _option(
+    strict_block: bool = described(
         False, "Fail where the block does not divide a tensor, instead of taking a smaller one."
     )
-    dtype: str = _option("auto", "Of dense tensors and scales: auto (the source's), bfloat16, float16 or float32.")
-    shard_size: str = _option("5GB", "Largest size of one file of weights.")
-    prompt: str = _option(DEFAULT_PROMPT, "The one prompt that detection runs.")
-    seed: int = _option(0, "Of the text that the model writes with --refine self; nothing else is random.")
+    dtype: str = described("auto", "Of dense tensors and scales: auto (the source's), bfloat16, float16 or float32.")
+    shard_size: str = described("5GB", "Largest size of one file of weights.")
+    prompt: str = described(DEFAULT_PROMPT, "The one prompt that detection runs.")
+    seed: int = described(0, "Of the text that the model writes with --refine self; nothing else is random.")
 
     def __post_init__(self) -> None:
         from calibrationless import check_bits  # here, not above: `swquant --help` must not wait for torch
@@ -133,12 +144,12 @@ class CompressOptions:
 class StudyOptions:
     """What `study` can be told. Raises SwquantError for values that make no sense."""
 
-    only: tuple[str, ...] = _option((), f"Make only this experiment; repeatable. One of: {', '.join(EXPERIMENTS)}.")
-    quick: bool = _option(False, "A first look in a fifth of the time: fewer windows, factors and block sizes.")
-    window: int = _option(128, "Tokens per window.")
-    limit: int | None = _option(None, "Measure on so many windows: 16, or 4 with --quick, unless given.")
-    bits: int = _option(4, "Bits per weight in the experiment on block sizes, 2 to 8.")
-    prompt: str = _option(DEFAULT_PROMPT, "The one prompt that detection runs.")
+    only: tuple[str, ...] = described((), f"Make only this experiment; repeatable. One of: {', '.join(EXPERIMENTS)}.")
+    quick: bool = described(False, "A first look in a fifth of the time: fewer windows, factors and block sizes.")
+    window: int = described(128, "Tokens per window.")
+    limit: int | None = described(None, "Measure on so many windows: 16, or 4 with --quick, unless given.")
+    bits: int = described(4, "Bits per weight in the experiment on block sizes, 2 to 8.")
+    prompt: str = described(DEFAULT_PROMPT, "The one prompt that detection runs.")
 
     def __post_init__(self) -> None:
         from calibrationless import check_bits

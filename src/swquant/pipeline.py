@@ -45,7 +45,7 @@ from swquant.options import CompressOptions
 from swquant.plan import Plan, TensorPlan, make_plan
 from swquant.report import REPORT, checkpoint_report
 from swquant.self_text import SelfText, self_text
-from swquant.verification import file_sha256, verify
+from swquant.verification import file_table, verify
 
 __all__ = ["Compressed", "Prepared", "compress_checkpoint", "prepare", "write"]
 
@@ -126,15 +126,12 @@ def write(prepared: Prepared, out: Path, *, overwrite: bool = False, progress: P
 def _write_all(prepared: Prepared, folder: Path, progress: Progress) -> Mapping[str, Any]:
     checkpoint, plan = prepared.checkpoint, prepared.plan
     (folder / "swquant").mkdir()
-    records, files = _write_weights(prepared, folder, progress)
+    records, written = _write_weights(prepared, folder, progress)
     checkpoint.save_companions(folder)
     write_json(folder / "config.json", _config(checkpoint, plan))
     page = checkpoint_report(checkpoint.name, prepared.found, plan, records)
     (folder / REPORT).write_text(page, encoding="utf-8")
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = path.relative_to(folder).as_posix()
-        if name not in files:
-            files[name] = FileRecord(path.stat().st_size, file_sha256(path), {})
+    files = file_table(folder, written)
     return write_manifest(
         folder,
         {
@@ -148,15 +145,13 @@ def _write_all(prepared: Prepared, folder: Path, progress: Progress) -> Mapping[
                 "bits_per_quantized_weight": round(plan.bits_per_weight, 4),
                 "quantized_weights": sum(tensor.source.numel for tensor in plan.quantized),
                 "weights": sum(tensor.source.numel for tensor in plan.tensors),
-                "bytes": sum(record.nbytes for record in files.values()),
+                "bytes": sum(record["bytes"] for record in files.values()),
                 "source_bytes": plan.source_bytes,
             },
             "notes": list(plan.notes),
             "left_out": dict(plan.left_out),
             "tensors": records,
-            "files": {
-                name: {"bytes": record.nbytes, "sha256": record.sha256} for name, record in sorted(files.items())
-            },
+            "files": files,
         },
     )
 

@@ -5,20 +5,34 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from exporters.errors import CheckpointError, SwquantError
-from exporters.safetensors_file import SafetensorsReader
+from exporters.safetensors_file import FileRecord, SafetensorsReader
 from exporters.sidecar import SIDECAR, SidecarReader
 from swquant.manifest import MANIFEST, outlier_counts, read_manifest
 
-__all__ = ["file_sha256", "verify"]
+__all__ = ["file_table", "verify"]
 
 
-def file_sha256(path: Path) -> str:
+def _sha256(path: Path) -> str:
     """Hexadecimal sha256 of a file, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_table(folder: Path, known: Mapping[str, FileRecord] = MappingProxyType({})) -> dict[str, dict[str, Any]]:
+    """The manifest's `files`: name -> bytes and sha256 of everything in a folder. known: files hashed while they were written."""
+    table: dict[str, dict[str, Any]] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        record = known.get(name)
+        table[name] = {
+            "bytes": record.nbytes if record else path.stat().st_size,
+            "sha256": record.sha256 if record else _sha256(path),
+        }
+    return table
 
 
 def verify(folder: Path) -> list[str]:
@@ -48,11 +62,11 @@ def _verify_file(path: Path, name: str, manifest: Mapping[str, Any]) -> list[str
         return [f"{name}: {size} bytes, the manifest says {listed['bytes']}"]
     if name.endswith(".safetensors"):
         return _verify_weights(path, name, manifest)
-    return [] if file_sha256(path) == listed["sha256"] else [f"{name}: its sha256 is not the manifest's"]
+    return [] if _sha256(path) == listed["sha256"] else [f"{name}: its sha256 is not the manifest's"]
 
 
 def _verify_weights(path: Path, name: str, manifest: Mapping[str, Any]) -> list[str]:
-    if file_sha256(path) != manifest["files"][name]["sha256"]:
+    if _sha256(path) != manifest["files"][name]["sha256"]:
         return [f"{name}: its sha256 is not the manifest's" + _damaged_tensor(path, name, manifest)]
     try:
         if name == SIDECAR:

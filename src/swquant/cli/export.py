@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from swquant.cli.common import CheckpointArgument, JsonOption, TrustOption, make_progress, out, print_json
-from swquant.onnx_options import ExportOptions, export_help
+from swquant.onnx_options import ExportOptions
+from swquant.options import option_help
 
 __all__ = ["export"]
 
@@ -16,10 +17,14 @@ __all__ = ["export"]
 def export(
     checkpoint: CheckpointArgument,
     out_folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to create.", show_default=False)],
-    graph: Annotated[str, typer.Option(help=export_help("graph"))] = ExportOptions.graph,
-    precision: Annotated[str, typer.Option(help=export_help("precision"))] = ExportOptions.precision,
-    accuracy_level: Annotated[int, typer.Option(help=export_help("accuracy_level"))] = ExportOptions.accuracy_level,
-    lm_head_bits: Annotated[int, typer.Option(help=export_help("lm_head_bits"))] = ExportOptions.lm_head_bits,
+    graph: Annotated[str, typer.Option(help=option_help("graph", ExportOptions))] = ExportOptions.graph,
+    precision: Annotated[str, typer.Option(help=option_help("precision", ExportOptions))] = ExportOptions.precision,
+    accuracy_level: Annotated[
+        int, typer.Option(help=option_help("accuracy_level", ExportOptions))
+    ] = ExportOptions.accuracy_level,
+    lm_head_bits: Annotated[
+        int, typer.Option(help=option_help("lm_head_bits", ExportOptions))
+    ] = ExportOptions.lm_head_bits,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace FOLDER if swquant made it.", show_default=False)
     ] = False,
