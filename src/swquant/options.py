@@ -37,6 +37,7 @@ _DTYPES = ("bfloat16", "float16", "float32")
 
 
 def described(default: Any, text: str) -> Any:
+    """A field of an options class: its default, and the text that `--help` and the documents show."""
     return field(default=default, metadata={"help": text})
 
 

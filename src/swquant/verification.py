@@ -25,8 +25,8 @@ def _sha256(path: Path) -> str:
 def file_table(folder: Path, known: Mapping[str, FileRecord] = MappingProxyType({})) -> dict[str, dict[str, Any]]:
     """The manifest's `files`: name -> bytes and sha256 of everything in a folder. known: files hashed while they were written."""
     table: dict[str, dict[str, Any]] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = path.relative_to(folder).as_posix()
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    for name, path in sorted(paths.items()):
         record = known.get(name)
         table[name] = {
             "bytes": record.nbytes if record else path.stat().st_size,
