@@ -1,5 +1,12 @@
 """Algorithms on tensors: blocks, rounding, clipping, detection. torch only; no files, no models, no printing."""
 
+from calibrationless.activations import (
+    activation_codes,
+    activation_scale,
+    massive_channels,
+    round_activations,
+    static_scale,
+)
 from calibrationless.blocks import (
     Block,
     Channel,
@@ -63,6 +70,8 @@ __all__ = [
     "Tile",
     "Watch",
     "WeightError",
+    "activation_codes",
+    "activation_scale",
     "block_elements",
     "block_importance",
     "block_index",
@@ -80,16 +89,19 @@ __all__ = [
     "for_pieces",
     "from_blocks",
     "inverse_factor",
+    "massive_channels",
     "measure",
     "parse_block",
     "parse_clip",
     "quantize",
     "restore",
+    "round_activations",
     "round_to_codes",
     "run_probe",
     "scale_shape",
     "scaling_exponents",
     "search_scale",
+    "static_scale",
     "to_blocks",
     "worst",
 ]

@@ -2,7 +2,7 @@
 
 While the model runs, every product of a watched weight is seen twice, as input and as output, and only
 a few numbers of each are kept: the largest magnitudes with their coordinates, the *energy* of every input
-channel (which later says which channels matter), for a down projection the terms that make up its largest
+channel (which later says which channels matter) and the most that it holds, for a down projection the terms that make up its largest
 output, and which norm the input came from. Of the residual stream, the largest value of every channel after
 every layer. Whole activations are never stored.
 
@@ -85,12 +85,14 @@ class LinearRecord:
 
     energy: float32 [in], mean over tokens of x^2 / |x|^2: the share of an input channel in its token. Every token counts
     the same; in a plain mean square the one token that carries the super activation would drown out all others.
+    peaks: float32 [in], the largest |x| of every input channel.
     norm: name of the module whose output the input is, "" if it is no norm's.
     """
 
     input: Peak
     output: Peak
     energy: Tensor
+    peaks: Tensor
     contributions: tuple[Contribution, ...] = ()
     norm: str = ""
 
@@ -251,6 +253,7 @@ class _Watcher(TorchFunctionMode):
             input=_peak(inputs),
             output=output,
             energy=_energy(inputs),
+            peaks=inputs.abs().amax(dim=0),
             contributions=_explain(inputs, matrix, output) if watch.down else (),
             norm=norm,
         )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calibrationless import Group, dequantize, fit, quantize
+from calibrationless import Group, dequantize, fit, massive_channels, quantize
 from exporters.errors import SwquantError
 from exporters.onnx.nodes import PackedWeight, pack_weight, with_channels
 from swquant.architecture import describe
@@ -22,9 +22,6 @@ from swquant.checkpoint.compressed import CompressedCheckpoint
 
 __all__ = ["keep_channels", "pack_head", "pack_weights", "watch_peaks"]
 
-# A channel is massive if it reaches this many times the median channel; of each linear the largest are kept, no more than so
-# many.
-_MASSIVE, _MOST = 16.0, 4
 _HEAD_BLOCK = 32
 
 
@@ -88,16 +85,9 @@ def watch_peaks(model: PreTrainedModel, names: Mapping[str, object]) -> Iterator
             handle.remove()
 
 
-def _massive(peaks: Tensor) -> Tensor:
-    """Indices of massive channels, ascending, int32."""
-    values, channels = peaks.topk(min(_MOST, len(peaks)))
-    chosen: Tensor = channels[values > _MASSIVE * peaks.median()].sort().values.to(torch.int32)
-    return chosen
-
-
 def keep_channels(weights: Mapping[str, PackedWeight], peaks: Mapping[str, Tensor]) -> dict[str, PackedWeight]:
     """The weights, with the massive channels of their inputs multiplied apart."""
-    massive = {name: _massive(peaks[name]) for name in weights}
+    massive = {name: massive_channels(peaks[name]) for name in weights}
     return {
         name: with_channels(weight, massive[name]) if len(massive[name]) else weight for name, weight in weights.items()
     }

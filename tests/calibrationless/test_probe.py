@@ -251,6 +251,7 @@ def test_a_product_is_seen_and_pruned_however_it_is_written(way):
     record = run_probe(model, lambda: model(x), [watch], []).linears.get("w")
     assert record is not None
     assert torch.allclose(record.energy, energy(x))
+    assert torch.equal(record.peaks, x.abs().amax(dim=0))
     pruned = run_probe(model, lambda: model(x), [watch], [], prune=[Scalar("w", 1, 2)]).logits
     weight[1, 2] = 0
     assert torch.allclose(pruned, x @ weight.T + (1 if way == "addmm" else 0), atol=1e-6)
