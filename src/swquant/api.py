@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +16,16 @@ from swquant.checkpoint.compressed import CompressedCheckpoint
 from swquant.checkpoint.onnx import GRAPH
 from swquant.checkpoint.open import open_checkpoint
 from swquant.console import Progress, silent
+from swquant.destination import check_destination
 from swquant.detection import Found, find_super_weights
 from swquant.evaluation import Evaluation, evaluate_model, generate_text
 from swquant.experiments.study import Study, study_checkpoint
 from swquant.manifest import MANIFEST, read_manifest
 from swquant.models import build_model
-from swquant.onnx_options import ExportOptions
+from swquant.onnx_options import FORMATS, ExportOptions, export_options
 from swquant.options import DEFAULT_PROMPT, CompressOptions, StudyOptions
-from swquant.pipeline import Compressed, compress_checkpoint
+from swquant.ort import require_exporter
+from swquant.pipeline import Compressed, compress_checkpoint, prepare
 from swquant.verification import verify as verify_folder
 
 if TYPE_CHECKING:
@@ -54,18 +57,29 @@ def compress(
     overwrite: bool = False,
     low_memory: bool = False,
     trust_remote_code: bool = False,
+    format: str = "checkpoint",
     **options: Any,
-) -> Compressed:
-    """Compress a model into a checkpoint that stock transformers and vLLM load.
+) -> Compressed | Exported:
+    """Compress a model into a checkpoint that stock transformers and vLLM load, or at once into an ONNX folder.
 
-    out: the folder to create, `<name>-w4-b128` in the current folder by default. options: the fields of
-    `CompressOptions` (bits, block, symmetric, clip, restore, outliers, dense, …). Returns path and manifest. Raises
-    SwquantError; then `out` does not exist.
+    out: the folder to create, `<name>-w4-b128` in the current folder by default. format: checkpoint or onnx. options: the
+    fields of `CompressOptions` (bits, block, symmetric, clip, restore, outliers, dense, …), and for onnx those of `export`.
+    Returns path and manifest. Raises SwquantError; then `out` does not exist.
     """
-    chosen = CompressOptions(**options)
+    of_export = {field.name for field in fields(ExportOptions)}
+    export_to = export_options(format, {name: value for name, value in options.items() if name in of_export})
+    chosen = CompressOptions(**{name: value for name, value in options.items() if name not in of_export})
+    if export_to is not None:
+        require_exporter()
     with open_checkpoint(model, trust_remote_code=trust_remote_code) as checkpoint:
-        target = Path(out) if out is not None else Path(checkpoint.name + chosen.suffix)
-        return compress_checkpoint(checkpoint, target, chosen, overwrite=overwrite, low_memory=low_memory)
+        target = Path(out) if out is not None else Path(checkpoint.name + chosen.suffix + FORMATS[format])
+        if export_to is None:
+            return compress_checkpoint(checkpoint, target, chosen, overwrite=overwrite, low_memory=low_memory)
+        from swquant.onnx_export import write_exported
+
+        check_destination(target, overwrite, checkpoint)
+        prepared = prepare(checkpoint, chosen, low_memory=low_memory)
+        return write_exported(prepared, target, export_to, overwrite=overwrite)
 
 
 def export(
@@ -82,8 +96,6 @@ def export(
     out: the folder to create. options: the fields of `ExportOptions` (graph, precision, accuracy_level, …). Returns path
     and manifest. Raises SwquantError; then `out` does not exist. Needs the extra `cpu` or `gpu`.
     """
-    from swquant.ort import require_exporter
-
     require_exporter()
     from swquant.onnx_export import export_checkpoint
 

@@ -3,7 +3,7 @@
     open -> torch model and its answers -> pack -> graph -> write -> run and compare -> manifest -> rename
 
 As with `compress`, everything happens in a hidden folder beside OUT, which appears under its name when it is complete and
-gives the same answers as the checkpoint.
+gives the same answers as the checkpoint. `compress --format onnx` is both: the checkpoint lives in the hidden folder.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from swquant.manifest import write_manifest
 from swquant.models import build_model
 from swquant.onnx_check import Reference, check_export, make_reference
 from swquant.onnx_graph import dynamo_graph, genai_graph, save_for_builder
-from swquant.onnx_linears import keep_channels, pack_head, pack_weights, watch_peaks
+from swquant.onnx_linears import keep_channels, pack_head, pack_weights, unsupported, watch_peaks
 from swquant.onnx_options import ExportOptions
+from swquant.pipeline import Prepared, write
 from swquant.verification import file_table
 
-__all__ = ["Exported", "export_checkpoint"]
+__all__ = ["Exported", "check_plan", "export_checkpoint", "write_exported"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,28 @@ def export_checkpoint(
         manifest = _write_manifest(checkpoint, folder, options, traced, check)
         replace(folder, out, overwrite)
     return Exported(out, manifest)
+
+
+def check_plan(prepared: Prepared) -> None:
+    """Raise SwquantError where what is planned could be compressed but not exported, before hours are spent on it."""
+    for tensor in prepared.plan.quantized:
+        if prepared.found.architecture.weights[tensor.name].kind != "linear":
+            raise unsupported(prepared.checkpoint.name, tensor.name)
+
+
+def write_exported(
+    prepared: Prepared, out: Path, options: ExportOptions, *, overwrite: bool = False, progress: Progress = silent
+) -> Exported:
+    """Carry out a plan and export the result; the checkpoint between the two is not kept. `out` appears whole or not at all.
+    Raises SwquantError."""
+    source = prepared.checkpoint
+    check_destination(out, overwrite, source)
+    check_plan(prepared)
+    with unfinished(out) as scratch:
+        folder = scratch / f"{source.name[:40]}{prepared.plan.options.suffix}"
+        write(prepared, folder, progress=progress)
+        with CompressedCheckpoint(folder, unrounded=True, trust_remote_code=source.trust_remote_code) as checkpoint:
+            return export_checkpoint(checkpoint, out, options, overwrite=overwrite, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -164,6 +187,7 @@ def _write_manifest(
             "swquant": swquant.__version__,
             "source": {"name": checkpoint.name, "kind": checkpoint.kind, "fingerprint": checkpoint.fingerprint},
             "options": options.as_dict(),
+            "compression": {key: checkpoint.manifest[key] for key in ("source", "options")},
             "detection": checkpoint.manifest["detection"],
             "check": dict(check),
             "operators": count_operators(traced.graph),

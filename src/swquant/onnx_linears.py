@@ -20,9 +20,17 @@ from exporters.onnx.nodes import PackedWeight, pack_weight, with_channels
 from swquant.architecture import describe
 from swquant.checkpoint.compressed import CompressedCheckpoint
 
-__all__ = ["keep_channels", "pack_head", "pack_weights", "watch_peaks"]
+__all__ = ["keep_channels", "pack_head", "pack_weights", "unsupported", "watch_peaks"]
 
 _HEAD_BLOCK = 32
+
+
+def unsupported(model: str, name: str) -> SwquantError:
+    """The error about a weight that is no linear layer of its own."""
+    return SwquantError(
+        f"{model}: {name} is an expert of a mixture, which ONNX export does not support; serve the "
+        "checkpoint with transformers or vLLM"
+    )
 
 
 def pack_weights(
@@ -34,10 +42,7 @@ def pack_weights(
     for name in checkpoint.quantized_names:
         linear = architecture.weights.get(name)
         if linear is None or linear.kind != "linear" or not isinstance(model.get_submodule(linear.module), nn.Linear):
-            raise SwquantError(
-                f"{checkpoint.name}: {name} is an expert of a mixture, which ONNX export does not support; serve the "
-                "checkpoint with transformers or vLLM"
-            )
+            raise unsupported(checkpoint.name, name)
         try:
             weights[linear.module] = pack_weight(checkpoint.quantized(name), checkpoint.outliers(name), dtype)
         except ValueError as error:

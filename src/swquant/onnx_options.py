@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from exporters.errors import SwquantError
 from swquant.options import described
 
-__all__ = ["ExportOptions"]
+__all__ = ["FORMATS", "ExportOptions", "export_options"]
+
+# What `compress` writes -> what the default name of OUT ends in.
+FORMATS = {"checkpoint": "", "onnx": "-onnx"}
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "graph": ("dynamo", "genai"),
@@ -39,3 +43,15 @@ class ExportOptions:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def export_options(form: str, given: Mapping[str, Any]) -> ExportOptions | None:
+    """What `compress` is told of the export that follows it; None for a checkpoint, which has none. Raises SwquantError."""
+    if form not in FORMATS:
+        raise SwquantError(f"format {form!r} is not one of: {', '.join(FORMATS)}")
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if form == "onnx":
+        return ExportOptions(**chosen)
+    if chosen:
+        raise SwquantError(f"--{next(iter(chosen)).replace('_', '-')} is an option of the export; add --format onnx")
+    return None

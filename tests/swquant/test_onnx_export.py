@@ -25,13 +25,15 @@ Cli = Callable[..., Ran]
 _PLAIN_MLP = ("opt",)
 
 
+SETTINGS: dict = {"prompt": PROMPT, "block": "32", "outliers": 0.01}
+
+
 def compressed_model(architecture: str, folder: Path, **options: object) -> Path:
     """A random model of two layers, as tracing takes seconds for each, with one weight in a hundred in the sidecar."""
     # genai's builder takes every module that is as wide as the vocabulary for the output head, hence 96.
     sizes = {"num_hidden_layers": 2, **({} if architecture in _PLAIN_MLP else {"intermediate_size": 96})}
     save_model(tiny_model(architecture, **sizes), folder / "model")
-    settings: dict = {"prompt": PROMPT, "block": "32", "outliers": 0.01, **options}
-    return swquant.compress(folder / "model", folder / "out", **settings).path
+    return swquant.compress(folder / "model", folder / "out", **{**SETTINGS, **options}).path
 
 
 @pytest.fixture(scope="session")
@@ -47,9 +49,10 @@ def exported(checkpoint: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def genai(checkpoint: Path) -> Path:
-    """The same, as genai's builder draws it, for the fast arithmetic."""
-    folder = checkpoint.parent / "genai"
-    return swquant.export(checkpoint, folder, graph="genai", accuracy_level=4, lm_head_bits=8).path
+    """The same weights in one step, as genai's builder draws them, for the fast arithmetic."""
+    source, folder = checkpoint.parent / "model", checkpoint.parent / "genai"
+    onnx_folder: dict = {"format": "onnx", "graph": "genai", "accuracy_level": 4, "lm_head_bits": 8}
+    return swquant.compress(source, folder, **onnx_folder, **SETTINGS).path
 
 
 def torch_model(checkpoint: Path) -> torch.nn.Module:
@@ -110,6 +113,49 @@ def test_the_builders_graph_at_level_4(checkpoint: Path, genai: Path) -> None:
     result = swquant.evaluate(genai, " ".join(f"t{index}" for index in range(3, 90)), checkpoint)
     assert result.kl is not None
     assert result.kl < 1e-3
+
+
+def test_one_step_says_what_two_would(checkpoint: Path, genai: Path) -> None:
+    compressed, manifest = swquant.inspect(checkpoint), swquant.inspect(genai)
+    assert manifest["compression"] == {key: compressed[key] for key in ("source", "options")}
+    assert manifest["options"]["graph"] == "genai"
+    assert manifest["detection"] == compressed["detection"]
+    assert not list(genai.rglob("*.safetensors"))
+    assert {path.name for path in checkpoint.parent.iterdir()} <= {"model", "out", "onnx", "genai"}
+
+
+def test_the_plan_of_both_steps_is_shown_and_checked(
+    cli: Cli, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("compress", checkpoint.parent / "model", tmp_path / "folder", "--format", "onnx", "--prompt", PROMPT)
+    ran = cli(*words, "--lm-head-bits", "8", "--dry-run", "--json")
+    plan = json.loads(ran.out)
+    assert (plan["format"], plan["export"]["lm_head_bits"], plan["export"]["graph"]) == ("onnx", 8, "dynamo")
+    assert ran.err == ""
+    assert "this would become" in cli(*words, "--dry-run").out
+    monkeypatch.chdir(tmp_path)
+    default = json.loads(cli(*words[:2], *words[3:], "--dry-run", "--json").out)
+    assert default["out"] == "model-w4-b128-onnx"
+    for extra, problem in (
+        (("--format", "gguf"), "format 'gguf' is not one of: checkpoint, onnx"),
+        (("--format", "checkpoint", "--graph", "genai"), "--graph is an option of the export; add --format onnx"),
+        (("--accuracy-level", "3"), "--accuracy-level 3 is not one of: 0, 4"),
+    ):
+        ran = cli(*words, *extra)
+        assert (ran.code, problem in ran.err) == (1, True), ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_export_leaves_nothing(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("swquant.onnx_export.make_reference", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        swquant.compress(checkpoint.parent / "model", tmp_path / "folder", format="onnx", **SETTINGS)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_onnxruntime_genai_runs_the_builders_graph(genai: Path) -> None:
@@ -215,6 +261,8 @@ def test_experts_are_refused_with_the_alternative(tmp_path: Path) -> None:
         swquant.SwquantError, match="expert of a mixture.*serve the checkpoint with transformers or vLLM"
     ):
         swquant.export(checkpoint, tmp_path / "onnx")
+    with pytest.raises(swquant.SwquantError, match="expert of a mixture"):
+        swquant.compress(tmp_path / "model", tmp_path / "again", prompt=PROMPT, format="onnx")
 
 
 def test_only_compressed_checkpoints_are_exported(cli: Cli, checkpoint: Path, exported: Path, tmp_path: Path) -> None:

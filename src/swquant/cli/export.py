@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,7 +11,38 @@ from swquant.cli.common import CheckpointArgument, JsonOption, TrustOption, make
 from swquant.onnx_options import ExportOptions
 from swquant.options import option_help
 
-__all__ = ["export"]
+if TYPE_CHECKING:
+    from swquant.onnx_export import Exported
+
+__all__ = ["AccuracyOption", "FormatOption", "GraphOption", "HeadOption", "PrecisionOption", "export", "show_exported"]
+
+FormatOption = Annotated[
+    str,
+    typer.Option(
+        "--format", help="checkpoint (for transformers and vLLM) or onnx (a folder for ONNX Runtime, see export)."
+    ),
+]
+
+
+def _of_export(name: str) -> typer.models.OptionInfo:
+    """An option of the export as `compress` takes it: none unless given."""
+    return typer.Option(help=f"With --format onnx. {option_help(name, ExportOptions)}", show_default=False)
+
+
+GraphOption = Annotated[str | None, _of_export("graph")]
+PrecisionOption = Annotated[str | None, _of_export("precision")]
+AccuracyOption = Annotated[int | None, _of_export("accuracy_level")]
+HeadOption = Annotated[int | None, _of_export("lm_head_bits")]
+
+
+def show_exported(result: Exported, as_json: bool) -> None:
+    """Print what was exported."""
+    from swquant.onnx_tables import show_export
+
+    if as_json:
+        print_json({"path": str(result.path), "manifest": result.manifest})
+    else:
+        show_export(out, result)
 
 
 def export(
@@ -34,7 +65,6 @@ def export(
     """Export a compressed checkpoint to ONNX, and check that it gives the same answers."""
     options = ExportOptions(graph, precision, accuracy_level, lm_head_bits)
     from swquant.api import export as export_folder
-    from swquant.onnx_tables import show_export
 
     result = export_folder(
         checkpoint,
@@ -44,7 +74,4 @@ def export(
         progress=make_progress(as_json),
         **options.as_dict(),
     )
-    if as_json:
-        print_json({"path": str(result.path), "manifest": result.manifest})
-    else:
-        show_export(out, result)
+    show_exported(result, as_json)

@@ -29,8 +29,17 @@ from swquant.cli.common import (
     print_json,
     text_of,
 )
-from swquant.cli.export import export
+from swquant.cli.export import (
+    AccuracyOption,
+    FormatOption,
+    GraphOption,
+    HeadOption,
+    PrecisionOption,
+    export,
+    show_exported,
+)
 from swquant.cli.study import study
+from swquant.onnx_options import FORMATS, export_options
 from swquant.options import DEFAULT_PROMPT, CompressOptions, option_help
 
 __all__ = ["app", "main"]
@@ -91,6 +100,7 @@ def compress(
         Path | None,
         typer.Argument(metavar="OUT", help="The folder to create; <name>-w4-b128 by default.", show_default=False),
     ] = None,
+    form: FormatOption = "checkpoint",
     bits: Annotated[int, typer.Option(help=option_help("bits"))] = CompressOptions.bits,
     block: Annotated[str, typer.Option(help=option_help("block"))] = CompressOptions.block,
     symmetric: Annotated[
@@ -115,6 +125,10 @@ def compress(
     shard_size: Annotated[str, typer.Option(help=option_help("shard_size"))] = CompressOptions.shard_size,
     prompt: PromptOption = DEFAULT_PROMPT,
     seed: Annotated[int, typer.Option(help=option_help("seed"))] = CompressOptions.seed,
+    graph: GraphOption = None,
+    precision: PrecisionOption = None,
+    accuracy_level: AccuracyOption = None,
+    lm_head_bits: HeadOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be done, tensor by tensor; write nothing.")
     ] = False,
@@ -123,27 +137,42 @@ def compress(
     low_memory: LowMemoryOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Compress MODEL into OUT, a checkpoint that stock transformers and vLLM load."""
+    """Compress MODEL into OUT, a checkpoint that stock transformers and vLLM load, or at once into an ONNX folder."""
+    export_to = export_options(
+        form, {"graph": graph, "precision": precision, "accuracy_level": accuracy_level, "lm_head_bits": lm_head_bits}
+    )
     options = CompressOptions(
         bits=bits, block=block, symmetric=symmetric, preset=preset, refine=refine, clip=clip, restore=restore, outliers=outliers, dense=tuple(dense or ()),
         strict_block=strict_block, dtype=dtype, shard_size=shard_size, prompt=prompt, seed=seed,
     )  # fmt: skip
     from swquant.checkpoint.open import open_checkpoint
     from swquant.destination import check_destination
+    from swquant.ort import require_exporter
     from swquant.pipeline import prepare, write
     from swquant.tables import plan_record, show_plan, show_result
 
+    if export_to is not None:
+        require_exporter()
     progress = make_progress(as_json)
     with open_checkpoint(model, trust_remote_code=trust_remote_code) as checkpoint:
-        target = out_folder if out_folder is not None else Path(checkpoint.name + options.suffix)
+        target = out_folder if out_folder is not None else Path(checkpoint.name + options.suffix + FORMATS[form])
         if not dry_run:
             check_destination(target, overwrite, checkpoint)
         prepared = prepare(checkpoint, options, low_memory=low_memory, progress=progress)
+        if export_to is not None:
+            from swquant.onnx_export import check_plan, write_exported
+
+            check_plan(prepared)
         if not as_json:
             show_plan(out, prepared, target, every_tensor=dry_run)
         if dry_run:
             if as_json:
-                print_json(plan_record(prepared, target))
+                print_json(
+                    {**plan_record(prepared, target), "format": form, "export": export_to and export_to.as_dict()}
+                )
+            return
+        if export_to is not None:
+            show_exported(write_exported(prepared, target, export_to, overwrite=overwrite, progress=progress), as_json)
             return
         result = write(prepared, target, overwrite=overwrite, progress=progress)
     if as_json:
