@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 SOURCES = Path(__file__).parent.parent / "src"
-MODULES = sorted(SOURCES.rglob("*.py"))
+# src/optimum is no package of ours: one file, where optimum-cli looks for commands.
+MODULES = sorted(path for path in SOURCES.rglob("*.py") if "optimum" not in path.parts)
 MAX_LINES = 400
 # calibrationless <- exporters <- swquant
 MAY_IMPORT_OF_OURS = {

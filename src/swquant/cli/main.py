@@ -7,6 +7,7 @@ Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 somet
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -333,11 +334,11 @@ def _root(
     pass
 
 
-def main() -> None:
-    """Entry point: turns what users can mend into one line on stderr. Typer turns Ctrl-C into exit code 130, and a reader
+def main(words: Sequence[str] | None = None) -> None:
+    """Entry point, of the words that the process was started with by default: turns what users can mend into one line on stderr. Typer turns Ctrl-C into exit code 130, and a reader
     that went away (`swquant inspect … | head`) into 1."""
     try:
-        app(prog_name="swquant")
+        app(words, prog_name="swquant")
     except SwquantError as error:
         _fail(str(error))
     except OSError as error:
