@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx_ir
 import pytest
 import torch
+from linear_nbits import round_activations
 
 from calibrationless import Outliers, dequantize, parse_block, quantize, restore
 from exporters.onnx.nodes import PackedWeight, pack_weight, stack, take_rows, with_channels
 from exporters.onnx.place import Placer, common_form
+from exporters.ops import library_path
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -49,10 +53,13 @@ def build(weights: dict[str, PackedWeight], level: int) -> onnx_ir.Model:
     return model
 
 
-def run(weights: dict[str, PackedWeight], level: int, x: np.ndarray) -> list[np.ndarray]:
-    """Each weight times x."""
+def run(weights: dict[str, PackedWeight], level: int, x: np.ndarray, library: Path | None = None) -> list[np.ndarray]:
+    """Each weight times x, on our library or as the file's function says."""
     proto = onnx_ir.serde.serialize_model(build(weights, level))
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    if library is not None:
+        options.register_custom_ops_library(str(library))
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return session.run(None, {"x": x})
 
 
@@ -87,6 +94,40 @@ def test_a_super_activation_does_not_spoil_level_4(outliers: bool) -> None:
     assert usual > 0  # level 4 rounds
     assert error(spiked, weight) > 20 * usual
     assert error(spiked, kept) < 2 * usual
+
+
+@pytest.mark.parametrize("ours", [False, True], ids=["function", "library"])
+def test_an_outlier_in_a_channel_that_is_multiplied_apart_counts_once(ours: bool) -> None:
+    """Outliers at [1, 77], [7, 0] and [9, 77]; channel 77 is taken out, where alone there is nothing that level 4 rounds."""
+    library = library_path() if ours else None
+    if ours and library is None:
+        pytest.skip("no operator library")
+    weight, dense = linear(True)
+    kept = with_channels(weight, torch.tensor([77], dtype=torch.int32))
+    assert weight.rows is not None
+    assert weight.cols is not None
+    assert weight.deltas is not None
+    assert kept.channel_weights is not None
+    exact = dense.double().numpy()
+    missing = np.zeros_like(exact)
+    missing[weight.rows, weight.cols] = weight.deltas
+    decoded = exact - missing
+    assert np.abs(missing[:, 77]).max() > 0.01  # worth seeing
+    assert np.abs(kept.channel_weights.numpy() - decoded[:, 77]).max() < 1e-6
+    x = np.zeros((3, K), np.float32)
+    x[:, 77] = [3000.0, -1.0, 0.25]
+    (y,) = run({"y": kept}, 4, x, library)
+    expected = x.astype(np.float64) @ exact.T
+    assert np.abs(y - expected).max() < 1e-6 * np.abs(expected).max()
+    x[:, :77] = torch.randn(3, 77, generator=GENERATOR).numpy()
+    (y,) = run({"y": kept}, 4, x, library)
+    # numpy: every other channel rounded to int8 by blocks, outliers and channel exactly.
+    calm = x.copy()
+    calm[:, 77] = 0
+    rounded = round_activations(calm, weight.block)
+    apart = x.astype(np.float64) - calm
+    expected = rounded @ decoded.T + apart @ decoded.T + x.astype(np.float64) @ missing.T
+    assert np.abs(y - expected).max() < 1e-5 * np.abs(expected).max()
 
 
 def test_stacked_weights_are_the_weights_one_after_the_other() -> None:
