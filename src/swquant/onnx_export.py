@@ -113,9 +113,9 @@ def _trace(checkpoint: CompressedCheckpoint, options: ExportOptions, scratch: Pa
         if options.graph == "genai":
             save_for_builder(model, scratch / "model")
             checkpoint.save_companions(scratch / "model")
-        head_name = "lm_head"
+        head_name, tied = "lm_head", False
         if options.lm_head_bits:
-            head_name, weights_of_head = pack_head(model, options.lm_head_bits, dtype)
+            head_name, weights_of_head, tied = pack_head(model, options.lm_head_bits, dtype)
             weights[head_name] = weights_of_head
         with watch_peaks(model, weights) as peaks:
             reference = make_reference(model, prompt)
@@ -138,7 +138,8 @@ def _trace(checkpoint: CompressedCheckpoint, options: ExportOptions, scratch: Pa
             )
         else:
             model = model.half() if dtype is torch.float16 else model
-            graph = dynamo_graph(model, weights, checkpoint.name, options.accuracy_level)
+            level = options.accuracy_level
+            graph = dynamo_graph(model, weights, checkpoint.name, level, head_name if tied else None)
     return _Traced(graph, weights, reference)
 
 

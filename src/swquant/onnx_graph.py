@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import cast
 
 import onnx_ir
 import torch
@@ -72,11 +73,11 @@ def _cache_form(model: PreTrainedModel) -> list[tuple[int, int]]:
 
 
 def dynamo_graph(
-    model: PreTrainedModel, weights: Mapping[str, PackedWeight], name: str, accuracy_level: int
+    model: PreTrainedModel, weights: Mapping[str, PackedWeight], name: str, accuracy_level: int, tied: str | None = None
 ) -> onnx_ir.Model:
     """The ONNX graph of a model whose linears named in `weights` are packed; the model loses them.
 
-    Raises SwquantError where torch cannot trace it.
+    tied: the output head among them whose codes are the embedding's, too. Raises SwquantError where torch cannot trace it.
     """
     form = _cache_form(model)
     _put_placeholders(model, weights)
@@ -105,7 +106,15 @@ def dynamo_graph(
         dimensions[f"present.{part}"] = ["batch", heads, "total_sequence", size]
     try:
         return export_graph(
-            CausalGraph(model).eval(), arguments, shapes, inputs, outputs, dimensions, weights, accuracy_level
+            CausalGraph(model).eval(),
+            arguments,
+            shapes,
+            inputs,
+            outputs,
+            dimensions,
+            weights,
+            accuracy_level,
+            None if tied is None else (tied, cast(Tensor, model.get_input_embeddings().weight).detach()),
         )
     except Exception as error:  # the exporter raises anything
         raise SwquantError(

@@ -50,12 +50,14 @@ def pack_weights(
     return weights
 
 
-def pack_head(model: PreTrainedModel, bits: int, dtype: torch.dtype) -> tuple[str, PackedWeight]:
-    """Round the output head to `bits` in blocks of 32. Returns its module's name and packed weight.
+def pack_head(model: PreTrainedModel, bits: int, dtype: torch.dtype) -> tuple[str, PackedWeight, bool]:
+    """Round the output head to `bits` in blocks of 32. Returns its module's name, its packed weight, and whether the
+    embedding is tied to it.
 
-    The model's head becomes what the codes stand for; an embedding that was tied to it stays as it is.
+    The model's head becomes what the codes stand for, and so does a tied embedding: one table serves both.
     """
-    head = model.get_output_embeddings()
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = embedding.weight is head.weight
     name = next(name for name, module in model.named_modules() if module is head)
     weight = head.weight.detach()
     block = fit(Group(_HEAD_BLOCK), (weight.shape[0], weight.shape[1]))
@@ -67,7 +69,9 @@ def pack_head(model: PreTrainedModel, bits: int, dtype: torch.dtype) -> tuple[st
     if head.bias is not None:
         rounded.bias = head.bias
     model.set_submodule(name, rounded)
-    return name, pack_weight(quantized, None, dtype)
+    if tied:
+        embedding.weight = nn.Parameter(rounded.weight.detach().clone(), requires_grad=False)
+    return name, pack_weight(quantized, None, dtype), tied
 
 
 @contextmanager

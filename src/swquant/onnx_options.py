@@ -31,7 +31,9 @@ class ExportOptions:
     )
     precision: str = described("fp32", "Of activations, scales and dense weights: fp32 or fp16.")
     accuracy_level: int = described(0, "Arithmetic of products: 0 (float) or 4 (activations rounded to int8; faster).")
-    lm_head_bits: int = described(0, "Round the output head, too: 8 or 4 bits in blocks of 32; 0 leaves it alone.")
+    lm_head_bits: int = described(
+        0, "Round the output head, too, and an embedding tied to it: 8 or 4 bits in blocks of 32; 0 leaves them alone."
+    )
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():

@@ -187,6 +187,29 @@ def test_parts_of_attention_that_differ_are_not_fused(tmp_path: Path) -> None:
     assert swquant.inspect(folder)["operators"]["MatMul"] == 3  # v of both layers, lm_head
 
 
+@pytest.mark.parametrize(
+    ("graph", "bits"),
+    [
+        ("genai", 4),
+        *(pytest.param(*rest, marks=pytest.mark.slow) for rest in (("genai", 8), ("dynamo", 4), ("dynamo", 8))),
+    ],
+)
+def test_a_tied_embedding_shares_the_heads_codes(graph: str, bits: int, tmp_path: Path) -> None:
+    save_model(
+        tiny_model("llama", num_hidden_layers=1, intermediate_size=96, tie_word_embeddings=True), tmp_path / "model"
+    )
+    options: dict = {"graph": graph, "lm_head_bits": bits, "format": "onnx"}
+    folder = swquant.compress(tmp_path / "model", tmp_path / "onnx", **options, **SETTINGS).path
+    check = swquant.inspect(folder)["check"]
+    assert check["largest_difference"] < 1e-4
+    assert check["same_tokens"] == check["generated_tokens"]
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    assert [128, 64] not in [list(item.dims) for item in model.graph.initializer]
+    assert [64, 128] not in [list(item.dims) for item in model.graph.initializer]
+    (codes,) = (item for item in model.graph.initializer if item.name.endswith("lm_head.codes"))
+    assert list(codes.dims) == [128, 2, 4 * bits]
+
+
 @pytest.mark.slow
 def test_half_precision(tmp_path: Path) -> None:
     checkpoint = compressed_model("llama", tmp_path)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import onnx_ir
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,20 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _share_table(model: onnx_ir.Model, placer: Placer, name: str, table: Tensor, weight: PackedWeight) -> None:
+    """The Gather of the rows of `table` reads the codes of the head `name`."""
+    for node in [node for node in model.graph if node.op_type == "Gather"]:
+        value = node.inputs[0]
+        if value is None or value.const_value is None or tuple(value.const_value.shape) != tuple(table.shape):
+            continue
+        if np.array_equal(value.const_value.numpy(), table.numpy()):
+            placer.replace_embedding(node, name, weight)
+            if not value.uses():
+                model.graph.initializers.pop(str(value.name))
+            return
+    raise ValueError("the embedding that shares the output head's codes is not used by the model")
+
+
 def export_graph(
     module: nn.Module,
     arguments: tuple[Any, ...],
@@ -77,9 +92,11 @@ def export_graph(
     dimensions: Mapping[str, Sequence[str | int]],
     weights: Mapping[str, PackedWeight],
     accuracy_level: int,
+    tied: tuple[str, Tensor] | None = None,
 ) -> onnx_ir.Model:
     """The ONNX graph of `module`, whose Placeholders become the nodes of their weights.
 
+    tied: (name in `weights`, table [N, K]) of an embedding that is to use the codes of an output head.
     dynamic_shapes: as torch.export takes them. dimensions: input or output name -> the names of its dynamic dimensions and
     the sizes of the others, in place of the letters that the exporter invents.
     """
@@ -105,6 +122,8 @@ def export_graph(
     for node in [node for node in model.graph if node.op_type == _PLACEHOLDER]:
         name = node.attributes["name"].as_string()
         placer.replace(node, name, packed.pop(name))
+    if tied is not None:
+        _share_table(model, placer, *tied, weights[tied[0]])
     if packed:
         raise ValueError(f"{next(iter(packed))} is not used by the model")
     return model

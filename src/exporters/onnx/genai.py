@@ -109,6 +109,8 @@ def place_weights(
     placer = Placer(model, accuracy_level)
     if form is not None:
         placer.add_function(form)
+    if "lm_head" in pieces:
+        _share_table(model, placer, pieces["lm_head"][0].inputs[1], packed["lm_head"])
     for name, (node, _) in pieces.items():
         weight_value = node.inputs[1]
         placer.replace(node, name, packed[name])
@@ -116,6 +118,17 @@ def place_weights(
         if not weight_value.uses():
             model.graph.initializers.pop(str(weight_value.name))
     return model
+
+
+def _share_table(model: onnx_ir.Model, placer: Placer, head: onnx_ir.Value | None, weight: PackedWeight) -> None:
+    """Where the embedding is tied to the head, the builder gathers from the head's weight, transposed."""
+    assert head is not None
+    for transpose in [node for node in head.consumers() if node.op_type == "Transpose"]:
+        (table,) = transpose.outputs
+        for gather in [node for node in table.consumers() if node.op_type == "Gather"]:
+            placer.replace_embedding(gather, "lm_head", weight)
+        if not table.uses():
+            model.graph.remove(transpose, safe=True)
 
 
 def _fix_cache_shapes(model: onnx_ir.Model, head_size: int) -> None:

@@ -4,6 +4,7 @@ plain                             MatMulNBits
 outliers, odd bits or blocks      LinearNBits, with a function for runtimes without our library
 channels kept in float            around MatMulNBits: Mul by a mask and Gather, which q, k and v (gate and up) share, a
                                   MatMul of a few rows, and Add; LinearNBits takes them as inputs
+embedding tied to the head        Gather of its rows of codes and scales, decoded by standard operators
 """
 
 from __future__ import annotations
@@ -62,6 +63,9 @@ class Placer:
         self._model.opset_imports[DOMAIN] = 1
 
     def _constant(self, name: str, tensor: Tensor | np.ndarray) -> onnx_ir.Value:
+        """An initializer; the one of this name where there is one already."""
+        if (known := self._model.graph.initializers.get(name)) is not None:
+            return known
         array = tensor.numpy() if isinstance(tensor, Tensor) else tensor
         content = onnx_ir.tensor(np.ascontiguousarray(array), name=name)
         value = onnx_ir.Value(
@@ -88,7 +92,7 @@ class Placer:
 
     def replace(self, node: onnx_ir.Node, name: str, weight: PackedWeight) -> None:
         """`node`, whose first input is multiplied with the weight `name`, becomes the nodes of `weight`."""
-        (x, *_), (y,) = node.inputs, node.outputs
+        x = node.inputs[0]
         assert x is not None
         nodes: list[onnx_ir.Node] = []
         attributes = {"K": weight.K, "N": weight.N, "bits": weight.bits, "accuracy_level": self._level}
@@ -107,12 +111,10 @@ class Placer:
             attributes |= {"block_rows": 1, "block_cols": weight.block}
             nodes.append(onnx_ir.node(OPERATOR, inputs, attributes, domain=DOMAIN))
         else:
-            # MatMulNBits wants [N, blocks, bytes of a block].
-            blocks = weight.codes.reshape(weight.N, weight.scales.shape[1], -1)
             picked = None
             if weight.channels is not None:
                 x, picked = self._without_channels(name, weight, x, nodes)
-            inputs = [x, self._constant(f"{name}.codes", blocks), scales, *([points] if points is not None else [])]
+            inputs = [x, self._blocks(name, weight), scales, *([points] if points is not None else [])]
             attributes |= {"block_size": weight.block}
             nodes.append(onnx_ir.node("MatMulNBits", inputs, attributes, domain=MICROSOFT))
             if picked is not None:
@@ -121,9 +123,50 @@ class Placer:
                     "MatMul", [picked, self._constant(f"{name}.channel_weights", weight.channel_weights)]
                 )
                 nodes += [apart, onnx_ir.node("Add", [nodes[-1].outputs[0], apart.outputs[0]])]
-        result = nodes[-1].outputs[0]
+        self._put(node, name, nodes)
+
+    def _blocks(self, name: str, weight: PackedWeight) -> onnx_ir.Value:
+        """The codes as MatMulNBits wants them, [N, blocks, bytes of a block]."""
+        return self._constant(f"{name}.codes", weight.codes.reshape(weight.N, weight.scales.shape[1], -1))
+
+    def _put(self, node: onnx_ir.Node, name: str, nodes: list[onnx_ir.Node]) -> None:
+        """`nodes` in the place of `node`; the last one gives its result."""
+        (y,), result = node.outputs, nodes[-1].outputs[0]
         result.shape, result.type = y.shape, y.type
         for index, new in enumerate(nodes):
             new.name = f"{name}.{new.op_type}.{index}"
-        graph = self._model.graph
-        onnx_ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [y], [result])
+        onnx_ir.convenience.replace_nodes_and_values(self._model.graph, node, [node], nodes, [y], [result])
+
+    def replace_embedding(self, node: onnx_ir.Node, name: str, weight: PackedWeight) -> None:
+        """`node`, a Gather of the rows of a float table, becomes one of the codes and scales of `weight`, which the head
+        `name` multiplies with: one table for both, and nothing that only newer runtimes have."""
+        ids = node.inputs[1]
+        assert ids is not None
+        assert weight.bits in (4, 8)
+        assert weight.zero_points is None
+
+        def number(key: str, value: int, dtype: torch.dtype) -> onnx_ir.Value:
+            return self._constant(f"{name}.{key}", torch.tensor(value, dtype=dtype))
+
+        def shape(key: str, *sizes: int) -> onnx_ir.Value:
+            return self._constant(f"{name}.{key}", torch.tensor(sizes))
+
+        last = shape("last", -1)
+        nodes = [onnx_ir.node("Gather", [self._blocks(name, weight), ids], {"axis": 0})]  # [batch, rows, blocks, bytes]
+        if weight.bits == 4:
+            low = onnx_ir.node("BitwiseAnd", [nodes[0].outputs[0], number("low_half", 15, torch.uint8)])
+            shift = number("half", 4, torch.uint8)
+            high = onnx_ir.node("BitShift", [nodes[0].outputs[0], shift], {"direction": "RIGHT"})
+            halves = [onnx_ir.node("Unsqueeze", [half.outputs[0], last]) for half in (low, high)]
+            both = onnx_ir.node("Concat", [half.outputs[0] for half in halves], {"axis": -1})
+            codes = onnx_ir.node("Reshape", [both.outputs[0], shape("block", 0, 0, 0, -1)])
+            nodes += [low, high, *halves, both, codes]
+        dtype = weight.scales.dtype
+        kind = onnx_ir.DataType.FLOAT16 if dtype is torch.float16 else onnx_ir.DataType.FLOAT
+        cast = onnx_ir.node("Cast", [nodes[-1].outputs[0]], {"to": kind.value})
+        centred = onnx_ir.node("Sub", [cast.outputs[0], number("middle", 1 << (weight.bits - 1), dtype)])
+        scales = onnx_ir.node("Gather", [self._constant(f"{name}.scales", weight.scales), ids], {"axis": 0})
+        spread = onnx_ir.node("Unsqueeze", [scales.outputs[0], last])
+        product = onnx_ir.node("Mul", [centred.outputs[0], spread.outputs[0]])
+        rows = onnx_ir.node("Reshape", [product.outputs[0], shape("row", 0, 0, weight.K)])
+        self._put(node, f"{name}.embedding", [*nodes, cast, centred, scales, spread, product, rows])
