@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exporters.errors import SwquantError, first_line
 from swquant.ort import open_session
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ class OnnxModel:
         return [np.zeros((batch, item.shape[1], 0, item.shape[3]), _DTYPES[item.type]) for item in items]
 
     def step(self, ids: np.ndarray, past: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Run int64 ids [batch, sequence] behind `past`. Returns (logits, the new past)."""
+        """Run int64 ids [batch, sequence] behind `past`. Returns (logits, the new past). Raises SwquantError where the runtime
+        loaded the graph but has no kernel for one of its nodes."""
         batch, count = ids.shape
         before = past[0].shape[2]
         feeds: dict[str, np.ndarray] = {
@@ -64,7 +66,10 @@ class OnnxModel:
             **dict(zip(self._past, past, strict=True)),
         }
         feeds = {name: value for name, value in feeds.items() if name in self._inputs}
-        logits, *present = self._session.run(self._outputs, feeds)
+        try:
+            logits, *present = self._session.run(self._outputs, feeds)
+        except Exception as error:  # the runtime has a dozen exception classes of its own
+            raise SwquantError(f"this onnxruntime cannot run the graph ({first_line(error)})") from None
         return logits, present
 
     def __call__(self, input_ids: Tensor, use_cache: bool = False) -> Output:

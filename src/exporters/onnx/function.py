@@ -123,14 +123,17 @@ _MULTIPLY = """
   product = MatMul (A, transposed)
 """
 
+# In float32, also because the runtime cannot add with ScatterElements in half precision on a CPU.
 _OUTLIERS = """
   outlier_inputs = Gather <axis = -1> (A, outlier_cols)
-  deltas = CastLike (outlier_deltas, A)
-  missing = Mul (outlier_inputs, deltas)
+  outlier_floats = Cast <to = 1> (outlier_inputs)
+  missing = Mul (outlier_floats, outlier_deltas)
   missing_shape = Shape (missing)
   outlier_rows64 = Cast <to = 7> (outlier_rows)
   places = Expand (outlier_rows64, missing_shape)
-  {out} = ScatterElements <axis = -1, reduction = "add"> ({product}, places, missing)
+  product_floats = Cast <to = 1> ({product})
+  restored = ScatterElements <axis = -1, reduction = "add"> (product_floats, places, missing)
+  {out} = CastLike (restored, A)
 """
 
 _CHANNELS = """
