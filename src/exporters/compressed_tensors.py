@@ -1,6 +1,6 @@
-"""The compressed-tensors `pack-quantized` format: how a quantized weight is named, laid out and declared.
+"""The formats of compressed-tensors that we write: how a quantized weight is named, laid out and declared.
 
-A linear weight `X.weight` becomes
+In `pack-quantized` a linear weight `X.weight` becomes
 
     X.weight_packed      int32 [out, ceil(in * bits / 32)]      codes, lowest bit first (`packing`)
     X.weight_scale       float [out, in / group]                [out, 1] per channel
@@ -8,9 +8,15 @@ A linear weight `X.weight` becomes
     X.weight_shape       int64 [2]                              out, in
 
 which stock transformers (with the compressed-tensors package) and vLLM decode as
-`(codes - zero_point) * scale`. `to_tensors` and `from_tensors` are a pure pair on local names.
+`(codes - zero_point) * scale`. In `int-quantized`, for integer products of rows of 8-bit codes with int8 activations that
+the loader rounds token by token,
 
-The format knows groups along the inputs and whole rows. Other blocks are written by repeating scales:
+    X.weight        int8 [out, in]     codes - 128
+    X.weight_scale  float [out, 1]
+
+`to_tensors` and `from_tensors` are a pure pair on local names.
+
+pack-quantized knows groups along the inputs and whole rows. Other blocks are written by repeating scales:
 a tile is a group whose scale occurs in several rows, one scale for the tensor is one per row, all
 equal, and a flat block that is a whole number of rows or divides a row is one of these. What is left,
 flat blocks that straddle rows, cannot be expressed (`express` says so).
@@ -33,19 +39,38 @@ from exporters.packing import pack, packed_words, unpack
 __all__ = ["LOCAL_NAMES", "Scheme", "express", "from_tensors", "quantization_config", "tensor_layout", "to_tensors"]
 
 LOCAL_NAMES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+_INT8_INPUTS = {
+    "num_bits": 8,
+    "type": "int",
+    "symmetric": True,
+    "strategy": "token",
+    "dynamic": True,
+    "group_size": None,
+}
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """What a config group declares. group_size: None for one scale per output channel."""
+    """What a config group declares. group_size: None for one scale per output channel. int8_inputs: `int-quantized`, with
+    inputs that the loader rounds; only for 8 bits, one symmetric scale per output channel."""
 
     bits: int
     group_size: int | None
     symmetric: bool
+    int8_inputs: bool = False
+
+    def __post_init__(self) -> None:
+        if self.int8_inputs and (self.bits, self.group_size, self.symmetric) != (8, None, True):
+            raise ValueError(f"int8 inputs want int8 channel symmetric weights, not {self}; declare weights alone")
+
+    @property
+    def format(self) -> str:
+        return "int-quantized" if self.int8_inputs else "pack-quantized"
 
     def __str__(self) -> str:
         kind = "channel" if self.group_size is None else f"group {self.group_size}"
-        return f"int{self.bits} {kind} {'symmetric' if self.symmetric else 'asymmetric'}"
+        inputs = ", int8 inputs" if self.int8_inputs else ""
+        return f"int{self.bits} {kind} {'symmetric' if self.symmetric else 'asymmetric'}{inputs}"
 
 
 def express(block: Block, shape: tuple[int, int]) -> Group | Channel | None:
@@ -75,9 +100,13 @@ def _grid(values: Tensor, block: Block, shape: tuple[int, int]) -> Tensor:
     return columns[:, :1].clone() if isinstance(target, Channel) else columns[:, ::step].clone()
 
 
-def to_tensors(quantized: QuantizedTensor) -> dict[str, Tensor]:
-    """Local names -> tensors, in the order of `LOCAL_NAMES`. Raises ValueError for a block that straddles rows."""
+def to_tensors(quantized: QuantizedTensor, *, int8_inputs: bool = False) -> dict[str, Tensor]:
+    """Local names -> tensors, in the order of `LOCAL_NAMES`. int8_inputs: as `int-quantized`. Raises ValueError for a block
+    that straddles rows."""
     shape, bits = quantized.shape, quantized.bits
+    if int8_inputs:
+        codes = (quantized.codes ^ 128).view(torch.int8)  # code - 128, the bits of which differ in the highest
+        return {"weight": codes, "weight_scale": _grid(quantized.scale, quantized.block, shape).contiguous()}
     tensors = {
         "weight_packed": pack(quantized.codes, bits),
         "weight_scale": _grid(quantized.scale, quantized.block, shape).contiguous(),
@@ -90,7 +119,13 @@ def to_tensors(quantized: QuantizedTensor) -> dict[str, Tensor]:
 
 
 def tensor_layout(
-    shape: tuple[int, int], block: Block, bits: int, *, symmetric: bool, scale_dtype: torch.dtype
+    shape: tuple[int, int],
+    block: Block,
+    bits: int,
+    *,
+    symmetric: bool,
+    scale_dtype: torch.dtype,
+    int8_inputs: bool = False,
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Local names -> (dtype, shape) of what `to_tensors` will return: the size of a weight before it exists."""
     out_features, in_features = shape
@@ -98,6 +133,8 @@ def tensor_layout(
     if target is None:
         raise ValueError(f"block {block} straddles the rows of a {list(shape)} weight")
     groups = 1 if isinstance(target, Channel) else in_features // target.size
+    if int8_inputs:
+        return {"weight": (torch.int8, shape), "weight_scale": (scale_dtype, (out_features, 1))}
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "weight_packed": (torch.int32, (out_features, packed_words(in_features, bits))),
         "weight_scale": (scale_dtype, (out_features, groups)),
@@ -113,6 +150,8 @@ def from_tensors(tensors: Mapping[str, Tensor], bits: int) -> QuantizedTensor:
 
     Raises ValueError where shapes contradict each other.
     """
+    if "weight" in tensors:
+        return _from_int8(tensors["weight"], tensors["weight_scale"], bits)
     declared = [int(size) for size in tensors["weight_shape"].flatten()]
     packed, scale = tensors["weight_packed"], tensors["weight_scale"]
     matrices = tensors["weight_shape"].shape == (2,) and packed.ndim == scale.ndim == 2
@@ -134,6 +173,14 @@ def from_tensors(tensors: Mapping[str, Tensor], bits: int) -> QuantizedTensor:
         zero_point = unpack(stored.T.contiguous(), bits, out_features).T.contiguous()
     block: Block = Channel() if groups == 1 else Group(in_features // groups)
     return QuantizedTensor(codes, scale, zero_point, block, bits)
+
+
+def _from_int8(weight: Tensor, scale: Tensor, bits: int) -> QuantizedTensor:
+    if weight.dtype is not torch.int8 or weight.ndim != 2 or tuple(scale.shape) != (len(weight), 1) or bits != 8:
+        raise ValueError(
+            f"weight {list(weight.shape)} of {weight.dtype} with {bits} bits contradicts weight_scale {list(scale.shape)}"
+        )
+    return QuantizedTensor(weight.view(torch.uint8) ^ 128, scale, None, Channel(), bits)
 
 
 def _kind(module: str) -> str:
@@ -185,13 +232,14 @@ def quantization_config(schemes: Mapping[str, Scheme], dense: Sequence[str], ver
         config_groups[f"group_{index}"] = {
             "targets": _targets(modules, others),
             "weights": weights,
-            "input_activations": None,
+            "input_activations": _INT8_INPUTS if scheme.int8_inputs else None,
             "output_activations": None,
-            "format": "pack-quantized",
+            "format": scheme.format,
         }
+    formats = {scheme.format for scheme in groups}
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": config_groups,
         "ignore": sorted(dense),

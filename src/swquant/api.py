@@ -21,7 +21,7 @@ from swquant.detection import Found, find_super_weights
 from swquant.evaluation import Evaluation, evaluate_model, generate_text
 from swquant.experiments.study import Study, study_checkpoint
 from swquant.manifest import MANIFEST, read_manifest
-from swquant.models import build_model
+from swquant.models import running_model
 from swquant.onnx_options import FORMATS, ExportOptions, export_options
 from swquant.options import DEFAULT_PROMPT, CompressOptions, StudyOptions
 from swquant.ort import require_exporter
@@ -118,11 +118,11 @@ def load(
 ) -> PreTrainedModel:
     """The transformers model of a compressed checkpoint (or of anything that `detect` takes), in evaluation mode.
 
-    Its weights are dense and every outlier has its original value. dtype: of the weights, the checkpoint's own by default.
+    Its weights are dense, every outlier has its original value, and int8 activations are simulated, exactly. dtype: of the weights, the checkpoint's own by default.
     restore: False leaves the outliers as a loader sees them that ignores the sidecar. Raises SwquantError.
     """
     with open_checkpoint(path, restored=restore, trust_remote_code=trust_remote_code) as checkpoint:
-        return build_model(checkpoint, dtype, device)
+        return running_model(checkpoint, dtype, device)
 
 
 def inspect(path: Model) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from calibrationless import Detection, Probe, Scalar, detect, run_probe
+from calibrationless import Detection, LinearRecord, Probe, Scalar, detect, run_probe
 from exporters.errors import SwquantError
 from swquant.architecture import Architecture, describe
 from swquant.checkpoint.base import Checkpoint
@@ -41,10 +41,14 @@ class Found:
     folds: tuple[Fold, ...] = ()
     published: tuple[Published, ...] = ()
 
-    def energy(self, name: str) -> torch.Tensor | None:
-        """float32 [in]: the energy of the inputs of a stored linear weight; None for an expert that no token visited."""
+    def record(self, name: str) -> LinearRecord | None:
+        """What the probe saw of a stored linear weight; None for an expert that no token visited."""
         probe, weight = self.detection.probe, self.architecture.weights[name]
-        record = probe.linears.get(weight.watch) if probe is not None else None
+        return probe.linears.get(weight.watch) if probe is not None else None
+
+    def energy(self, name: str) -> torch.Tensor | None:
+        """float32 [in]: the energy of the inputs of a stored linear weight, where it was seen."""
+        record = self.record(name)
         return record.energy if record is not None else None
 
 

@@ -27,7 +27,7 @@ from exporters.errors import SwquantError
 from swquant.checkpoint.base import Checkpoint
 from swquant.checkpoint.onnx import OnnxCheckpoint
 from swquant.console import Progress, silent
-from swquant.models import build_model, quiet
+from swquant.models import quiet, running_model
 from swquant.onnx_model import OnnxModel
 
 __all__ = [
@@ -106,7 +106,7 @@ def runnable_model(checkpoint: Checkpoint) -> PreTrainedModel | OnnxModel:
     """The model in float32; an ONNX graph in what it was exported for."""
     if isinstance(checkpoint, OnnxCheckpoint):
         return OnnxModel.open(checkpoint.graph, checkpoint.config, checkpoint.end_tokens)
-    return build_model(checkpoint, torch.float32)
+    return running_model(checkpoint, torch.float32)
 
 
 def window_logits(model: PreTrainedModel | OnnxModel, ids: Tensor, bos: int | None) -> tuple[Tensor, Tensor]:

@@ -102,7 +102,9 @@ def loader_table(plan: Plan) -> dict[str, str]:
     schemes = {plan.scheme(tensor) for tensor in plan.quantized}
     odd = sorted({scheme.bits for scheme in schemes} - {4, 8}, reverse=True)
     groups = sorted({scheme.group_size for scheme in schemes if scheme.group_size} - {32, 64, 128})
-    if odd:
+    if plan.int8_inputs:
+        vllm = "yes, with integer products; ignores the sidecar and the channels kept in float"
+    elif odd:
         vllm = f"no: its kernels take 4 and 8 bits, not {odd[0]}"
     elif groups:
         vllm = f"no: its kernels take groups of 32, 64, 128 or a channel, not {groups[0]}"
@@ -115,11 +117,14 @@ def loader_table(plan: Plan) -> dict[str, str]:
         versions = "0.15 to 0.17 (0.18 to 0.20 stop at packed zero points)"
     else:
         versions = "0.18 or later" if odd and odd[0] != 2 else "0.15 or later"
-    return {
-        "swquant.load": "yes; restores every outlier" if plan.options.restore else "yes; nothing to restore",
-        "transformers": f"yes, with compressed-tensors {versions}; ignores the sidecar",
-        "vLLM": vllm,
-    }
+    ours = "yes; restores every outlier" if plan.options.restore else "yes; nothing to restore"
+    stock = f"yes, with compressed-tensors {versions}; ignores the sidecar"
+    if plan.int8_inputs:
+        ours, stock = f"{ours}, rounds activations", f"{stock}, rounds activations, all channels of them"
+    elif plan.options.activations == "int8":
+        ours, stock = f"{ours}, rounds activations", f"{stock}, leaves activations in float"
+        vllm = f"{vllm}, leaves activations in float" if vllm.startswith("yes") else vllm
+    return {"swquant.load": ours, "transformers": stock, "vLLM": vllm}
 
 
 def tensor_record(tensor: TensorPlan, plan: Plan, shard: str, hashes: Mapping[str, str]) -> dict[str, Any]:

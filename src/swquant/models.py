@@ -19,11 +19,13 @@ import transformers
 from transformers import PreTrainedModel
 
 from exporters.errors import SwquantError, first_line
-from swquant.architecture import empty_model
+from swquant.activations import round_inputs
+from swquant.architecture import describe, empty_model
 from swquant.checkpoint.base import Checkpoint
+from swquant.checkpoint.compressed import CompressedCheckpoint
 from swquant.interrupts import sigterm_interrupts
 
-__all__ = ["build_model", "fits_in_memory", "offloaded_model", "quiet"]
+__all__ = ["build_model", "fits_in_memory", "offloaded_model", "quiet", "running_model"]
 
 
 @contextmanager
@@ -85,6 +87,14 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device
         # transformers wraps .to() in a way mypy cannot follow, hence Any.
         model: Any = _load(checkpoint, None, config=checkpoint.config, state_dict=state, dtype=dtype or "auto")
     return model.to(device)
+
+
+def running_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: str = "cpu") -> PreTrainedModel:
+    """The model as it is to be run: `build_model`, with activations rounded where the checkpoint says so."""
+    model = build_model(checkpoint, dtype, device)
+    if isinstance(checkpoint, CompressedCheckpoint) and checkpoint.manifest.get("activations"):
+        return round_inputs(model, checkpoint.manifest, describe(checkpoint), restored=checkpoint.restored)
+    return model
 
 
 @contextmanager

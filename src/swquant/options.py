@@ -34,6 +34,11 @@ EXPERIMENTS = ("identify", "importance", "persistence", "stopwords", "amplificat
 # What each preset refines the rounding with.
 PRESETS = {"fast": "none", "balanced": "prompt", "best": "self"}
 _DTYPES = ("bfloat16", "float16", "float32")
+_ACTIVATIONS = {
+    "activations": ("none", "int8"),
+    "activation_scale": ("per-token", "per-tensor"),
+    "activation_range": ("dynamic", "static"),
+}
 
 
 def described(default: Any, text: str) -> Any:
@@ -46,7 +51,10 @@ class CompressOptions:
     """What `compress` can be told. Raises SwquantError for values that make no sense, alone or together."""
 
     bits: int = described(4, "Bits per weight, 2 to 8. vLLM's kernels take 4 and 8.")
-    block: str = described("128", "Weights that share a scale: 128, 64x64, channel, tensor or flat:512.")
+    block: str | None = described(
+        None,
+        "Weights that share a scale: 128, 64x64, channel, tensor or flat:512; 128, or channel for 8 bits and int8 activations.",
+    )
     symmetric: bool = described(True, "Signed-maximum scale without zero point, or min/max with one.")
     preset: str = described(
         "balanced",
@@ -65,6 +73,13 @@ class CompressOptions:
     )
     strict_block: bool = described(
         False, "Fail where the block does not divide a tensor, instead of taking a smaller one."
+    )
+    activations: str = described("none", "Round the inputs of every compressed linear layer, too: none or int8.")
+    activation_scale: str | None = described(
+        None, "Activations that share a scale: per-token or, coarser, per-tensor; per-token, or per-tensor if static."
+    )
+    activation_range: str | None = described(
+        None, "Where their scale comes from: dynamic (each input's own) or static (the one prompt); dynamic."
     )
     dtype: str = described("auto", "Of dense tensors and scales: auto (the source's), bfloat16, float16 or float32.")
     shard_size: str = described("5GB", "Largest size of one file of weights.")
@@ -91,12 +106,45 @@ class CompressOptions:
             raise SwquantError(f"outliers {self.outliers:g} is outside 0 to 0.1; 0.0005 keeps one weight in 2,000")
         if self.outliers and not self.restore:
             raise SwquantError("--outliers needs the sidecar that --no-restore leaves out; use one of the two")
+        self._check_activations()
         if self.dtype != "auto" and self.dtype not in _DTYPES:
             raise SwquantError(f"dtype {self.dtype!r} is not one of: auto, {', '.join(_DTYPES)}")
         if any(not pattern for pattern in self.dense):
             raise SwquantError("an empty --dense pattern would match every tensor; name a part of a tensor's name")
         if parse_bytes(self.shard_size) < 1_000_000:
             raise SwquantError(f"shard size {self.shard_size} is below 1MB; the usual size is 5GB")
+
+    def _check_activations(self) -> None:
+        for name, known in _ACTIVATIONS.items():
+            if (value := getattr(self, name)) is not None and value not in known:
+                flag = "--" + name.replace("_", "-")
+                raise SwquantError(f"{flag} {value!r} is not one of: {', '.join(known)}")
+        for name in ("activation_scale", "activation_range"):
+            if self.activations == "none" and getattr(self, name) is not None:
+                flag = "--" + name.replace("_", "-")
+                raise SwquantError(
+                    f"{flag} {getattr(self, name)} says how activations are rounded, and they are not; add --activations int8"
+                )
+        if (self.activation_scale, self.activation_range) == ("per-token", "static"):
+            raise SwquantError(
+                "--activation-scale per-token cannot be static: no prompt holds the tokens to come; "
+                "use --activation-scale per-tensor or --activation-range dynamic"
+            )
+
+    @property
+    def block_name(self) -> str:
+        """The block as it is typed. Integer products of 8-bit codes want one scale for a whole row of weights."""
+        return self.block or ("channel" if self.bits == 8 and self.activations == "int8" else "128")
+
+    @property
+    def per_token(self) -> bool:
+        """Whether every token of rounded activations has a scale of its own."""
+        return (self.activation_scale or ("per-tensor" if self.static else "per-token")) == "per-token"
+
+    @property
+    def static(self) -> bool:
+        """Whether the scale of activations is that of the one prompt."""
+        return self.activation_range == "static"
 
     @property
     def refinement(self) -> str:
@@ -114,7 +162,7 @@ class CompressOptions:
     def parsed_block(self) -> Block:
         from calibrationless import parse_block
 
-        return parse_block(self.block)
+        return parse_block(self.block_name)
 
     @property
     def parsed_clip(self) -> Clip | None:
@@ -130,11 +178,13 @@ class CompressOptions:
 
     @property
     def suffix(self) -> str:
-        """What is appended to a model's name for the default OUT: `-w4-b128`."""
-        return f"-w{self.bits}-b{self.block}".replace(":", "")
+        """What is appended to a model's name for the default OUT: `-w4-b128`, `-w8a8-bchannel`."""
+        activations = "a8" if self.activations == "int8" else ""
+        return f"-w{self.bits}{activations}-b{self.block_name}".replace(":", "")
 
     def as_dict(self) -> dict[str, Any]:
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        values = {**asdict(self), "block": self.block_name}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     def fingerprint(self, source: str) -> str:
         """sha256 over the source's fingerprint and every option."""

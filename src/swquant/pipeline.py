@@ -35,6 +35,7 @@ from exporters.errors import SwquantError
 from exporters.json_file import write_json
 from exporters.safetensors_file import FileRecord, SafetensorsWriter
 from exporters.sidecar import SIDECAR, SidecarWriter
+from swquant.activations import activations_record, input_record
 from swquant.checkpoint.base import Checkpoint
 from swquant.console import Progress, silent
 from swquant.destination import check_destination, check_space, no_space, replace, unfinished
@@ -140,6 +141,7 @@ def _write_all(prepared: Prepared, folder: Path, progress: Progress) -> Mapping[
             "options": plan.options.as_dict(),
             "fingerprint": plan.options.fingerprint(checkpoint.fingerprint),
             "detection": detection_record(prepared.found),
+            "activations": activations_record(plan.options, declared=plan.int8_inputs),
             "loaders": loader_table(plan),
             "totals": {
                 "bits_per_quantized_weight": round(plan.bits_per_weight, 4),
@@ -236,7 +238,7 @@ def _write_tensor(
     kept = choose_outliers(weight, quantized, tensor, importance) if tensor.points else None
     if own is not None:
         quantized = feed_back(weight, quantized, own[0], kept)
-    for key, part in compressed_tensors.to_tensors(quantized).items():
+    for key, part in compressed_tensors.to_tensors(quantized, int8_inputs=prepared.plan.int8_inputs).items():
         writer.write(f"{tensor.module}.{key}", part)
     if kept is not None and sidecar is not None:
         sidecar.write(tensor.name, kept)
@@ -249,6 +251,8 @@ def _write_tensor(
         record["output_error"] = float(f"{error.output:.7g}")
     if fold is not None:
         record["scaled"] = True
+    if (inputs := input_record(tensor, prepared.found, options)) is not None:
+        record["inputs"] = inputs
     if tensor.super_weights:
         # What a loader sees that does not know the sidecar: the safety rule, in numbers.
         decoded = dequantize(quantized, torch.float32)

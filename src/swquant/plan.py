@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from calibrationless import Block, Flat, Group, SuperWeight, Tile, block_elements, columns, fit
+from calibrationless import Block, Channel, Flat, Group, SuperWeight, Tensor, Tile, block_elements, columns, fit
 from exporters import compressed_tensors
 from exporters.compressed_tensors import Scheme
 from exporters.errors import SwquantError
@@ -72,13 +72,15 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """tensors: in the order of the source. shards: the tensors of each file. left_out: name -> why it is not written."""
+    """tensors: in the order of the source. shards: the tensors of each file. left_out: name -> why it is not written.
+    int8_inputs: whether stock loaders are told to round activations."""
 
     options: CompressOptions
     tensors: tuple[TensorPlan, ...]
     shards: tuple[tuple[TensorPlan, ...], ...]
     left_out: Mapping[str, str]
     notes: tuple[str, ...]
+    int8_inputs: bool = False
 
     @property
     def quantized(self) -> tuple[TensorPlan, ...]:
@@ -103,7 +105,8 @@ class Plan:
         """What the format declares for a quantized tensor."""
         assert tensor.block is not None
         carried = compressed_tensors.express(tensor.block, tensor.shape)
-        return Scheme(self.options.bits, carried.size if isinstance(carried, Group) else None, self.options.symmetric)
+        group = carried.size if isinstance(carried, Group) else None
+        return Scheme(self.options.bits, group, self.options.symmetric, self.int8_inputs)
 
 
 def make_plan(
@@ -120,6 +123,7 @@ def make_plan(
     _check_patterns(options.dense, checkpoint.tensors)
     left_out = _tied(checkpoint)
     expert_block = _expert_block(checkpoint, architecture, found, options)
+    int8_inputs = _int8_inputs(architecture, options)
     tensors: list[TensorPlan] = []
     fitted: dict[str, int] = {}
     for name, stored in checkpoint.tensors.items():
@@ -137,14 +141,32 @@ def make_plan(
             continue
         if choice != options.parsed_block:
             fitted[str(choice)] = fitted.get(str(choice), 0) + 1
-        tensors.append(_quantized(name, stored, choice, points, checkpoint, options))
+        tensors.append(_quantized(name, stored, choice, points, checkpoint, options, int8_inputs))
     if not any(tensor.block for tensor in tensors):
         raise SwquantError(_nothing(checkpoint, tensors))
     tensors = _folded(tensors, folds)
     notes = [
-        f"block {options.block} does not divide {count} tensors, which take {block}" for block, count in fitted.items()
+        f"block {options.block_name} does not divide {count} tensors, which take {block}"
+        for block, count in fitted.items()
     ]
-    return Plan(options, tuple(tensors), _shards(tensors, parse_bytes(options.shard_size)), left_out, tuple(notes))
+    if options.activations == "int8" and expert_block is not None:
+        notes.append("the inputs of experts stay in float; those of the other linear layers are rounded to int8")
+    shards = _shards(tensors, parse_bytes(options.shard_size))
+    return Plan(options, tuple(tensors), shards, left_out, tuple(notes), int8_inputs)
+
+
+def _int8_inputs(architecture: Architecture, options: CompressOptions) -> bool:
+    """Whether stock loaders can be told to round activations as we do, the kept channels aside: `int-quantized` knows rows
+    of 8-bit codes and a scale for every token, and no experts. For all else they are told of the weights alone, which is
+    safe: a float activation is closer to the original than a rounded one."""
+    return (
+        options.activations == "int8"
+        and options.bits == 8
+        and options.symmetric
+        and options.per_token
+        and isinstance(options.parsed_block, Channel | Tensor)
+        and all(linear.kind != "expert" for linear in architecture.weights.values())
+    )
 
 
 def _folded(tensors: Sequence[TensorPlan], folds: Sequence[Fold]) -> list[TensorPlan]:
@@ -219,7 +241,7 @@ def _choose(
     shape = (stored.shape[0], stored.shape[1])
     block = fit(options.parsed_block, shape)
     if block is None or (options.strict_block and block != options.parsed_block):
-        problem = f"block {options.block} does not divide {_dimension(options.parsed_block, shape)} of {name}"
+        problem = f"block {options.block_name} does not divide {_dimension(options.parsed_block, shape)} of {name}"
         if options.strict_block:
             raise SwquantError(f"{problem}; use {_remedy(options.parsed_block, shape)}")
         return f"{problem} and no power of two from 16 does"
@@ -265,12 +287,12 @@ def _expert_block(
     carried = {compressed_tensors.express(block, shape) for shape in shapes} if block else {None}
     if block is None or len(carried) > 1 or None in carried:
         raise SwquantError(
-            f"block {options.block} cannot be the same for experts of {common[1]} common inputs, but {_EXPERTS}; "
+            f"block {options.block_name} cannot be the same for experts of {common[1]} common inputs, but {_EXPERTS}; "
             f"use {_remedy(options.parsed_block, common)}"
         )
     if options.strict_block and block != options.parsed_block:
         raise SwquantError(
-            f"block {options.block} does not divide {names[0]}; use {_remedy(options.parsed_block, common)}"
+            f"block {options.block_name} does not divide {names[0]}; use {_remedy(options.parsed_block, common)}"
         )
     for name, shape in zip(names, shapes, strict=True):
         if found.get(name) and block_elements(block, shape) > MAX_BLOCK_WITH_SUPER_WEIGHT:
@@ -307,6 +329,7 @@ def _quantized(
     points: tuple[tuple[int, int], ...],
     checkpoint: Checkpoint,
     options: CompressOptions,
+    int8_inputs: bool,
 ) -> TensorPlan:
     shape = (stored.shape[0], stored.shape[1])
     local = compressed_tensors.tensor_layout(
@@ -315,6 +338,7 @@ def _quantized(
         options.bits,
         symmetric=options.symmetric,
         scale_dtype=_dense_dtype(checkpoint, stored, options),
+        int8_inputs=int8_inputs,
     )
     module = name.removesuffix(".weight")
     kept = (len(set(points)) + int(options.outlier_fraction * stored.numel)) if options.restore else 0

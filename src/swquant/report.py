@@ -35,7 +35,7 @@ def checkpoint_report(name: str, found: Found, plan: Plan, records: Mapping[str,
         ("source", name),
         ("weights", f"{human_bytes(plan.source_bytes)} became {human_bytes(plan.nbytes)}"),
         ("bits per quantized weight", f"{plan.bits_per_weight:.3f}"),
-        ("bits, block", f"{options.bits}, {options.block}, {'symmetric' if options.symmetric else 'asymmetric'}"),
+        ("bits, block", f"{options.bits}, {options.block_name}, {'symmetric' if options.symmetric else 'asymmetric'}"),
         (
             "scales searched with",
             {"none": "nothing", "prompt": "the one prompt"}.get(options.refinement, options.refinement),

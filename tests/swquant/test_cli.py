@@ -154,6 +154,9 @@ OPTIONS = {
     "--no-restore": {"restore": False},
     "--outliers 0.01": {"outliers": 0.01},
     "--dense q_proj --dense *.up_proj.*": {"dense": ["q_proj", "*.up_proj.*"]},
+    "--activations int8 --block 32": {"activations": "int8", "block": "32"},
+    "--activations int8 --activation-scale per-tensor": {"activations": "int8", "activation_scale": "per-tensor"},
+    "--activations int8 --activation-range static": {"activations": "int8", "activation_range": "static"},
     "--dtype float16": {"dtype": "float16"},
     "--shard-size 1MB": {"shard_size": "1MB"},
     "--strict-block --block 64": {"strict_block": True, "block": "64"},
@@ -164,7 +167,7 @@ OPTIONS = {
 @pytest.mark.parametrize("words", OPTIONS)
 def test_every_option_arrives(cli: Cli, planted_llama: Planted, tmp_path: Path, words: str) -> None:
     given = ("compress", planted_llama.folder, tmp_path / "out", *words.split(), "--dry-run", "--json")
-    default = {**asdict(CompressOptions()), "dense": []}
+    default = {**asdict(CompressOptions()), "dense": [], "block": "128"}
     assert document(cli(*given))["options"] == {**default, **OPTIONS[words]}
 
 

@@ -14,7 +14,8 @@ from swquant.options import CompressOptions, parse_bytes
 OTHER = {
     "bits": 3, "block": "64", "symmetric": False, "clip": "z=9", "restore": False, "outliers": 0.01, "dense": ("q_proj",),
     "strict_block": True, "dtype": "float16", "shard_size": "1GB", "prompt": "Hello.",
-    "preset": "fast", "refine": "none", "seed": 1,
+    "preset": "fast", "refine": "none", "seed": 1, "activations": "int8",
+    "activation_scale": "per-tensor", "activation_range": "dynamic",
 }  # fmt: skip
 
 
@@ -35,7 +36,9 @@ def test_what_is_no_size_is_refused_with_examples(text: str) -> None:
 def test_every_option_changes_the_fingerprint() -> None:
     assert set(OTHER) == {item.name for item in fields(CompressOptions)}
     prints = [CompressOptions().fingerprint("source"), CompressOptions().fingerprint("other source")]
-    prints += [CompressOptions(**{key: value}).fingerprint("source") for key, value in OTHER.items()]
+    for key, value in OTHER.items():
+        needed = {"activations": "int8", "block": "128"} if key.startswith("activation_") else {}
+        prints.append(CompressOptions(**{**needed, key: value}).fingerprint("source"))
     assert len(set(prints)) == len(prints)
     assert prints[0] == CompressOptions().fingerprint("source")
 

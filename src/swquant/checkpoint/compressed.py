@@ -37,6 +37,7 @@ class CompressedCheckpoint(Checkpoint):
     ) -> None:
         self.folder = folder
         self._unrounded = unrounded
+        self.restored = restored
         self.name = folder.resolve().name
         self.trust_remote_code = trust_remote_code
         self.manifest = read_manifest(folder)

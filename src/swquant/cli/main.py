@@ -103,7 +103,7 @@ def compress(
     ] = None,
     form: FormatOption = "checkpoint",
     bits: Annotated[int, typer.Option(help=option_help("bits"))] = CompressOptions.bits,
-    block: Annotated[str, typer.Option(help=option_help("block"))] = CompressOptions.block,
+    block: Annotated[str | None, typer.Option(help=option_help("block"), show_default=False)] = CompressOptions.block,
     symmetric: Annotated[
         bool, typer.Option("--symmetric/--asymmetric", help=option_help("symmetric"))
     ] = CompressOptions.symmetric,
@@ -122,6 +122,13 @@ def compress(
     strict_block: Annotated[
         bool, typer.Option("--strict-block", help=option_help("strict_block"))
     ] = CompressOptions.strict_block,
+    activations: Annotated[str, typer.Option(help=option_help("activations"))] = CompressOptions.activations,
+    activation_scale: Annotated[
+        str | None, typer.Option(help=option_help("activation_scale"), show_default=False)
+    ] = None,
+    activation_range: Annotated[
+        str | None, typer.Option(help=option_help("activation_range"), show_default=False)
+    ] = None,
     dtype: Annotated[str, typer.Option(help=option_help("dtype"))] = CompressOptions.dtype,
     shard_size: Annotated[str, typer.Option(help=option_help("shard_size"))] = CompressOptions.shard_size,
     prompt: PromptOption = DEFAULT_PROMPT,
@@ -144,7 +151,7 @@ def compress(
     )
     options = CompressOptions(
         bits=bits, block=block, symmetric=symmetric, preset=preset, refine=refine, clip=clip, restore=restore, outliers=outliers, dense=tuple(dense or ()),
-        strict_block=strict_block, dtype=dtype, shard_size=shard_size, prompt=prompt, seed=seed,
+        strict_block=strict_block, activations=activations, activation_scale=activation_scale, activation_range=activation_range, dtype=dtype, shard_size=shard_size, prompt=prompt, seed=seed,
     )  # fmt: skip
     from swquant.checkpoint.open import open_checkpoint
     from swquant.destination import check_destination
@@ -188,6 +195,7 @@ app.command()(export)
 @app.command()
 def inspect(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None:
     """Show what is in a compressed checkpoint: schemes, outliers, what stayed dense and why, what loads it."""
+    from swquant.activation_tables import show_activations
     from swquant.manifest import read_manifest
     from swquant.onnx_tables import show_onnx_manifest
     from swquant.tables import show_manifest
@@ -199,6 +207,7 @@ def inspect(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None
         show_onnx_manifest(out, checkpoint, manifest)
     else:
         show_manifest(out, checkpoint, manifest)
+        show_activations(out, manifest)
 
 
 @app.command()
