@@ -8,7 +8,7 @@ chosen, and put back, exactly, after rounding. The paper replaces one scalar of 
 Here it is a fixed set of channels of each linear, found on the one prompt: a super activation keeps its channel, whatever
 the text, so the set needs no search at run time, and in a product it costs `A[:, channels] @ W[:, channels].T` in float.
 
-    scale   largest |A| that is not kept / 127      per token [..., 1], per tensor [], or static, from the one prompt
+    scale   largest |A| that is not kept / 127      per token [..., 1], per tensor [], or static: of the one prompt, doubled
     round   codes = clamp(round(A / scale), -127, 127)
 
 REPLACE takes the median in the paper. The scale of a symmetric rounding asks for the largest magnitude only, which no median
@@ -26,6 +26,8 @@ LEVELS = 127  # -127 .. 127: -128 has no mirror image, and integer kernels do wi
 # A channel is massive if the most it holds on the prompt is so many times what the median channel holds; of each linear the
 # largest are kept, no more than so many, and only if the scale of the rest becomes so many times finer.
 MASSIVE, MOST, FINER = 8.0, 4, 1.5
+# Ten tokens do not show the largest activation that a text will bring; beyond a static scale it is clamped.
+HEADROOM = 2.0
 
 
 def massive_channels(peaks: Tensor) -> Tensor:
@@ -41,10 +43,9 @@ def massive_channels(peaks: Tensor) -> Tensor:
 
 
 def static_scale(peaks: Tensor, channels: Tensor) -> float:
-    """The scale [] that fits what the prompt showed: peaks float [in]; channels int [k] are kept and do not count."""
-    rest = peaks.to(torch.float32).clone()
-    rest[channels.to(torch.int64)] = 0
-    return float(_scale_of(rest.amax()))
+    """The scale for twice what the prompt showed: peaks float [in]; channels int [k] are kept and do not count."""
+    rest = peaks.to(torch.float32).index_fill(0, channels.to(torch.int64), 0)
+    return float(_scale_of(HEADROOM * rest.amax()))
 
 
 def _scale_of(largest: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from swquant.manifest import write_manifest
 from swquant.models import build_model
 from swquant.onnx_check import Reference, check_export, make_reference
 from swquant.onnx_graph import dynamo_graph, genai_graph, save_for_builder
-from swquant.onnx_linears import keep_channels, pack_head, pack_weights, unsupported, watch_peaks
+from swquant.onnx_linears import channels_of, keep_channels, pack_head, pack_weights, unsupported, watch_peaks
 from swquant.onnx_options import ExportOptions
 from swquant.pipeline import Prepared, write
 from swquant.verification import file_table
@@ -120,7 +120,7 @@ def _trace(checkpoint: CompressedCheckpoint, options: ExportOptions, scratch: Pa
         with watch_peaks(model, weights) as peaks:
             reference = make_reference(model, prompt)
         if options.accuracy_level:
-            weights = keep_channels(weights, peaks)
+            weights = keep_channels(weights, peaks, channels_of(checkpoint))
     with progress.step("Tracing the graph"):
         if options.graph == "genai":
 

@@ -2,7 +2,8 @@
 
 Accuracy level 4 rounds activations to int8 in blocks along the inputs. One massive channel in a block takes all levels for
 itself; the block's other activations vanish, which is the super weight's problem in the activations. So the channels that
-tower over the others on the one prompt are multiplied apart, in float.
+tower over the others on the one prompt are multiplied apart, in float: those that the checkpoint names, if its activations are
+int8, or those that the same rule finds here.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from transformers import PreTrainedModel
 from calibrationless import Group, dequantize, fit, massive_channels, quantize
 from exporters.errors import SwquantError
 from exporters.onnx.nodes import PackedWeight, pack_weight, with_channels
+from swquant.activations import kept_channels
 from swquant.architecture import describe
 from swquant.checkpoint.compressed import CompressedCheckpoint
 
-__all__ = ["keep_channels", "pack_head", "pack_weights", "unsupported", "watch_peaks"]
+__all__ = ["channels_of", "keep_channels", "pack_head", "pack_weights", "unsupported", "watch_peaks"]
 
 _HEAD_BLOCK = 32
 
@@ -94,9 +96,18 @@ def watch_peaks(model: PreTrainedModel, names: Mapping[str, object]) -> Iterator
             handle.remove()
 
 
-def keep_channels(weights: Mapping[str, PackedWeight], peaks: Mapping[str, Tensor]) -> dict[str, PackedWeight]:
-    """The weights, with the massive channels of their inputs multiplied apart."""
-    massive = {name: massive_channels(peaks[name]) for name in weights}
+def channels_of(checkpoint: CompressedCheckpoint) -> dict[str, Tensor]:
+    """Module -> int64 channels that the checkpoint keeps in float, [k]; without those whose inputs it does not round."""
+    weights = describe(checkpoint).weights
+    found = {name: kept_channels(name, record) for name, record in checkpoint.manifest["tensors"].items()}
+    return {weights[name].module: channels for name, channels in found.items() if channels is not None}
+
+
+def keep_channels(
+    weights: Mapping[str, PackedWeight], peaks: Mapping[str, Tensor], known: Mapping[str, Tensor]
+) -> dict[str, PackedWeight]:
+    """The weights, with channels of their inputs multiplied apart: `known` ones, otherwise those that `peaks` show as massive."""
+    massive = {name: known[name] if name in known else massive_channels(peaks[name]) for name in weights}
     return {
         name: with_channels(weight, massive[name]) if len(massive[name]) else weight for name, weight in weights.items()
     }

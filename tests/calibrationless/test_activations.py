@@ -108,11 +108,10 @@ def test_an_integer_product_with_kept_channels_apart_is_the_same(per_token: bool
 def test_a_static_scale_fits_the_prompt_and_clamps_beyond_it() -> None:
     peaks = torch.tensor([1.0, 900.0, 2.54, 0.5])
     scale = static_scale(peaks, torch.tensor([1]))
-    assert scale == pytest.approx(2.54 / 127)
+    assert scale == pytest.approx(2 * 2.54 / 127)
     keep = torch.tensor([False, True, False, False])
-    result = round_activations(torch.tensor([[5.0, 1e6, -2.54, 0.01]]), keep, per_token=False, scale=scale)
-    torch.testing.assert_close(result, torch.tensor([[2.54, 1e6, -2.54, 0.02 * 0]]), rtol=1e-6, atol=0.011)
-    assert result[0, 0] < 2.55
+    result = round_activations(torch.tensor([[50.0, 1e6, -2.54, 0.01]]), keep, per_token=False, scale=scale)
+    torch.testing.assert_close(result, torch.tensor([[127 * scale, 1e6, -64 * scale, 0.0]]), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("per_token", [True, False])

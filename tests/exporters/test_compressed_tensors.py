@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compressed_tensors.compressors import PackedQuantizationCompressor
+from compressed_tensors.compressors import IntQuantizationCompressor, PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from compressed_tensors.utils.match import is_match, match_named_modules
 from hypothesis import given, settings
@@ -67,6 +67,40 @@ def test_the_layout_is_known_before_the_weight_is(case, bits, symmetric, dtype):
     assert list(layout) == [name for name in LOCAL_NAMES if name in layout]
     assert ("weight_zero_point" in layout) != symmetric
     assert all(tensor.is_contiguous() for tensor in tensors.values())
+
+
+@given(small, small, dtypes, st.sampled_from([Channel(), Tensor()]))
+@relaxed
+def test_int_quantized_is_decoded_by_a_stock_loader_and_by_ours(rows, cols, dtype, block):
+    quantized = quantize(random_weight((rows, cols)), block, 8, scale_dtype=dtype)
+    tensors = to_tensors(quantized, int8_inputs=True)
+    layout = tensor_layout((rows, cols), block, 8, symmetric=True, scale_dtype=dtype, int8_inputs=True)
+    assert list(layout.items()) == [(name, (tensor.dtype, tuple(tensor.shape))) for name, tensor in tensors.items()]
+    read = from_tensors(tensors, 8)
+    assert torch.equal(read.codes, quantized.codes)
+    assert torch.equal(dequantize(read), dequantize(quantized))
+    scheme = QuantizationScheme(targets=[], weights=QuantizationArgs(num_bits=8, symmetric=True, strategy="channel"))
+    assert torch.equal(IntQuantizationCompressor.decompress(tensors, scheme)["weight"], dequantize(quantized))
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {"weight": torch.zeros(4, 8)},
+        {"weight": torch.zeros(4, 8, dtype=torch.int8), "weight_scale": torch.ones(4, 2)},
+        {"weight": torch.zeros(8, dtype=torch.int8)},
+    ],
+)
+def test_int_quantized_parts_that_contradict_each_other_are_refused(damaged):
+    parts = {"weight": torch.zeros(4, 8, dtype=torch.int8), "weight_scale": torch.ones(4, 1)} | damaged
+    with pytest.raises(ValueError, match="contradicts"):
+        from_tensors(parts, 8)
+
+
+@pytest.mark.parametrize("scheme", [(4, None, True), (8, 128, True), (8, None, False)])
+def test_int8_inputs_are_declared_for_rows_of_symmetric_8_bit_codes_only(scheme):
+    with pytest.raises(ValueError, match="declare weights alone"):
+        Scheme(*scheme, int8_inputs=True)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

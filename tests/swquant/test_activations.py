@@ -285,3 +285,29 @@ def test_a_model_without_super_weight_is_rounded_too(tmp_path: Path) -> None:
     expected, result = logits(swquant.load(source)), logits(swquant.load(out))
     assert float((result - expected).norm() / expected.norm()) < 0.05
     plant(model)
+
+
+@pytest.mark.parametrize("bits", [8, pytest.param(4, marks=pytest.mark.slow)])
+def test_the_onnx_graph_keeps_the_channels_that_the_checkpoint_names(bits: int, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    from swquant.onnx_model import OnnxModel
+
+    model = tiny_model("llama", num_hidden_layers=3)
+    plant(model)
+    source = save_model(model, tmp_path / "model")
+    out = swquant.compress(source, tmp_path / "out", prompt=PROMPT, bits=bits, activations="int8").path
+    folder = swquant.export(out, tmp_path / "onnx", accuracy_level=4).path
+    weights, tensors = swquant.inspect(folder)["weights"], swquant.inspect(out)["tensors"]
+    named = {
+        name.removesuffix(".weight"): record["inputs"]["channels"]
+        for name, record in tensors.items()
+        if "inputs" in record
+    }
+    assert any(named.values())
+    assert {name: weight["channels"] for name, weight in weights.items()} == {k: len(v) for k, v in named.items()}
+    rounded_model = swquant.load(out)
+    graph = OnnxModel.open(folder / "model.onnx", rounded_model.config)
+    ids = torch.tensor([[5, 77, 31, 90, 12, 8, 61, 23]])
+    result, _ = graph.step(ids.numpy(), graph.empty_past(1))
+    expected = logits(swquant.load(source), ids)
+    assert float((torch.from_numpy(result) - expected).norm() / expected.norm()) < (0.02 if bits == 8 else 0.3)
