@@ -26,8 +26,8 @@ from swquant.options import CompressOptions, parse_bytes
 
 __all__ = ["Plan", "TensorPlan", "make_plan"]
 
-# Weights in a block that may hold a super weight: beyond a few hundred, the step that represents it rounds all its
-# neighbours to zero.
+# Weights in a block that may hold a super weight, at 4 bits: beyond a few hundred, the step that represents it rounds all its
+# neighbours to zero. Each further bit halves the step and doubles the limit.
 MAX_BLOCK_WITH_SUPER_WEIGHT = 512
 # Scaling channels makes the weights of a row less alike: within a block of a few hundred columns it pays, beyond it costs.
 MAX_COLUMNS_TO_SCALE = 256
@@ -250,12 +250,16 @@ def _choose(
             f"block {block} straddles the rows of {name} {list(shape)}, which compressed-tensors cannot store; "
             f"use {_remedy(Group(128), shape)}, or a flat block that is a multiple of {shape[1]}"
         )
-    if points and block_elements(block, shape) > MAX_BLOCK_WITH_SUPER_WEIGHT:
+    if points and block_elements(block, shape) > _limit(options):
         return (
             f"holds a super weight, which a block of {block_elements(block, shape)} weights cannot represent for loaders "
-            f"that ignore the sidecar (limit {MAX_BLOCK_WITH_SUPER_WEIGHT})"
+            f"that ignore the sidecar (limit {_limit(options)})"
         )
     return block
+
+
+def _limit(options: CompressOptions) -> int:
+    return MAX_BLOCK_WITH_SUPER_WEIGHT << max(0, options.bits - 4)
 
 
 _EXPERTS = "transformers loads a mixture only if all its experts are packed with one symmetric scheme"
@@ -295,10 +299,10 @@ def _expert_block(
             f"block {options.block_name} does not divide {names[0]}; use {_remedy(options.parsed_block, common)}"
         )
     for name, shape in zip(names, shapes, strict=True):
-        if found.get(name) and block_elements(block, shape) > MAX_BLOCK_WITH_SUPER_WEIGHT:
+        if found.get(name) and block_elements(block, shape) > _limit(options):
             raise SwquantError(
                 f"{name} holds a super weight, which a block of {block_elements(block, shape)} weights cannot represent, but "
-                f"{_EXPERTS}; use a block of at most {MAX_BLOCK_WITH_SUPER_WEIGHT} weights, for example --block 128"
+                f"{_EXPERTS}; use a block of at most {_limit(options)} weights, for example --block 128"
             )
     return block
 
