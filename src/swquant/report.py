@@ -20,6 +20,7 @@ from swquant.page import facts, page, section_html
 
 if TYPE_CHECKING:
     from swquant.detection import Found
+    from swquant.options import CompressOptions
     from swquant.plan import Plan
 
 __all__ = ["REPORT", "checkpoint_report"]
@@ -41,6 +42,7 @@ def checkpoint_report(name: str, found: Found, plan: Plan, records: Mapping[str,
             {"none": "nothing", "prompt": "the one prompt"}.get(options.refinement, options.refinement),
         ),
         ("clipped", options.clip),
+        ("activations", _activations(options)),
         ("kept exactly", f"super weights and {options.outlier_fraction:.2%} more" if options.restore else "nothing"),
         *((f"loads in {loader}", verdict) for loader, verdict in loader_table(plan).items()),
         ("made with", f"swquant {swquant.__version__}"),
@@ -52,6 +54,14 @@ def checkpoint_report(name: str, found: Found, plan: Plan, records: Mapping[str,
     sections = (describe(found), _rounding(found, plan, records), _tensors(records))
     drawn = {chart.name: draw(chart) for section in sections for chart in section.charts}
     return page(f"{name}, compressed", lead, [facts(pairs), *(section_html(section, drawn) for section in sections)])
+
+
+def _activations(options: CompressOptions) -> str:
+    if options.activations == "none":
+        return "float"
+    scale = "one scale per token" if options.per_token else "one scale per tensor"
+    where = "the one prompt's" if options.static else "each input's own"
+    return f"{options.activations}, {scale}, {where}{', massive channels in float' if options.restore else ''}"
 
 
 def _rounding(found: Found, plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> Section:
