@@ -17,6 +17,9 @@ from pathlib import Path
 PROJECT = Path(__file__).parent.parent
 TEXT = PROJECT / "data" / "wikitext2-excerpt.txt"
 IMAGES = PROJECT / "docs" / "images" / "study"
+FIGURES = (
+    "identify-output.svg", "importance.svg", "persistence.svg", "tokens.svg", "amplification.svg", "block-size.svg",
+)  # fmt: skip
 ON_GRID = ("identify", "importance", "persistence", "stopwords", "amplification")
 
 
@@ -49,8 +52,9 @@ def main() -> None:
             run(str(PROJECT / "benchmarks" / "grid.py"), model, str(broken))
         study(broken, reports["off the grid"], ("block-size",))
         for report in reports.values():
-            for figure in sorted((report / "figures").iterdir()):
-                shutil.copy(figure, IMAGES / f"{name}-{figure.name}")
+            for figure in FIGURES:
+                if (report / "figures" / figure).is_file():
+                    shutil.copy(report / "figures" / figure, IMAGES / f"{name}-{figure}")
             for section in json.loads((report / "study.json").read_text(encoding="utf-8"))["sections"]:
                 print(f"{name}, {section['name']}: {section['finding']}\n")
 

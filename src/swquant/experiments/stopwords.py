@@ -72,7 +72,7 @@ def conclude(subject: Subject, measured: Measured) -> Section:
                 ("token", "id", "original", "super weights pruned", "times"),
                 (
                     ("all stopwords", None, *shares, _times(shares[0].value, shares[1].value)),
-                    *(_row(index, before, after, words) for index in (*largest, *moved)),
+                    *(_row(index, before, after, words) for index in dict.fromkeys((*largest, *moved))),
                 ),
             ),
         ),
