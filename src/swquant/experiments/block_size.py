@@ -110,7 +110,7 @@ def _finding(subject: Subject, measured: Measured, scores: dict[tuple[str, str],
     text += f"Holding out and restoring the super weights changes the KL divergence from the original by {shown} nats per token. "
     agrees = any(block in helped for block in list(plain)[-2:])
     if helped:
-        text += f"It helps beyond noise in blocks of {', '.join(map(_words, helped))}"
+        text += f"It helps beyond noise with one scale for {', '.join(map(_words, helped))}"
         return text + ("." if agrees else ", but not in the largest, unlike in the paper."), agrees
     return text + "It helps nowhere beyond noise, unlike in the paper.", False
 
