@@ -53,12 +53,14 @@ def draw(chart: Chart | Bars) -> str:
     from matplotlib.figure import Figure
 
     with style.context(["default", _STYLE]):
+        entries = len(chart.labels if isinstance(chart, Bars) else chart.series)
+        legend = math.ceil(entries / 2) if entries > 1 else 0  # rows
         height = max(_HEIGHT, 1.1 + 0.38 * len(chart.categories)) if isinstance(chart, Bars) else _HEIGHT
+        height += 0.2 * max(0, legend - 1)
         # Fixed margins: neighbours line up, and nothing has to be laid out twice to find out how wide its labels are.
         figure = Figure(figsize=(_WIDTH, height))
-        legend = len(chart.labels if isinstance(chart, Bars) else chart.series) > 1
-        below = 0.85 if legend else 0.55
-        left = 0.03 if isinstance(chart, Bars) else 0.165
+        below = 0.6 + 0.22 * legend
+        left = 0.03 if isinstance(chart, Bars) else 0.175
         figure.subplots_adjust(left=left, right=0.97, top=1 - 0.32 / height, bottom=below / height)
         axes = figure.subplots()
         if isinstance(chart, Bars):
@@ -97,7 +99,7 @@ def _log(axes: Axes, which: str, values: Sequence[float]) -> None:
 
 
 def _tick(value: float) -> str:
-    if value >= 1e6 or 0 < value < 1e-3:
+    if value >= 1e5 or 0 < value < 1e-3:
         mantissa, exponent = f"{value:.0e}".split("e")
         return f"{mantissa}e{int(exponent)}"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
@@ -105,6 +107,7 @@ def _tick(value: float) -> str:
 
 def _curves(figure: Figure, axes: Axes, chart: Chart) -> None:
     from matplotlib.ticker import MaxNLocator
+    from matplotlib.transforms import blended_transform_factory
 
     shown: list[float] = []
     for index, series in enumerate(chart.series):
@@ -122,6 +125,8 @@ def _curves(figure: Figure, axes: Axes, chart: Chart) -> None:
         _mark(axes, mark.x, mark.y, mark.label, mark.kept, early=mark.x < 0.55 * max(chart.series[0].x, default=1))
     axes.set_xlabel(chart.xlabel)
     axes.set_ylabel(chart.ylabel)
+    # At the edge of the figure, however wide the numbers beside it are in the reader's font.
+    axes.yaxis.set_label_coords(0.028, 0.5, transform=blended_transform_factory(figure.transFigure, axes.transAxes))
     if chart.xlog:
         _log(axes, "x", [x for series in chart.series for x in series.x])
     elif chart.xlabel.startswith(("layer", "after layer")):
