@@ -18,9 +18,9 @@ PROJECT = Path(__file__).parent.parent
 TEXT = PROJECT / "data" / "wikitext2-excerpt.txt"
 IMAGES = PROJECT / "docs" / "images" / "study"
 FIGURES = (
-    "identify-output.svg", "importance.svg", "persistence.svg", "tokens.svg", "amplification.svg", "block-size.svg",
+    "identify-output.svg", "importance.svg", "persistence.svg", "tokens.svg", "amplification.svg", "block-size.svg", "activations.svg",
 )  # fmt: skip
-ON_GRID = ("identify", "importance", "persistence", "stopwords", "amplification")
+ON_GRID = ("identify", "importance", "persistence", "stopwords", "amplification", "activations")
 
 
 def run(*command: str) -> None:

@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 DEFAULT_PROMPT = "Apple Inc. is a worldwide tech company."
-EXPERIMENTS = ("identify", "importance", "persistence", "stopwords", "amplification", "block-size")
+EXPERIMENTS = ("identify", "importance", "persistence", "stopwords", "amplification", "block-size", "activations")
 # What each preset refines the rounding with.
 PRESETS = {"fast": "none", "balanced": "prompt", "best": "self"}
 _DTYPES = ("bfloat16", "float16", "float32")

@@ -20,14 +20,18 @@ from safetensors.torch import load_file, save_file
 from study_world import PROMPT, STOPWORDS, WINDOW, WINDOWS, World, make_world
 
 import swquant
+from calibrationless import massive_channels
 from exporters.errors import SwquantError
+from swquant.activations import RoundedLinear
 from swquant.checkpoint.open import open_checkpoint
 from swquant.console import Progress
 from swquant.experiments import measuring
+from swquant.experiments.activations import inputs_rounded
 from swquant.experiments.changes import activation_restored, largest_pruned, rounded, scaled
 from swquant.experiments.section import Interval, Table
 from swquant.experiments.study import Study, _csv, _load, _plain, _windows, study_checkpoint
 from swquant.experiments.subject import Subject
+from swquant.models import build_model
 from swquant.options import EXPERIMENTS, StudyOptions
 
 OPTIONS: dict[str, Any] = {"prompt": PROMPT, "window": WINDOW, "limit": WINDOWS}
@@ -135,18 +139,40 @@ def test_restoring_mends_what_clipping_breaks(study: Study) -> None:
     assert bits == [4 + 32 / 32, 4 + 32 / 128, 4 + 32 / 512]  # scales are float32 like the weights
 
 
+def test_keeping_what_is_massive_mends_one_scale_for_a_tensor(study: Study) -> None:
+    table = {(row["scale"], row["kept"]): row["KL divergence"] for row in rows(study, "activations", "activations")}
+    plain, scalar, channels = (table["per tensor", kept]["value"] for kept in ("nothing", "scalar", "channels"))
+    assert channels < scalar < plain
+    assert channels < 0.2 * plain
+
+
+def test_rounded_inputs_are_those_of_a_loaded_checkpoint(subject: Subject) -> None:
+    ids = torch.tensor([[5, 9, 17, 33]])
+    for scale, per_token in (("per tensor", False), ("per token", True)):
+        with torch.no_grad(), inputs_rounded(scale, "channels").apply(subject):
+            ours = subject.model(ids).logits
+        with open_checkpoint(subject.checkpoint.folder) as checkpoint:
+            model = build_model(checkpoint, torch.float32)
+        for name, linear in subject.found.architecture.weights.items():
+            channels = massive_channels(subject.found.record(name).peaks).long()
+            rounded_linear = RoundedLinear(model.get_submodule(linear.module), channels, per_token=per_token)
+            model.set_submodule(linear.module, rounded_linear)
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, ours)
+
+
 def test_the_control_shows_nothing(of_control: Study) -> None:
     assert "No super weight was found" in section(of_control, "identify")["finding"]
     assert {item["name"]: item["agrees"] for item in of_control.record["sections"]} == {
         "identify": False, "importance": None, "persistence": None, "stopwords": None, "amplification": None,
-        "block-size": None,
+        "block-size": None, "activations": None,
     }  # fmt: skip
     for name in ("persistence", "stopwords", "amplification"):
         assert section(of_control, name)["finding"].startswith("Not shown: ")
     methods = {row["method"] for row in rows(of_control, "block-size", "block-size")}
     assert methods == {"plain"}
     page = (of_control.path / "report.html").read_text()
-    assert page.count("<svg") == 5  # two of identify, importance, two of block size
+    assert page.count("<svg") == 6  # two of identify, importance, two of block size, activations
     assert "no super weight" in page
 
 
@@ -188,7 +214,9 @@ def test_rounding_equals_eval_of_the_compressed_model(study: Study, planted: Wor
 # --- changes can be undone
 
 
-@pytest.mark.parametrize("name", ["pruned", "amplified", "largest", "restored activation", "rounded", "refined"])
+@pytest.mark.parametrize(
+    "name", ["pruned", "amplified", "largest", "restored activation", "rounded", "refined", "inputs"]
+)
 def test_a_change_leaves_no_trace(subject: Subject, name: str) -> None:
     weights = subject.super_weights
     change = {
@@ -198,6 +226,7 @@ def test_a_change_leaves_no_trace(subject: Subject, name: str) -> None:
         "restored activation": lambda: activation_restored(weights),
         "rounded": lambda: rounded("tensor", "plain", subject),
         "refined": lambda: rounded("flat:128", "refined", subject),
+        "inputs": lambda: inputs_rounded("per tensor", "channels"),
     }[name]()
     before = {key: value.clone() for key, value in subject.model.state_dict().items()}
     ids = torch.tensor([[5, 9, 17, 33]])

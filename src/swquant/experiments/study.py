@@ -31,7 +31,7 @@ from swquant.console import Progress, human_bytes, silent
 from swquant.destination import check_space, no_space
 from swquant.detection import find_super_weights
 from swquant.evaluation import Windows, fit_window, make_windows
-from swquant.experiments import amplification, block_size, identify, importance, persistence, stopwords
+from swquant.experiments import activations, amplification, block_size, identify, importance, persistence, stopwords
 from swquant.experiments.cache import Cache
 from swquant.experiments.measuring import measure
 from swquant.experiments.section import Cell, Interval, Section, Table
@@ -43,9 +43,10 @@ from swquant.page import facts, page, section_html
 __all__ = ["Study", "check_study_folder", "study_checkpoint"]
 
 _MODULES: Mapping[str, ModuleType] = dict(
-    zip(EXPERIMENTS, (identify, importance, persistence, stopwords, amplification, block_size), strict=True)
+    zip(
+        EXPERIMENTS, (identify, importance, persistence, stopwords, amplification, block_size, activations), strict=True
+    )
 )
-_ACTIVATIONS = "Activations in INT8 (the paper's Table 3): not measured, this version of swquant has no INT8 path."
 # Says, to us and to backup programs, what the folder is: https://bford.info/cachedir/
 _TAG, _SIGNATURE = (
     "cache/CACHEDIR.TAG",
@@ -165,7 +166,6 @@ def _record(subject: Subject, sections: Sequence[Section], options: StudyOptions
             }
             for section in sections
         ],
-        "not_measured": [_ACTIVATIONS],
     }
 
 
@@ -216,11 +216,7 @@ def _html(subject: Subject, sections: Sequence[Section], record: Mapping[str, An
         "Perplexities depend on the text and on the length of its windows: compare them within this page. Ranges in "
         "parentheses hold 95 % of 2,000 resamplings of the windows.",
     )
-    body = [
-        facts(pairs),
-        *(section_html(section, drawn) for section in sections),
-        f'<p class="note">{_ACTIVATIONS}</p>',
-    ]
+    body = [facts(pairs), *(section_html(section, drawn) for section in sections)]
     return page(f"Super weights of {name}", lead, body)
 
 
