@@ -343,7 +343,7 @@ def test_the_folder_holds_report_figures_and_tables(study: Study) -> None:
     names = {path.relative_to(study.path).as_posix() for path in study.path.rglob("*") if path.is_file()}
     charts = [chart.name for item in study.sections for chart in item.charts]
     tables = [table.name for item in study.sections for table in item.tables]
-    assert len(charts) == len(set(charts)) == 10
+    assert len(charts) == len(set(charts)) == 11
     assert {name for name in names if not name.startswith("cache/")} == {
         "report.html", "study.json", *(f"figures/{name}.svg" for name in charts), *(f"tables/{name}.csv" for name in tables),
     }  # fmt: skip
