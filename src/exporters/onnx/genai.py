@@ -26,7 +26,7 @@ from exporters.json_file import read_json
 from exporters.onnx.nodes import PackedWeight, stack, take_rows
 from exporters.onnx.place import Placer, common_form
 
-__all__ = ["BuilderError", "build_graph", "place_weights"]
+__all__ = ["BuilderError", "build_graph", "fix_cache_shapes", "place_weights"]
 
 _MATMUL = re.compile(r"^(?:model\.layers\.(?P<layer>\d+)\.\w+\.(?P<leaf>\w+)|(?P<head>lm_head))\.MatMul\.weight$")
 # A weight of the graph that may be several of the model's, stacked, or one of the halves of another.
@@ -79,7 +79,7 @@ def place_weights(
     dense: module -> its float32 weight [out, in]. head: the name in `weights` of what the graph calls lm_head.
     """
     model = onnx_ir.load(path)
-    _fix_cache_shapes(model, read_json(path.with_name("genai_config.json"))["model"]["decoder"]["head_size"])
+    fix_cache_shapes(model, read_json(path.with_name("genai_config.json"))["model"]["decoder"]["head_size"])
     pieces: dict[str, tuple[onnx_ir.Node, PackedWeight]] = {}
     used: set[str] = set()
     for node in model.graph:
@@ -131,7 +131,7 @@ def _share_table(model: onnx_ir.Model, placer: Placer, head: onnx_ir.Value | Non
             model.graph.remove(transpose, safe=True)
 
 
-def _fix_cache_shapes(model: onnx_ir.Model, head_size: int) -> None:
+def fix_cache_shapes(model: onnx_ir.Model, head_size: int) -> None:
     """The builder leaves the last dimension of keys and values a name; who makes an empty past wants its number."""
     for value in (*model.graph.inputs, *model.graph.outputs):
         if str(value.name).startswith(("past_key_values.", "present.")) and value.shape is not None:
