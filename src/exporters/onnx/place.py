@@ -99,7 +99,7 @@ class Placer:
         scales = self._constant(f"{name}.scales", weight.scales)
         points = None if weight.zero_points is None else self._constant(f"{name}.zero_points", weight.zero_points)
         if weight.operator == OPERATOR:
-            codes = self._constant(f"{name}.codes", weight.codes)
+            codes = self._blocks(name, weight)
             names = ("rows", "cols", "deltas", "channels", "channel_weights")
             extra = [
                 None if (part := getattr(weight, key)) is None else self._constant(f"{name}.{key}", part)
@@ -126,8 +126,11 @@ class Placer:
         self._put(node, name, nodes)
 
     def _blocks(self, name: str, weight: PackedWeight) -> onnx_ir.Value:
-        """The codes as MatMulNBits wants them, [N, blocks, bytes of a block]."""
-        return self._constant(f"{name}.codes", weight.codes.reshape(weight.N, weight.scales.shape[1], -1))
+        """The codes as the node of `weight` wants them: MatMulNBits [N, blocks, bytes of a block], LinearNBits [N, bytes]."""
+        stock = weight.operator != OPERATOR
+        return self._constant(
+            f"{name}.codes", weight.codes.reshape(weight.N, weight.scales.shape[1], -1) if stock else weight.codes
+        )
 
     def _put(self, node: onnx_ir.Node, name: str, nodes: list[onnx_ir.Node]) -> None:
         """`nodes` in the place of `node`; the last one gives its result."""
@@ -152,21 +155,21 @@ class Placer:
             return self._constant(f"{name}.{key}", torch.tensor(sizes))
 
         last = shape("last", -1)
-        nodes = [onnx_ir.node("Gather", [self._blocks(name, weight), ids], {"axis": 0})]  # [batch, rows, blocks, bytes]
+        nodes = [onnx_ir.node("Gather", [self._blocks(name, weight), ids], {"axis": 0})]  # [batch, rows, …]
         if weight.bits == 4:
             low = onnx_ir.node("BitwiseAnd", [nodes[0].outputs[0], number("low_half", 15, torch.uint8)])
             shift = number("half", 4, torch.uint8)
             high = onnx_ir.node("BitShift", [nodes[0].outputs[0], shift], {"direction": "RIGHT"})
             halves = [onnx_ir.node("Unsqueeze", [half.outputs[0], last]) for half in (low, high)]
             both = onnx_ir.node("Concat", [half.outputs[0] for half in halves], {"axis": -1})
-            codes = onnx_ir.node("Reshape", [both.outputs[0], shape("block", 0, 0, 0, -1)])
-            nodes += [low, high, *halves, both, codes]
+            nodes += [low, high, *halves, both]
         dtype = weight.scales.dtype
         kind = onnx_ir.DataType.FLOAT16 if dtype is torch.float16 else onnx_ir.DataType.FLOAT
-        cast = onnx_ir.node("Cast", [nodes[-1].outputs[0]], {"to": kind.value})
+        codes = onnx_ir.node("Reshape", [nodes[-1].outputs[0], shape("blocks", 0, 0, weight.scales.shape[1], -1)])
+        cast = onnx_ir.node("Cast", [codes.outputs[0]], {"to": kind.value})
         centred = onnx_ir.node("Sub", [cast.outputs[0], number("middle", 1 << (weight.bits - 1), dtype)])
         scales = onnx_ir.node("Gather", [self._constant(f"{name}.scales", weight.scales), ids], {"axis": 0})
         spread = onnx_ir.node("Unsqueeze", [scales.outputs[0], last])
         product = onnx_ir.node("Mul", [centred.outputs[0], spread.outputs[0]])
         rows = onnx_ir.node("Reshape", [product.outputs[0], shape("row", 0, 0, weight.K)])
-        self._put(node, f"{name}.embedding", [*nodes, cast, centred, scales, spread, product, rows])
+        self._put(node, f"{name}.embedding", [*nodes, codes, cast, centred, scales, spread, product, rows])

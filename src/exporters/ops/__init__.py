@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["DOMAIN", "LIBRARY", "OP", "library_path", "prefers_operator"]
+__all__ = ["DOMAIN", "LIBRARY", "OP", "library_path"]
 
 DOMAIN = "swquant"
 OP = "LinearNBits"
@@ -27,14 +27,3 @@ def library_path() -> Path | None:
     """The compiled operator library, or None where the package was installed without a compiler."""
     path = Path(__file__).parent / LIBRARY
     return path if path.is_file() else None
-
-
-def prefers_operator(bits: int, block_cols: int, accuracy_level: int = 0) -> bool:
-    """Whether a layer without outliers should be our node, not MatMulNBits, where the library will be registered.
-
-    True where the stock node has no kernel, and at level 4, where ours was at least as fast at every number of rows that
-    was measured (benchmarks/kernels.py; docs/operator.md has the table). At level 0 the two are close at many rows, and
-    the stock node needs no library.
-    """
-    has_stock = bits in (2, 4, 8) and block_cols in (16, 32, 64, 128, 256)
-    return not has_stock or accuracy_level == 4

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from exporters.ops import build, prefers_operator
+from exporters.ops import build
 from exporters.ops.build import BuildError, build_library, find_compiler, sources
 
 PROJECT = Path(__file__).parents[3]
@@ -58,13 +58,6 @@ def test_another_system_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(build.sys, "platform", "win32")
     with pytest.raises(BuildError, match="not on win32|no C\\+\\+ compiler"):
         build_library(tmp_path / "library.so")
-
-
-def test_the_operator_is_preferred_where_it_was_measured_to_win_or_has_no_rival() -> None:
-    assert prefers_operator(3, 32)
-    assert prefers_operator(4, 48)
-    assert prefers_operator(4, 32, accuracy_level=4)
-    assert not prefers_operator(4, 32, accuracy_level=0)
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ struct Linear::State {
   std::vector<Outlier> outliers;
   std::vector<int32_t> channels;
   Buffer<float> channel_weights;  // [groups][channels][16]
-  Buffer<float> bias;             // [groups][16]
+  Buffer<float> bias;             // [groups][16], or none
 
   State(const ort::Api* api, const ort::KernelInfo* info, ort::Type type);
   void read(const void* a, int64_t row, float* to, float* plain) const;
@@ -60,25 +60,27 @@ Linear::State::State(const ort::Api* api, const ort::KernelInfo* info, ort::Type
   if (int8) channels = weights.channels;  // in float32 arithmetic they change nothing
   const auto count = static_cast<int64_t>(channels.size());
   channel_weights = allocate<float>(layout.groups * count * kGroup);
-  bias = allocate<float>(layout.groups * kGroup);
+  if (!weights.bias.empty()) bias = allocate<float>(layout.groups * kGroup);
   for (int64_t n = 0; n < layout.groups * kGroup; ++n) {
     const bool real = n < layout.outputs;
     for (int64_t c = 0; c < count; ++c) {
       channel_weights[static_cast<size_t>((n / kGroup * count + c) * kGroup + n % kGroup)] =
           real ? weights.channel_weights[static_cast<size_t>(c * layout.outputs + n)] : 0.0f;
     }
-    bias[static_cast<size_t>(n)] = real && !weights.bias.empty() ? weights.bias[static_cast<size_t>(n)] : 0.0f;
+    if (bias) bias[static_cast<size_t>(n)] = real ? weights.bias[static_cast<size_t>(n)] : 0.0f;
   }
 }
 
 // Row `row` of A as float32, channels taken out, into the padded columns `to`. `plain`: [inputs], scratch.
 void Linear::State::read(const void* a, int64_t row, float* to, float* plain) const {
+  if (layout.padded == layout.inputs) plain = to;  // pieces lie side by side
   if (type == ort::kFloat) {
     std::memcpy(plain, static_cast<const float*>(a) + row * layout.inputs, static_cast<size_t>(layout.inputs) * 4);
   } else {
     for (int64_t k = 0; k < layout.inputs; ++k) plain[k] = load(type, a, row * layout.inputs + k);
   }
   for (int32_t channel : channels) plain[channel] = 0.0f;
+  if (plain == to) return;
   if (layout.padded != layout.inputs) std::memset(to, 0, static_cast<size_t>(layout.padded) * 4);
   for (const Piece& piece : layout.pieces) {
     std::memcpy(to + piece.offset, plain + piece.start, static_cast<size_t>(piece.length) * 4);
@@ -113,11 +115,17 @@ void Linear::State::tile(const void* a, const float* floats, int64_t stride, con
       const float x = load(type, a, at + channels[c]);
       for (int r = 0; r < kGroup; ++r) y[r] += x * extra[static_cast<int64_t>(c) * kGroup + r];
     }
-    for (int64_t o = first_outlier[static_cast<size_t>(group)]; o < first_outlier[static_cast<size_t>(group + 1)]; ++o) {
-      const Outlier& outlier = outliers[static_cast<size_t>(o)];
-      y[outlier.lane] += load(type, a, at + outlier.col) * outlier.delta;
+    const Outlier* outlier = outliers.data() + first_outlier[static_cast<size_t>(group)];
+    const Outlier* end = outliers.data() + first_outlier[static_cast<size_t>(group + 1)];
+    if (type == ort::kFloat) {
+      const float* x = static_cast<const float*>(a) + at;
+      for (; outlier != end; ++outlier) y[outlier->lane] += x[outlier->col] * outlier->delta;
+    } else {
+      for (; outlier != end; ++outlier) y[outlier->lane] += load(type, a, at + outlier->col) * outlier->delta;
     }
-    for (int r = 0; r < kGroup; ++r) y[r] += bias[static_cast<size_t>(group * kGroup + r)];
+    if (bias) {
+      for (int r = 0; r < kGroup; ++r) y[r] += bias[static_cast<size_t>(group * kGroup + r)];
+    }
   }
 }
 
