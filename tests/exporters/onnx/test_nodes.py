@@ -59,7 +59,7 @@ def test_the_bytes_say_what_the_checkpoint_says(bits: int, block: str, symmetric
     quantized = quantize(weight, parse_block(block), bits, symmetric=symmetric)
     packed = pack_weight(quantized, None, torch.float32)
     assert torch.equal(decode(packed), dequantize(quantized))
-    assert packed.operator == ("MatMulNBits" if bits in (2, 4, 8) and block != "24" else "LinearNBits")
+    assert packed.operator == ("MatMulNBits" if bits in (2, 4) and block != "24" else "LinearNBits")
 
 
 def test_outliers_are_what_the_node_is_missing() -> None:
