@@ -42,8 +42,8 @@ from swquant.models import build_model
 DATA = Path(__file__).parent.parent / "data"
 # Text -> (file, tokens per window, windows by model): a token of a large vocabulary takes longer.
 TEXTS = {
-    "wikitext2": (DATA / "wikitext2-excerpt.txt", {"smollm2": (1024, 1), "gemma": (512, 1)}),
-    "python": (DATA / "python-source.txt", {"smollm2": (512, 1), "gemma": (384, 1)}),
+    "wikitext2": (DATA / "wikitext2-excerpt.txt", {"smollm2": (1024, 1), "gemma": (256, 1)}),
+    "python": (DATA / "python-source.txt", {"smollm2": (512, 1), "gemma": (256, 1)}),
 }
 CALIBRATION = (DATA / "wikitext2-valid-excerpt.txt", 256, 16)
 BITS = (8, 4)
@@ -85,7 +85,7 @@ class Subject:
         return result
 
 
-def largest_inputs(model: nn.Module, names: Mapping[str, object], checkpoint: Checkpoint) -> dict[str, Tensor]:
+def largest_inputs(model: Any, names: Mapping[str, object], checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Module -> max|X| [in] over the calibration text."""
     file, window, count = CALIBRATION
     peaks: dict[str, Tensor] = {}
@@ -100,7 +100,8 @@ def largest_inputs(model: nn.Module, names: Mapping[str, object], checkpoint: Ch
     hooks = [model.get_submodule(name).register_forward_pre_hook(see(name)) for name in names]
     windows = make_windows(checkpoint, file.read_text("utf-8"), window, count)
     for ids in windows.ids:
-        window_logits(model, ids, windows.bos)
+        inputs = ids if windows.bos is None else torch.cat([torch.tensor([windows.bos]), ids])
+        model.base_model(input_ids=inputs.unsqueeze(0), use_cache=False)  # without logits, which nobody looks at
     for hook in hooks:
         hook.remove()
     return peaks
@@ -157,22 +158,23 @@ def simulate(key: str, subject: Subject, results: Results) -> None:
     rounder = Rounder(subject.model, subject.weights)
     if results.find(key, "float", "float", "original") is None:
         results.put((key, "float", "float", "original"), subject.score())
-    cells = [("float", scale, method) for scale in SCALES for method in METHODS if not method.smooth]
-    cells += [(f"W{bits}", "float", None) for bits in BITS]  # type: ignore[misc]
-    cells += [(f"W{bits}", scale, method) for bits in BITS for scale in SCALES for method in METHODS]
-    for smooth in (False, True):
-        scales = smoothing(subject.weights, subject.calibrated, subject.norms) if smooth else {}
-        for weights in ("W8", "W4", "float"):
-            todo: list[tuple[tuple[str, str, str, str], str, Method | None]] = []
-            for named, scale, method in cells:
-                name = (key, named, scale, method.name if method else "weights alone")
-                if named == weights and (method.smooth if method else False) == smooth and not results.find(*name):
-                    todo.append((name, scale, method))
+    smooth_scales = smoothing(subject.weights, subject.calibrated, subject.norms)
+    jobs: list[tuple[str, Method | None]] = [
+        ("float", None),
+        *((scale, method) for scale in SCALES for method in METHODS),
+    ]
+    for bits in BITS:
+        for smooth in (False, True):
+            todo = [
+                (name, scale, method)
+                for scale, method in jobs
+                if (method.smooth if method else False) == smooth
+                and not results.find(*(name := (key, f"W{bits}", scale, method.name if method else "weights alone")))
+            ]
             if not todo:
                 continue
-            bits = int(weights[1:]) if weights != "float" else 0
-            rounded = round_weights(subject.weights, bits, subject.energies, scales) if bits else subject.weights
-            subject.put(rounded)
+            scales = smooth_scales if smooth else {}
+            subject.put(round_weights(subject.weights, bits, subject.energies, scales))
             for name, scale, method in todo:
                 keep = method.keep(subject.peaks) if method else None
                 with rounder.active(keep, per_token=scale == "per-token", scales=scales):
@@ -246,6 +248,7 @@ def main() -> None:
     parser.add_argument("--gemma", type=Path, metavar="GGUF", help="Gemma 3 270M")
     parser.add_argument("--json", type=Path, metavar="FILE", help="remember results there, and go on from them")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: torch's own choice")
+    parser.add_argument("--simulated-only", action="store_true", help="leave out torch's and ONNX Runtime's own")
     parser.add_argument("--tables", action="store_true", help="measure nothing, print what --json holds")
     options = parser.parse_args()
     if options.threads:
@@ -259,7 +262,8 @@ def main() -> None:
             with open_checkpoint(Path(scratch) / key) as checkpoint, torch.no_grad():
                 subject = load(key, checkpoint)
                 simulate(key, subject, results)
-                as_users(key, subject, checkpoint, results)
+                if not options.simulated_only:
+                    as_users(key, subject, checkpoint, results)
     print_tables(results)
 
 

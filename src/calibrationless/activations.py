@@ -24,8 +24,8 @@ __all__ = ["LEVELS", "activation_codes", "activation_scale", "massive_channels",
 
 LEVELS = 127  # -127 .. 127: -128 has no mirror image, and integer kernels do without it
 # A channel is massive if the most it holds on the prompt is so many times what the median channel holds; of each linear the
-# largest are kept, no more than so many, and only if the scale of the rest becomes so many times finer.
-MASSIVE, MOST, FINER = 8.0, 4, 1.5
+# largest are kept, no more than so many.
+MASSIVE, MOST = 8.0, 4
 # Ten tokens do not show the largest activation that a text will bring; beyond a static scale it is clamped.
 HEADROOM = 2.0
 
@@ -33,13 +33,10 @@ HEADROOM = 2.0
 def massive_channels(peaks: Tensor) -> Tensor:
     """int32 [k], ascending, of peaks [in], the largest |x| of every channel: those that would stretch the scale.
 
-    k is 0 where no channel stands out, or where the rest is nearly as large, and 4 at most.
+    k is 0 where no channel stands out, and 4 at most.
     """
     values, channels = peaks.topk(min(MOST, len(peaks)))
-    chosen = channels[values > MASSIVE * peaks.median()].sort().values
-    if not len(chosen) or peaks.amax() < FINER * peaks.index_fill(0, chosen, 0).amax():
-        return torch.empty(0, dtype=torch.int32)
-    return chosen.to(torch.int32)
+    return channels[values > MASSIVE * peaks.median()].sort().values.to(torch.int32)
 
 
 def static_scale(peaks: Tensor, channels: Tensor) -> float:
