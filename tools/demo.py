@@ -1,4 +1,4 @@
-"""`make demo`: compress a real model, say what was found and saved, and let both versions write.
+"""`make demo`: compress a real model, say what was found and saved, export it to ONNX, and let all versions write.
 
 Runs the same commands that a user would type, and shows them.
 """
@@ -25,13 +25,17 @@ def run(*arguments: str) -> None:
 def main() -> None:
     model = Path(sys.argv[1])
     out = Path("demo") / "SmolLM2-135M-w4-b128"
-    shutil.rmtree(out, ignore_errors=True)
+    graph = Path(f"{out}-onnx")
+    for folder in (out, graph):
+        shutil.rmtree(folder, ignore_errors=True)
     out.parent.mkdir(exist_ok=True)
     run("compress", str(model), str(out), "--bits", "4", "--block", "128")
     run("inspect", str(out))
-    for title, source in (("Original", str(model)), ("Compressed to 4 bits", str(out))):
+    run("export", str(out), str(graph), "--graph", "genai", "--accuracy-level", "4", "--lm-head-bits", "8")
+    versions = {"Original": model, "Compressed to 4 bits": out, "The same in ONNX Runtime": graph}
+    for title, source in versions.items():
         print(f"\n== {title} ==", end="")
-        run("generate", source, PROMPT, "--tokens", "32")
+        run("generate", str(source), PROMPT, "--tokens", "32")
 
 
 if __name__ == "__main__":
