@@ -1,0 +1,153 @@
+"""INT8 activations on ONNX Runtime: what keeping massive channels in float gains, and what it costs per token.
+
+    python benchmarks/activations_onnx.py --smollm2 MODEL.gguf [--gemma MODEL.gguf] [--threads 2] [--rounds 5] [--cpu-time]
+
+The model's stored grid is broken first (grid.py). Then W8A8 (one scale per row) and W4A8 (blocks of 128) are compressed with
+--activations int8 and exported three times, with the graph of genai's builder:
+
+    level 0          activations in float: what the two others are compared with
+    level 4, plain   activations in int8, no channel kept
+    level 4, kept    the channels that the checkpoint names, in float
+
+KL divergence, in nats, is that of level 0's predictions from the others', mean over the tokens of WikiText-2's excerpt in
+windows of 128: the weights are the same, so nothing but the rounding of activations is in it. Files run on the operator library,
+and again on a stock runtime through the function that they carry; every measurement is a process of its own, and files take
+turns, as in `onnx_models.py`. --kl-only leaves out the times. --lm-head-bits 8 makes the output head, most of a small model's
+weights, as fast as the rest, for times; it is rounded in all three then, and its channels are kept in both of level 4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from grid import break_and_check
+from machine import describe
+from onnx_models import TEXT, WINDOW, apart, open_model
+
+import swquant
+from exporters.json_file import read_json
+from swquant.checkpoint.open import open_checkpoint
+from swquant.evaluation import make_windows, window_logits
+from swquant.manifest import MANIFEST, write_manifest
+
+VARIANTS = ("level 0", "level 4, plain", "level 4, kept")
+Row = dict[str, Any]
+
+
+def without_channels(checkpoint: Path, folder: Path) -> Path:
+    """A copy of a checkpoint whose manifest keeps no channel of any input."""
+    shutil.copytree(checkpoint, folder)
+    manifest = read_json(folder / MANIFEST)
+    for record in manifest["tensors"].values():
+        if "inputs" in record:
+            record["inputs"] |= {"channels": [], "peaks": []}
+    write_manifest(
+        folder, {key: value for key, value in manifest.items() if key not in ("format", "version", "digest")}
+    )
+    return folder
+
+
+def make_files(source: Path, bits: int, work: Path, lm_head_bits: int) -> None:
+    """The three folders, named as in VARIANTS."""
+    kept = swquant.compress(source, work / "kept", bits=bits, activations="int8").path
+    plain = without_channels(kept, work / "plain")
+    for name, checkpoint, level in zip(VARIANTS, (kept, plain, kept), (0, 4, 4), strict=True):
+        swquant.export(checkpoint, work / name, graph="genai", accuracy_level=level, lm_head_bits=lm_head_bits)
+
+
+def write_reference(source: Path, work: Path, windows: int) -> None:
+    """Level 0's logits on the text, one file for each window, and its tokens: what `onnx_models.kl_divergence` reads."""
+    model = open_model(work / VARIANTS[0], library=True)
+    with open_checkpoint(source) as checkpoint:
+        pieces = make_windows(checkpoint, TEXT.read_text(), WINDOW, windows)
+    for index, ids in enumerate(pieces.ids):
+        np.save(work / f"logits{index}.npy", window_logits(model, ids, pieces.bos)[0].numpy())
+    tokens = {"bos": pieces.bos, "ids": [ids.tolist() for ids in pieces.ids]}
+    (work / "tokens.json").write_text(json.dumps(tokens))
+
+
+def measure(key: str, bits: int, gguf: Path, work: Path, arguments: argparse.Namespace) -> list[Row]:
+    if not (work / "tokens.json").is_file():
+        break_and_check(gguf, work / "model")
+        make_files(work / "model", bits, work, arguments.lm_head_bits)
+        write_reference(work / "model", work, arguments.windows)
+    inputs = [record["inputs"] for record in swquant.inspect(work / "kept")["tensors"].values() if "inputs" in record]
+    counts = {"linears": len(inputs), "with_channels": sum(bool(record["channels"]) for record in inputs)}
+    rows: list[Row] = [
+        {"model": key, "weights": f"W{bits}", "variant": name, "library": library, "seconds": [], **counts}
+        for name in VARIANTS
+        for library in (True, False)
+    ]
+    for row in rows:
+        row["kl"] = apart("kl", arguments.threads, str(work), row["variant"], row["library"])
+    for turn in range(0 if arguments.kl_only else arguments.rounds):
+        for row in rows[turn % len(rows) :] + rows[: turn % len(rows)]:
+            folder = str(work / row["variant"])
+            row["seconds"] += apart("time", arguments.threads, folder, row["library"], arguments.cpu_time)["decode"]
+    for row in rows:
+        seconds = row.pop("seconds")
+        row["decode_ms"] = 1000 * statistics.median(seconds) if seconds else None
+    return rows
+
+
+def show(rows: list[Row]) -> None:
+    print("\n| model | weights | runtime | activations | KL | share of plain | ms per token | beside plain |")
+    print("|---|---|---|---|---:|---:|---:|---:|")
+    for row in sorted(rows, key=lambda row: (row["model"], row["weights"], not row["library"])):
+        same = {name: row[name] for name in ("model", "weights", "library")}
+        plain = next(item for item in rows if {**item, **same, "variant": VARIANTS[1]} == item)
+        share = f"{row['kl'] / plain['kl']:.2f}" if row["variant"] == VARIANTS[2] else ""
+        time, beside = "", ""
+        if row["decode_ms"]:
+            time, beside = f"{row['decode_ms']:.2f}", f"{row['decode_ms'] / plain['decode_ms'] - 1:+.1%}"
+        runtime = "operator library" if row["library"] else "stock"
+        print(
+            f"| {row['model']} | {row['weights']}, {row['with_channels']} of {row['linears']} linears keep channels | {runtime} "
+            f"| {row['variant']} | {row['kl']:.5f} | {share} | {time} | {beside} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="INT8 activations on ONNX Runtime.")
+    parser.add_argument("--smollm2", type=Path, metavar="GGUF", help="SmolLM2-135M-Instruct")
+    parser.add_argument("--gemma", type=Path, metavar="GGUF", help="Gemma 3 270M")
+    parser.add_argument("--bits", type=int, nargs="+", choices=(4, 8), default=[8, 4])
+    parser.add_argument("--lm-head-bits", type=int, choices=(0, 8), default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--cpu-time", action="store_true", help="processor time, for a busy machine; use --threads 1")
+    parser.add_argument("--kl-only", action="store_true")
+    parser.add_argument("--work", type=Path, help="a folder for the files, which stay there and are used again")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    arguments = parser.parse_args()
+    rows: list[Row] = []
+    for key in ("smollm2", "gemma"):
+        if (gguf := getattr(arguments, key)) is None:
+            continue
+        for bits in arguments.bits:
+            with tempfile.TemporaryDirectory(prefix="swquant-activations-") as scratch:
+                work = (arguments.work or Path(scratch)) / f"{key}-w{bits}a8"
+                work.mkdir(parents=True, exist_ok=True)
+                rows += measure(key, bits, gguf, work, arguments)
+            if arguments.json:
+                options = {
+                    "threads": arguments.threads,
+                    "lm_head_bits": arguments.lm_head_bits,
+                    "cpu_time": arguments.cpu_time,
+                    "windows": arguments.windows,
+                }
+                content = {"machine": describe(), "options": options, "results": rows}
+                arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+    show(rows)
+
+
+if __name__ == "__main__":
+    main()
