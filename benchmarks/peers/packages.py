@@ -13,6 +13,7 @@ __all__ = ["METHODS"]
 
 RoundOne = Callable[[Tensor, Cell], Rounded]
 FOUR_BITS = tuple(cell for cell in CELLS if cell.bits == 4)
+THREE_BITS = tuple(cell for cell in CELLS if cell.bits == 3)
 
 
 def hqq(weight: Tensor, cell: Cell) -> Rounded:
@@ -149,6 +150,12 @@ METHODS = [
     method("AutoRound opt-RTN", "auto-round", "get_quant_func('int', sym=True)", auto_round(True, True)),
     method("torchao int4", "torchao", "Int4WeightOnlyConfig, tinygemm", torchao_int4(False), FOUR_BITS),
     method("torchao int4 hqq", "torchao", "Int4WeightOnlyConfig, hqq", torchao_int4(True), FOUR_BITS),
-    method("torchao intx", "torchao", "IntxWeightOnlyConfig, AFFINE", torchao_intx("AFFINE")),
-    method("torchao intx hqq", "torchao", "IntxWeightOnlyConfig, HQQ_SCALE_ONLY", torchao_intx("HQQ_SCALE_ONLY")),
+    method("torchao intx", "torchao", "IntxWeightOnlyConfig, AFFINE", torchao_intx("AFFINE"), THREE_BITS),
+    method(
+        "torchao intx hqq",
+        "torchao",
+        "IntxWeightOnlyConfig, HQQ_SCALE_ONLY",
+        torchao_intx("HQQ_SCALE_ONLY"),
+        THREE_BITS,
+    ),
 ]

@@ -7,6 +7,7 @@ from calibrationless.activations import (
     round_activations,
     static_scale,
 )
+from calibrationless.allocation import allocate
 from calibrationless.blocks import (
     Block,
     Channel,
@@ -72,6 +73,7 @@ __all__ = [
     "WeightError",
     "activation_codes",
     "activation_scale",
+    "allocate",
     "block_elements",
     "block_importance",
     "block_index",

@@ -9,7 +9,8 @@ every layer. Whole activations are never stored.
 Watching happens at the call of the matrix product, not on modules: `nn.Linear`, GPT-2's `Conv1D` and
 one expert's slice of a fused 3-D parameter all end in `linear`, `addmm` or `matmul`, so one small
 interceptor serves every architecture, and it sees weights that are only in memory during the call.
-The same place can take a scalar weight out (`prune`): the product then uses a copy with a zero.
+The same place can take a scalar weight out (`prune`): the product then uses a copy with a zero. Or put another weight in
+(`replace`), for what a pass with a few rounded weights would give.
 """
 
 from __future__ import annotations
@@ -177,7 +178,14 @@ def _experts(watch: Watch, parameter: Tensor) -> int:
 class _Watcher(TorchFunctionMode):
     """Sees every product while it is active; `inside` holds the watched modules being executed."""
 
-    def __init__(self, watches: Iterable[Watch], prune: Sequence[Scalar], scales: Mapping[str, Tensor], record: bool):
+    def __init__(
+        self,
+        watches: Iterable[Watch],
+        prune: Sequence[Scalar],
+        scales: Mapping[str, Tensor],
+        replace: Mapping[str, Callable[[Tensor], Tensor]],
+        record: bool,
+    ):
         super().__init__()
         self.by_module: dict[str, list[Watch]] = {}
         for watch in watches:
@@ -186,6 +194,7 @@ class _Watcher(TorchFunctionMode):
         for scalar in prune:
             self.prune.setdefault(scalar.name, []).append(scalar)
         self.scales = scales
+        self.replace = replace
         self.record = record
         self.norms: dict[str, Tensor] = {}
         self.inside: list[tuple[str, nn.Module]] = []
@@ -205,6 +214,12 @@ class _Watcher(TorchFunctionMode):
             weight = weight.detach().clone()
             for scalar in self.prune[watch.name]:
                 weight[(scalar.col, scalar.row) if product.in_out else (scalar.row, scalar.col)] = 0
+            args, kwargs = _with_weight(product, weight, args, kwargs)
+        if watch.name in self.replace:
+            with torch._C.DisableTorchFunction():
+                weight = weight.detach()
+                matrix = self.replace[watch.name](weight.T if product.in_out else weight)
+                weight = (matrix.T if product.in_out else matrix).to(weight.dtype)
             args, kwargs = _with_weight(product, weight, args, kwargs)
         inputs = _argument(product.inputs, args, kwargs)
         norm = self._norm_of(inputs)
@@ -307,6 +322,7 @@ def run_probe(
     *,
     prune: Sequence[Scalar] = (),
     scales: Mapping[str, Tensor] | None = None,
+    replace: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     record: bool = True,
 ) -> Probe:
     """Run `forward` once and return what was seen.
@@ -314,6 +330,7 @@ def run_probe(
     forward: runs the prompt through `model` and returns its logits [tokens, vocabulary].
     layers: names of the decoder layers, first to last. prune: weights to leave out of this pass.
     scales: name of a norm -> [channels]; its output is divided by them and the weights that read it multiplied.
+    replace: name of a watched weight -> what makes another [out, in] weight of it, for this pass.
     record: False keeps the logits only (ablation needs no more).
     Raises ValueError if a layer or a watched module does not exist, or a weight to prune is not watched.
     """
@@ -325,7 +342,7 @@ def run_probe(
     if unknown := [scalar.name for scalar in prune if scalar.name not in known]:
         raise ValueError(f"cannot prune {unknown[0]!r}: it is not watched")
 
-    watcher = _Watcher(watches, prune, scales or {}, record)
+    watcher = _Watcher(watches, prune, scales or {}, replace or {}, record)
     residual: list[Residual] = []
     with ExitStack() as stack:
         for name in watcher.by_module:

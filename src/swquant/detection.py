@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -22,7 +23,7 @@ from swquant.folding import Fold, find_folds
 from swquant.models import build_model, fits_in_memory, offloaded_model, quiet
 from swquant.options import DEFAULT_PROMPT
 
-__all__ = ["Found", "find_super_weights", "prompt_tokens", "watchable"]
+__all__ = ["Found", "find_super_weights", "probed_model", "prompt_tokens", "run_prompt", "watchable"]
 
 # Evidence needs one short prompt; a longer one costs memory and finds the same.
 MAX_PROMPT_TOKENS = 512
@@ -85,6 +86,18 @@ def watchable(model: PreTrainedModel) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def run_prompt(model: PreTrainedModel, architecture: Architecture, ids: Sequence[int], **options: Any) -> Probe:
+    """One pass of the prompt. options: those of `run_probe`."""
+    inputs = torch.tensor(ids).unsqueeze(0)
+    return run_probe(
+        model,
+        lambda: model(input_ids=inputs, use_cache=False).logits[0],
+        architecture.watches,
+        architecture.layers,
+        **options,
+    )
+
+
 def find_super_weights(
     checkpoint: Checkpoint,
     prompt: str = DEFAULT_PROMPT,
@@ -115,15 +128,10 @@ def find_super_weights(
                 "the tokenizer belongs to another model"
             )
 
-        def forward() -> torch.Tensor:
-            return probed(input_ids=tokens.unsqueeze(0), use_cache=False).logits[0]
-
         def run(
             prune: Sequence[Scalar] = (), record: bool = False, scales: Mapping[str, torch.Tensor] | None = None
         ) -> Probe:
-            return run_probe(
-                probed, forward, architecture.watches, architecture.layers, prune=prune, scales=scales, record=record
-            )
+            return run_prompt(probed, architecture, ids, prune=prune, scales=scales, record=record)
 
         try:
             detection = detect(run, architecture.downs, tokens)

@@ -68,6 +68,9 @@ class CompressOptions:
     outliers: float | None = described(
         None, "Fraction of each tensor kept in the sidecar, by the error it costs; 0.0005, or 0 with --refine none."
     )
+    bits_budget: float | None = described(
+        None, "Stored bits per weight, on average: each tensor gets its own bits, by what rounding it does to the prompt."
+    )
     dense: tuple[str, ...] = described(
         (), "Leave tensors whose name contains PATTERN (or matches a * glob) alone; repeatable."
     )
@@ -94,6 +97,10 @@ class CompressOptions:
             self.parsed_block, self.parsed_clip  # noqa: B018 - raise on nonsense now, not after the probe
         except ValueError as error:
             raise SwquantError(str(error)) from None
+        if self.bits_budget is not None and self.bits != CompressOptions.bits:
+            raise SwquantError(
+                f"bits {self.bits} and a budget of {self.bits_budget:g} bits per weight contradict each other; give one of them"
+            )
         if self.preset not in PRESETS:
             raise SwquantError(f"preset {self.preset!r} is not one of: {', '.join(PRESETS)}")
         if self.refine is not None and self.refine not in PRESETS.values():
@@ -179,8 +186,9 @@ class CompressOptions:
     @property
     def suffix(self) -> str:
         """What is appended to a model's name for the default OUT: `-w4-b128`, `-w8a8-bchannel`."""
+        bits = self.bits if self.bits_budget is None else f"{self.bits_budget:g}"
         activations = "a8" if self.activations == "int8" else ""
-        return f"-w{self.bits}{activations}-b{self.block_name}".replace(":", "")
+        return f"-w{bits}{activations}-b{self.block_name}".replace(":", "")
 
     def as_dict(self) -> dict[str, Any]:
         values = {**asdict(self), "block": self.block_name}

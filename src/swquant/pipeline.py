@@ -36,6 +36,7 @@ from exporters.json_file import write_json
 from exporters.safetensors_file import FileRecord, SafetensorsWriter
 from exporters.sidecar import SIDECAR, SidecarWriter
 from swquant.activations import activations_record, input_record
+from swquant.budget import bits_within
 from swquant.checkpoint.base import Checkpoint
 from swquant.console import Progress, silent
 from swquant.destination import check_destination, check_space, no_space, replace, unfinished
@@ -82,7 +83,16 @@ def prepare(
         found = find_super_weights(
             checkpoint, options.prompt, low_memory=low_memory, folds=options.refinement != "none"
         )
-    plan = make_plan(checkpoint, found.architecture, found.detection.super_weights, options, found.folds)
+
+    def plan_with(bits: Mapping[str, int]) -> Plan:
+        return make_plan(
+            checkpoint, found.architecture, found.detection.super_weights, options, found.folds, bits
+        )
+
+    bits: Mapping[str, int] = {}
+    if options.bits_budget is not None:
+        bits = bits_within(checkpoint, found, options, plan_with, low_memory=low_memory, progress=progress)
+    plan = plan_with(bits)
     return Prepared(checkpoint, found, plan, low_memory)
 
 
@@ -304,7 +314,7 @@ def round_weight(
         return quantize(
             weight,
             tensor.block,
-            options.bits,
+            tensor.bits,
             symmetric=options.symmetric,
             clip=options.parsed_clip,
             importance=importance,

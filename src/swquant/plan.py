@@ -37,7 +37,7 @@ Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One tensor. block: None if it stays dense, then `reason` says why.
+    """One tensor. block: None if it stays dense, then `reason` says why. bits: of a quantized one.
 
     layout: stored name -> (dtype, shape) of what is written for it. points: number of its weights in the sidecar.
     super_weights: (row, col) of those that the detection found in it. fold: the scaling that it takes part in, as a
@@ -48,6 +48,7 @@ class TensorPlan:
     source: Stored
     layout: Layout
     block: Block | None = None
+    bits: int = 0
     reason: str = ""
     points: int = 0
     super_weights: tuple[tuple[int, int], ...] = ()
@@ -106,7 +107,7 @@ class Plan:
         assert tensor.block is not None
         carried = compressed_tensors.express(tensor.block, tensor.shape)
         group = carried.size if isinstance(carried, Group) else None
-        return Scheme(self.options.bits, group, self.options.symmetric, self.int8_inputs)
+        return Scheme(tensor.bits, group, self.options.symmetric, self.int8_inputs)
 
 
 def make_plan(
@@ -115,8 +116,10 @@ def make_plan(
     super_weights: Sequence[SuperWeight],
     options: CompressOptions,
     folds: Sequence[Fold] = (),
+    bits: Mapping[str, int] | None = None,
 ) -> Plan:
-    """Decide for every tensor. Raises SwquantError where an option fits nothing, or --strict-block fails."""
+    """Decide for every tensor. bits: of tensors that are not to take those of the options. Raises SwquantError where an option
+    fits nothing, or --strict-block fails."""
     found: dict[str, list[tuple[int, int]]] = {}
     for weight in super_weights:
         found.setdefault(weight.name, []).append((weight.row, weight.col))
@@ -141,7 +144,8 @@ def make_plan(
             continue
         if choice != options.parsed_block:
             fitted[str(choice)] = fitted.get(str(choice), 0) + 1
-        tensors.append(_quantized(name, stored, choice, points, checkpoint, options, int8_inputs))
+        own_bits = (bits or {}).get(name, options.bits)
+        tensors.append(_quantized(name, stored, choice, own_bits, points, checkpoint, options, int8_inputs))
     if not any(tensor.block for tensor in tensors):
         raise SwquantError(_nothing(checkpoint, tensors))
     tensors = _folded(tensors, folds)
@@ -330,6 +334,7 @@ def _quantized(
     name: str,
     stored: Stored,
     block: Block,
+    bits: int,
     points: tuple[tuple[int, int], ...],
     checkpoint: Checkpoint,
     options: CompressOptions,
@@ -339,7 +344,7 @@ def _quantized(
     local = compressed_tensors.tensor_layout(
         shape,
         block,
-        options.bits,
+        bits,
         symmetric=options.symmetric,
         scale_dtype=_dense_dtype(checkpoint, stored, options),
         int8_inputs=int8_inputs,
@@ -351,6 +356,7 @@ def _quantized(
         source=stored,
         layout={f"{module}.{key}": form for key, form in local.items()},
         block=block,
+        bits=bits,
         points=min(kept, stored.numel),
         super_weights=points,
     )

@@ -32,11 +32,12 @@ _WORST = 10
 def checkpoint_report(name: str, found: Found, plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> str:
     """The page. name: of the source. records: the manifest's of every tensor."""
     options = plan.options
+    bits = options.bits if options.bits_budget is None else "own bits for each tensor"
     pairs = (
         ("source", name),
         ("weights", f"{human_bytes(plan.source_bytes)} became {human_bytes(plan.nbytes)}"),
         ("bits per quantized weight", f"{plan.bits_per_weight:.3f}"),
-        ("bits, block", f"{options.bits}, {options.block_name}, {'symmetric' if options.symmetric else 'asymmetric'}"),
+        ("bits, block", f"{bits}, {options.block_name}, {'symmetric' if options.symmetric else 'asymmetric'}"),
         (
             "scales searched with",
             {"none": "nothing", "prompt": "the one prompt"}.get(options.refinement, options.refinement),

@@ -15,7 +15,7 @@ OTHER = {
     "bits": 3, "block": "64", "symmetric": False, "clip": "z=9", "restore": False, "outliers": 0.01, "dense": ("q_proj",),
     "strict_block": True, "dtype": "float16", "shard_size": "1GB", "prompt": "Hello.",
     "preset": "fast", "refine": "none", "seed": 1, "activations": "int8",
-    "activation_scale": "per-tensor", "activation_range": "dynamic",
+    "activation_scale": "per-tensor", "activation_range": "dynamic", "bits_budget": 5.0,
 }  # fmt: skip
 
 

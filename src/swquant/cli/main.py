@@ -116,6 +116,9 @@ def compress(
     outliers: Annotated[
         float | None, typer.Option(metavar="FRACTION", help=option_help("outliers"), show_default=False)
     ] = None,
+    bits_budget: Annotated[
+        float | None, typer.Option(metavar="BITS", help=option_help("bits_budget"), show_default=False)
+    ] = None,
     dense: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help=option_help("dense"), show_default=False)
     ] = None,
@@ -150,7 +153,7 @@ def compress(
         form, {"graph": graph, "precision": precision, "accuracy_level": accuracy_level, "lm_head_bits": lm_head_bits}
     )
     options = CompressOptions(
-        bits=bits, block=block, symmetric=symmetric, preset=preset, refine=refine, clip=clip, restore=restore, outliers=outliers, dense=tuple(dense or ()),
+        bits=bits, block=block, symmetric=symmetric, preset=preset, refine=refine, clip=clip, restore=restore, outliers=outliers, bits_budget=bits_budget, dense=tuple(dense or ()),
         strict_block=strict_block, activations=activations, activation_scale=activation_scale, activation_range=activation_range, dtype=dtype, shard_size=shard_size, prompt=prompt, seed=seed,
     )  # fmt: skip
     from swquant.checkpoint.open import open_checkpoint

@@ -1,0 +1,105 @@
+"""Bits per tensor under a budget, without data: which weights hurt the model's own predictions most when they are rounded.
+
+The prompt runs once for every group of weights, with that group alone rounded to a few bits; what this does to the
+predictions (KL divergence, mean over the tokens) is the group's sensitivity. One bit more makes the squared error of
+rounding a quarter, so the loss at other numbers of bits follows, and `calibrationless.allocate` shares the budget out.
+Loaders fuse weights that read the same input and want one scheme for them (q/k/v, gate/up, all experts): those are a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from calibrationless import MAX_BITS, MIN_BITS, allocate, dequantize, fit, quantize
+from exporters.errors import SwquantError
+from swquant.checkpoint.base import Checkpoint
+from swquant.console import Progress
+from swquant.detection import Found, probed_model, run_prompt, watchable
+from swquant.options import CompressOptions
+from swquant.plan import Plan
+
+__all__ = ["bits_within", "sensitivities"]
+
+Plans = Callable[[Mapping[str, int]], Plan]
+# Bits that a group is rounded to while its sensitivity is measured: enough to be felt on ten tokens, too few to be noise.
+_PROBED_BITS = 3
+
+
+def bits_within(
+    checkpoint: Checkpoint,
+    found: Found,
+    options: CompressOptions,
+    plan_with: Plans,
+    *,
+    low_memory: bool,
+    progress: Progress,
+) -> dict[str, int]:
+    """Bits of every quantized tensor, so that all of them together take at most options.bits_budget per weight.
+
+    plan_with: the plan for given bits. Raises SwquantError where not even the fewest bits fit.
+    """
+    assert options.bits_budget is not None
+    choices = range(MIN_BITS, MAX_BITS + 1)
+    plans = {bits: plan_with(dict.fromkeys(found.architecture.weights, bits)) for bits in choices}
+    weights = sum(tensor.source.numel for tensor in plans[MIN_BITS].quantized)
+    groups = fused_groups(found, [tensor.name for tensor in plans[MIN_BITS].quantized])
+    stored = {
+        bits: {tensor.name: tensor.nbytes + tensor.sidecar_bytes for tensor in plan.quantized}
+        for bits, plan in plans.items()
+    }
+    sizes = [[sum(stored[bits][name] for name in group) for bits in choices] for group in groups]
+    smallest, largest = (8 * sum(size[index] for size in sizes) / weights for index in (0, -1))
+    if not smallest <= options.bits_budget <= largest:
+        raise SwquantError(
+            f"a budget of {options.bits_budget:g} bits per weight is outside {smallest:.2f} to {largest:.2f}, what {MIN_BITS} and "
+            f"{MAX_BITS} bits take with block {options.block} and {options.outlier_fraction:g} outliers"
+        )
+    felt = sensitivities(checkpoint, found, options, groups, low_memory=low_memory, progress=progress)
+    losses = [[loss * 4.0 ** (_PROBED_BITS - bits) for bits in choices] for loss in felt]
+    chosen = allocate(sizes, losses, options.bits_budget * weights / 8)
+    return {name: choices[index] for group, index in zip(groups, chosen, strict=True) for name in group}
+
+
+def fused_groups(found: Found, names: Sequence[str]) -> list[tuple[str, ...]]:
+    """The names, those together that must have equal bits: weights that read the same norm, and all experts."""
+    probe = found.detection.probe
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        weight = found.architecture.weights[name]
+        record = probe.linears.get(weight.watch) if probe is not None else None
+        norm = record.norm if record is not None else ""
+        groups.setdefault("experts" if weight.kind == "expert" else norm or name, []).append(name)
+    return [tuple(group) for group in groups.values()]
+
+
+def sensitivities(
+    checkpoint: Checkpoint,
+    found: Found,
+    options: CompressOptions,
+    groups: Sequence[Sequence[str]],
+    *,
+    low_memory: bool,
+    progress: Progress,
+) -> list[float]:
+    """KL divergence of the predictions on the prompt, in nats, with each group alone rounded to three bits."""
+    probe = found.detection.probe
+    assert probe is not None
+    original = probe.logits.double().log_softmax(dim=-1)
+
+    def rounded(weight: Tensor) -> Tensor:
+        block = fit(options.parsed_block, (weight.shape[0], weight.shape[1]))
+        return weight if block is None else dequantize(quantize(weight, block, _PROBED_BITS), torch.float32)
+
+    felt = []
+    with probed_model(checkpoint, low_memory) as model, watchable(model):
+        with progress.tokens("Weighing tensors", len(groups) * len(found.token_ids)) as bar:
+            for group in groups:
+                watched = {found.architecture.weights[name].watch: rounded for name in group}
+                logits = run_prompt(model, found.architecture, found.token_ids, replace=watched, record=False).logits
+                divergence = original.exp() * (original - logits.double().log_softmax(dim=-1))
+                felt.append(float(divergence.sum(dim=-1).mean().clamp(min=0)))
+                bar.advance(group[0], len(found.token_ids))
+    return felt
