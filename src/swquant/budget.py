@@ -94,12 +94,15 @@ def sensitivities(
         return weight if block is None else dequantize(quantize(weight, block, _PROBED_BITS), torch.float32)
 
     felt = []
-    with probed_model(checkpoint, low_memory) as model, watchable(model):
-        with progress.tokens("Weighing tensors", len(groups) * len(found.token_ids)) as bar:
-            for group in groups:
-                watched = {found.architecture.weights[name].watch: rounded for name in group}
-                logits = run_prompt(model, found.architecture, found.token_ids, replace=watched, record=False).logits
-                divergence = original.exp() * (original - logits.double().log_softmax(dim=-1))
-                felt.append(float(divergence.sum(dim=-1).mean().clamp(min=0)))
-                bar.advance(group[0], len(found.token_ids))
+    with (
+        probed_model(checkpoint, low_memory) as model,
+        watchable(model),
+        progress.tokens("Weighing tensors", len(groups) * len(found.token_ids)) as bar,
+    ):
+        for group in groups:
+            watched = {found.architecture.weights[name].watch: rounded for name in group}
+            logits = run_prompt(model, found.architecture, found.token_ids, replace=watched, record=False).logits
+            divergence = original.exp() * (original - logits.double().log_softmax(dim=-1))
+            felt.append(float(divergence.sum(dim=-1).mean().clamp(min=0)))
+            bar.advance(group[0], len(found.token_ids))
     return felt

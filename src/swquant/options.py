@@ -69,7 +69,8 @@ class CompressOptions:
         None, "Fraction of each tensor kept in the sidecar, by the error it costs; 0.0005, or 0 with --refine none."
     )
     bits_budget: float | None = described(
-        None, "Stored bits per weight, on average: each tensor gets its own bits, by what rounding it does to the prompt."
+        None,
+        "Stored bits per weight, on average: each tensor gets its own bits, by what rounding it does to the prompt.",
     )
     dense: tuple[str, ...] = described(
         (), "Leave tensors whose name contains PATTERN (or matches a * glob) alone; repeatable."

@@ -85,9 +85,7 @@ def prepare(
         )
 
     def plan_with(bits: Mapping[str, int]) -> Plan:
-        return make_plan(
-            checkpoint, found.architecture, found.detection.super_weights, options, found.folds, bits
-        )
+        return make_plan(checkpoint, found.architecture, found.detection.super_weights, options, found.folds, bits)
 
     bits: Mapping[str, int] = {}
     if options.bits_budget is not None:

@@ -29,7 +29,7 @@ def model(tmp_path: Path) -> Path:
     return save_model(made, tmp_path / "model", torch.bfloat16)
 
 
-@pytest.mark.parametrize("budget", (3.5, 5.25))
+@pytest.mark.parametrize("budget", [3.5, 5.25])
 def test_the_budget_is_kept_and_used(model: Path, tmp_path: Path, budget: float) -> None:
     result = swquant.compress(model, tmp_path / "out", bits_budget=budget, **OPTIONS)
     stored = result.manifest["totals"]["bits_per_quantized_weight"]
@@ -60,7 +60,7 @@ def test_stock_transformers_loads_several_numbers_of_bits(model: Path, tmp_path:
         assert torch.equal(stock(tokens).logits, ours(tokens).logits)
 
 
-@pytest.mark.parametrize("architecture", ("llama", "gemma3", "mixtral"))
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "mixtral"])
 def test_rounding_is_felt_in_every_family(architecture: str, tmp_path: Path) -> None:
     folder = planted_model(architecture, tmp_path / "model").folder
     with open_checkpoint(folder) as checkpoint:
@@ -70,9 +70,7 @@ def test_rounding_is_felt_in_every_family(architecture: str, tmp_path: Path) -> 
         assert sorted(name for group in groups for name in group) == sorted(names)
         experts = [group for group in groups if any(".experts." in name for name in group)]
         assert len(experts) <= 1
-        felt = sensitivities(
-            checkpoint, found, CompressOptions(block="16"), groups, low_memory=False, progress=silent
-        )
+        felt = sensitivities(checkpoint, found, CompressOptions(block="16"), groups, low_memory=False, progress=silent)
     assert all(loss > 0 for loss in felt)
 
 
