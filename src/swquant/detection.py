@@ -65,6 +65,7 @@ def prompt_tokens(checkpoint: Checkpoint, prompt: str) -> tuple[int, ...]:
 
 @contextmanager
 def probed_model(checkpoint: Checkpoint, low_memory: bool) -> Iterator[PreTrainedModel]:
+    """The model in float32, its weights left in their files where they do not fit in memory or `low_memory` asks for it."""
     if low_memory or (checkpoint.kind == "safetensors" and not fits_in_memory(checkpoint, torch.float32)):
         with offloaded_model(checkpoint, torch.float32) as model:
             yield model
