@@ -1,31 +1,35 @@
 """Bits per tensor under a budget, without data: which weights hurt the model's own predictions most when they are rounded.
 
-The prompt runs once for every group of weights, with that group alone rounded to a few bits; what this does to the
-predictions (KL divergence, mean over the tokens) is the group's sensitivity. One bit more makes the squared error of
-rounding a quarter, so the loss at other numbers of bits follows, and `calibrationless.allocate` shares the budget out.
+The model writes a few short texts and reads them again once for every group of weights, with that group alone rounded to a
+few bits; what this does to the predictions (KL divergence, mean over the tokens) is the group's sensitivity. One bit more
+makes the squared error of rounding a quarter, so the loss at other numbers of bits follows, and `calibrationless.allocate`
+shares the budget out. The ten tokens of the one prompt are too few for this: what they feel most is the first of them.
 Loaders fuse weights that read the same input and want one scheme for them (q/k/v, gate/up, all experts): those are a group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from calibrationless import MAX_BITS, MIN_BITS, allocate, dequantize, fit, quantize
+from calibrationless import MAX_BITS, MIN_BITS, allocate, dequantize, fit, quantize, restore, worst
 from exporters.errors import SwquantError
 from swquant.checkpoint.base import Checkpoint
 from swquant.console import Progress
-from swquant.detection import Found, probed_model, run_prompt, watchable
+from swquant.detection import Found, probed_model, run_text, watchable
 from swquant.options import CompressOptions
 from swquant.plan import Plan
+from swquant.self_text import start_token, write_text
 
 __all__ = ["bits_within", "sensitivities"]
 
 Plans = Callable[[Mapping[str, int]], Plan]
-# Bits that a group is rounded to while its sensitivity is measured: enough to be felt on ten tokens, too few to be noise.
+# Bits that a group is rounded to while its sensitivity is measured: enough to be felt, and near to what a small budget gives.
 _PROBED_BITS = 3
+TEXTS, LENGTH = 6, 64
 
 
 def bits_within(
@@ -84,25 +88,49 @@ def sensitivities(
     low_memory: bool,
     progress: Progress,
 ) -> list[float]:
-    """KL divergence of the predictions on the prompt, in nats, with each group alone rounded to three bits."""
-    probe = found.detection.probe
-    assert probe is not None
-    original = probe.logits.double().log_softmax(dim=-1)
-
-    def rounded(weight: Tensor) -> Tensor:
-        block = fit(options.parsed_block, (weight.shape[0], weight.shape[1]))
-        return weight if block is None else dequantize(quantize(weight, block, _PROBED_BITS), torch.float32)
-
+    """KL divergence of the predictions, in nats per token, with each group alone rounded to three bits."""
+    rounded = partial(_rounded, found, options)
     felt = []
-    with (
-        probed_model(checkpoint, low_memory) as model,
-        watchable(model),
-        progress.tokens("Weighing tensors", len(groups) * len(found.token_ids)) as bar,
-    ):
-        for group in groups:
-            watched = {found.architecture.weights[name].watch: rounded for name in group}
-            logits = run_prompt(model, found.architecture, found.token_ids, replace=watched, record=False).logits
-            divergence = original.exp() * (original - logits.double().log_softmax(dim=-1))
-            felt.append(float(divergence.sum(dim=-1).mean().clamp(min=0)))
-            bar.advance(group[0], len(found.token_ids))
+    with probed_model(checkpoint, low_memory) as model, watchable(model):
+        tokens = write_text(model, start_token(checkpoint, found), options.seed, progress, texts=TEXTS, length=LENGTH)
+
+        def predict(group: Sequence[str]) -> Tensor:
+            """Log-probabilities, float32 [tokens, vocabulary]."""
+            watches = [found.architecture.weights[name].watch for name in group]
+            replace = {watch: partial(rounded, watch) for watch in watches}
+            logits = run_text(model, found.architecture, tokens, replace=replace, record=False).logits
+            return logits.flatten(0, -2).log_softmax(dim=-1)
+
+        original = predict(())
+        with progress.tokens("Weighing tensors", len(groups) * tokens.numel()) as bar:
+            for group in groups:
+                divergence = (original - predict(group)).mul_(original.exp()).sum(dim=-1, dtype=torch.float64)
+                felt.append(float(divergence.mean().clamp(min=0)))
+                bar.advance(group[0], tokens.numel())
     return felt
+
+
+def _rounded(found: Found, options: CompressOptions, watch: str, weight: Tensor) -> Tensor:
+    """A watched weight [out, in] as `compress` would round it, but for scaled channels: search and outliers included."""
+    block = fit(options.parsed_block, (weight.shape[0], weight.shape[1]))
+    if block is None:
+        return weight
+    probe = found.detection.probe
+    record = probe.linears.get(watch) if probe is not None and options.refinement != "none" else None
+    energy = record.energy if record is not None else None
+    always = (
+        [(item.row, item.col) for item in found.detection.super_weights if item.name == watch]
+        if options.restore
+        else []
+    )
+    quantized = quantize(
+        weight, block, _PROBED_BITS, symmetric=options.symmetric, clip=options.parsed_clip, importance=energy
+    )
+    kept = worst(
+        weight,
+        quantized,
+        len(always) + int(options.outlier_fraction * weight.numel()),
+        always=always,
+        importance=energy,
+    )
+    return restore(dequantize(quantized, torch.float32), kept)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from swquant.folding import Fold, find_folds
 from swquant.models import build_model, fits_in_memory, offloaded_model, quiet
 from swquant.options import DEFAULT_PROMPT
 
-__all__ = ["Found", "find_super_weights", "probed_model", "prompt_tokens", "run_prompt", "watchable"]
+__all__ = ["Found", "find_super_weights", "probed_model", "prompt_tokens", "run_text", "watchable"]
 
 # Evidence needs one short prompt; a longer one costs memory and finds the same.
 MAX_PROMPT_TOKENS = 512
@@ -87,12 +87,11 @@ def watchable(model: PreTrainedModel) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def run_prompt(model: PreTrainedModel, architecture: Architecture, ids: Sequence[int], **options: Any) -> Probe:
-    """One pass of the prompt. options: those of `run_probe`."""
-    inputs = torch.tensor(ids).unsqueeze(0)
+def run_text(model: PreTrainedModel, architecture: Architecture, tokens: torch.Tensor, **options: Any) -> Probe:
+    """One pass of int64 [texts, tokens]. options: those of `run_probe`. Its logits are [texts, tokens, vocabulary]."""
     return run_probe(
         model,
-        lambda: model(input_ids=inputs, use_cache=False).logits[0],
+        lambda: model(input_ids=tokens, use_cache=False).logits,
         architecture.watches,
         architecture.layers,
         **options,
@@ -132,7 +131,8 @@ def find_super_weights(
         def run(
             prune: Sequence[Scalar] = (), record: bool = False, scales: Mapping[str, torch.Tensor] | None = None
         ) -> Probe:
-            return run_prompt(probed, architecture, ids, prune=prune, scales=scales, record=record)
+            probe = run_text(probed, architecture, tokens.unsqueeze(0), prune=prune, scales=scales, record=record)
+            return replace(probe, logits=probe.logits[0])
 
         try:
             detection = detect(run, architecture.downs, tokens)

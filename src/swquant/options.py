@@ -70,7 +70,7 @@ class CompressOptions:
     )
     bits_budget: float | None = described(
         None,
-        "Stored bits per weight, on average: each tensor gets its own bits, by what rounding it does to the prompt.",
+        "Stored bits per weight, on average: each tensor gets bits by what rounding it does to the model's own text.",
     )
     dense: tuple[str, ...] = described(
         (), "Leave tensors whose name contains PATTERN (or matches a * glob) alone; repeatable."
@@ -88,7 +88,9 @@ class CompressOptions:
     dtype: str = described("auto", "Of dense tensors and scales: auto (the source's), bfloat16, float16 or float32.")
     shard_size: str = described("5GB", "Largest size of one file of weights.")
     prompt: str = described(DEFAULT_PROMPT, "The one prompt that detection runs.")
-    seed: int = described(0, "Of the text that the model writes with --refine self; nothing else is random.")
+    seed: int = described(
+        0, "Of the text that the model writes for --refine self and --bits-budget; nothing else is random."
+    )
 
     def __post_init__(self) -> None:
         from calibrationless import check_bits  # here, not above: `swquant --help` must not wait for torch

@@ -22,7 +22,7 @@ from swquant.checkpoint.base import Checkpoint
 from swquant.console import Progress
 from swquant.detection import Found, probed_model, watchable
 
-__all__ = ["SelfText", "self_text", "write_text"]
+__all__ = ["SelfText", "self_text", "start_token", "write_text"]
 
 TEXTS, LENGTH = 16, 256
 _GRAM_BYTES = 1 << 30  # Gram matrices in memory at a time
@@ -31,21 +31,35 @@ _BATCH = 4
 Factor = tuple[Tensor, Tensor]
 
 
-def write_text(model: PreTrainedModel, start: int | None, seed: int, progress: Progress) -> Tensor:
-    """int64 [TEXTS, LENGTH] sampled from the model; start: the BOS token, or None for random first tokens."""
+def start_token(checkpoint: Checkpoint, found: Found) -> int | None:
+    """The BOS token where the tokenizer begins a text with one, else None."""
+    bos = checkpoint.tokenizer().bos_token_id
+    return bos if bos is not None and found.token_ids[0] == bos else None
+
+
+def write_text(
+    model: PreTrainedModel,
+    start: int | None,
+    seed: int,
+    progress: Progress,
+    *,
+    texts: int = TEXTS,
+    length: int = LENGTH,
+) -> Tensor:
+    """int64 [texts, length] sampled from the model; start: the BOS token, or None for random first tokens."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.get_output_embeddings().get_parameter("weight").shape[0]
-    first = torch.randint(vocabulary, (TEXTS, 1), generator=generator)
-    tokens = first if start is None else torch.full((TEXTS, 1), start)
+    first = torch.randint(vocabulary, (texts, 1), generator=generator)
+    tokens = first if start is None else torch.full((texts, 1), start)
     cache, step = None, tokens
-    with torch.no_grad(), progress.tokens("Writing text", TEXTS * LENGTH) as bar:
-        for _ in range(LENGTH - 1):
+    with torch.no_grad(), progress.tokens("Writing text", texts * length) as bar:
+        for _ in range(length - 1):
             result = model(input_ids=step, past_key_values=cache, use_cache=True)
             cache = result.past_key_values
             likely = result.logits[:, -1].float().softmax(dim=-1)
             step = torch.multinomial(likely, 1, generator=generator)
             tokens = torch.cat([tokens, step], dim=1)
-            bar.advance("", TEXTS)
+            bar.advance("", texts)
     return tokens
 
 
@@ -118,8 +132,6 @@ def self_text(
 ) -> Iterator[SelfText]:
     """The model with its own text. names: the stored weights that will be asked for, in that order."""
     with probed_model(checkpoint, low_memory) as model:
-        bos = checkpoint.tokenizer().bos_token_id
-        start = bos if bos is not None and found.token_ids[0] == bos else None
         with watchable(model):
-            tokens = write_text(model, start, seed, progress)
+            tokens = write_text(model, start_token(checkpoint, found), seed, progress)
         yield SelfText(model, found, tokens, names)
