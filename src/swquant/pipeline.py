@@ -245,7 +245,9 @@ def _write_tensor(
     quantized = round_weight(weight, tensor, options, importance)
     kept = choose_outliers(weight, quantized, tensor, importance) if tensor.points else None
     if own is not None:
-        quantized = feed_back(weight, quantized, own[0], kept)
+        # Without a sidecar, too, a super weight keeps its own code: its extreme is all that represents it.
+        held = kept if kept is not None or not tensor.super_weights else Outliers.at(weight, *_coordinates(tensor))
+        quantized = feed_back(weight, quantized, own[0], held)
     for key, part in compressed_tensors.to_tensors(quantized, int8_inputs=prepared.plan.int8_inputs).items():
         writer.write(f"{tensor.module}.{key}", part)
     if kept is not None and sidecar is not None:
@@ -304,7 +306,7 @@ def round_weight(
     scale_dtype = tensor.layout[f"{tensor.module}.weight_scale"][0]
     keep_extreme = None
     if tensor.super_weights:
-        rows, cols = torch.tensor(tensor.super_weights, dtype=torch.int64).T
+        rows, cols = _coordinates(tensor)
         count = tensor.source.numel // block_elements(tensor.block, tensor.shape)
         keep_extreme = torch.zeros(count, dtype=torch.bool)
         keep_extreme[block_index(rows, cols, tensor.block, tensor.shape)] = True
@@ -329,6 +331,12 @@ def choose_outliers(
 ) -> Outliers:
     """The points of a tensor's sidecar: its super weights, and as many of the worst rounded as were planned."""
     return worst(weight, quantized, tensor.points, always=tensor.super_weights, importance=importance)
+
+
+def _coordinates(tensor: TensorPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and columns of a tensor's super weights."""
+    rows, cols = torch.tensor(tensor.super_weights, dtype=torch.int64).T
+    return rows, cols
 
 
 def _config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:

@@ -26,6 +26,7 @@ __all__ = [
     "show_detection",
     "show_doctor",
     "show_evaluation",
+    "show_losses",
     "show_manifest",
     "show_plan",
     "show_result",
@@ -240,6 +241,17 @@ def show_manifest(console: Console, path: Path, manifest: Mapping[str, Any]) -> 
     console.print(f"Options: {_as_typed(options)}", markup=False)
     _show_schemes(console, manifest["tensors"])
     _show_outliers(console, manifest)
+    show_losses(console, manifest)
+    table = make_table("Loaders", ("loader", "left"), ("loads it?", "left"))
+    for loader, verdict in manifest["loaders"].items():
+        table.add_row(loader, escape(verdict))
+    show_table(console, table)
+    for note in manifest["notes"]:
+        console.print(f"Note: {note}", markup=False)
+
+
+def show_losses(console: Console, manifest: Mapping[str, Any]) -> None:
+    """The tensors whose rounding cost most, as it was measured when they were compressed."""
     quantized = {name: tensor for name, tensor in manifest["tensors"].items() if "dense" not in tensor}
     table = make_table(
         "Tensors that lose most",
@@ -251,12 +263,6 @@ def show_manifest(console: Console, path: Path, manifest: Mapping[str, Any]) -> 
     for name, tensor in sorted(quantized.items(), key=lambda item: -_lost(item[1]))[:5]:
         table.add_row(_short(name), tensor["stored_as"], f"{_lost(tensor):.4f}", f"{tensor['relative_error']:.4f}")
     show_table(console, table)
-    table = make_table("Loaders", ("loader", "left"), ("loads it?", "left"))
-    for loader, verdict in manifest["loaders"].items():
-        table.add_row(loader, escape(verdict))
-    show_table(console, table)
-    for note in manifest["notes"]:
-        console.print(f"Note: {note}", markup=False)
 
 
 def _lost(record: Mapping[str, Any]) -> float:

@@ -275,6 +275,8 @@ def test_eval_shows_four_digits(cli: Cli, compressed: Path, bf16_llama: Planted,
     assert re.search(rf"perplexity of the original\s+{expected.original_perplexity:.4f}\s", ran.out)
     assert f"{expected.kl:.5f}" in ran.out
     assert f"{expected.top1:.2%}" in ran.out
+    assert "Tensors that lose most" in ran.out
+    assert "Tensors that lose most" not in cli("eval", compressed, "--text", text).out
 
 
 def test_eval_is_a_gate(cli: Cli, compressed: Path, bf16_llama: Planted, text: Path) -> None:

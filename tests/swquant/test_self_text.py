@@ -31,3 +31,12 @@ def test_the_seed_decides_and_nothing_else(tmp_path: Path) -> None:
     first = hashes("a", 0)
     assert hashes("b", 0) == first
     assert hashes("c", 1) != first
+
+
+def test_a_super_weight_keeps_its_own_code_without_a_sidecar(tmp_path: Path) -> None:
+    planted = planted_model("llama", tmp_path / "model")
+    manifest = swquant.compress(
+        planted.folder, tmp_path / "best", prompt=PROMPT, preset="best", block="16", restore=False
+    ).manifest
+    (point,) = manifest["tensors"][planted.name]["super_weights"]
+    assert point["without_sidecar"] == pytest.approx(point["value"], rel=1 / 256)

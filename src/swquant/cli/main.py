@@ -264,8 +264,9 @@ def evaluate(
     from math import isfinite
 
     from swquant.checkpoint.open import open_checkpoint
+    from swquant.checkpoint.compressed import CompressedCheckpoint
     from swquant.evaluation import evaluate_model
-    from swquant.tables import show_evaluation
+    from swquant.tables import show_evaluation, show_losses
 
     if max_kl is not None and against is None:
         raise SwquantError("--max-kl needs an original to compare with; add --against ORIGINAL")
@@ -283,6 +284,8 @@ def evaluate(
         print_json({key: value if value is None or isfinite(value) else None for key, value in asdict(result).items()})
     else:
         show_evaluation(out, result)
+        if original is not None and isinstance(checkpoint, CompressedCheckpoint):
+            show_losses(out, checkpoint.manifest)
     for label, value, bound in (
         ("perplexity", result.perplexity, max_perplexity),
         ("KL divergence", result.kl, max_kl),
