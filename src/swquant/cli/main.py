@@ -263,8 +263,8 @@ def evaluate(
     from dataclasses import asdict
     from math import isfinite
 
-    from swquant.checkpoint.open import open_checkpoint
     from swquant.checkpoint.compressed import CompressedCheckpoint
+    from swquant.checkpoint.open import open_checkpoint
     from swquant.evaluation import evaluate_model
     from swquant.tables import show_evaluation, show_losses
 
