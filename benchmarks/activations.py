@@ -216,30 +216,51 @@ def as_users(key: str, subject: Subject, checkpoint: Checkpoint, results: Result
 
 
 def print_tables(results: Results) -> None:
+    """For each model and number of bits: methods by row, one scale per tensor and per token side by side."""
     for key in dict.fromkeys(item["model"] for item in results.records):
         original = results.find(key, "float", "float", "original")
         assert original is not None
         texts = tuple(original["texts"])
-        floats = ", ".join(f"{text} {original['texts'][text]['perplexity']:.2f}" for text in texts)
-        print(f"\n{key}, perplexity of the original: {floats}\n")
-        print(
-            "| weights | activations | method | " + " | ".join(f"{text}: ppl | KL" for text in texts) + " | regained |"
+        floats = ", ".join(
+            f"{score['perplexity']:.2f} on {score['tokens']} tokens of {text}"
+            for text, score in original["texts"].items()
         )
-        print("|---|---|---|" + "---:|" * (2 * len(texts) + 1))
-        for item in sorted(
-            (item for item in results.records if item["model"] == key and item is not original),
-            key=lambda item: (item["weights"], item["activations"]),
-        ):
-            cell = (key, item["weights"], item["activations"])
-            naive, smooth = results.find(*cell, "naive"), results.find(*cell, "SmoothQuant")
-            regained = ""
-            if naive and smooth and item["method"] not in ("naive", "SmoothQuant"):
-                kl = [record["texts"][texts[0]]["kl"] for record in (naive, item, smooth)]
-                regained = f"{(kl[0] - kl[1]) / (kl[0] - kl[2]):.0%}"
-            numbers = " | ".join(
-                f"{item['texts'][text]['perplexity']:.2f} | {item['texts'][text]['kl']:.4f}" for text in texts
-            )
-            print(f"| {item['weights']} | {item['activations']} | {item['method']} | {numbers} | {regained} |")
+        for bits in BITS:
+            alone = results.find(key, f"W{bits}", "float", "weights alone")
+            beside = "" if alone is None else f"; with the weights alone rounded, KL {_kl(alone, texts)}"
+            print(f"\n{key}, W{bits}A8. Perplexity of the original: {floats}{beside}\n")
+            print("| method | reads | " + " | ".join(f"{scale}: perplexity | KL | regained" for scale in SCALES) + " |")
+            print("|---|---|" + "---:|---:|---:|" * len(SCALES))
+            for method in METHODS:
+                cells = [_cells(results, (key, f"W{bits}", scale), method.name, texts) for scale in SCALES]
+                print(f"| {method.name} | {method.text} | {' | '.join(cells)} |")
+        for item in results.records:
+            if item["model"] == key and item["weights"] == "int8":
+                print(f"\n{item['method']}: perplexity {_perplexity(item, texts)}, KL {_kl(item, texts)}")
+
+
+def _perplexity(record: Record, texts: tuple[str, ...]) -> str:
+    return ", ".join(f"{record['texts'][text]['perplexity']:.2f}" for text in texts)
+
+
+def _kl(record: Record, texts: tuple[str, ...]) -> str:
+    return ", ".join(f"{record['texts'][text]['kl']:.4f}" for text in texts)
+
+
+def _cells(results: Results, cell: tuple[str, str, str], name: str, texts: tuple[str, ...]) -> str:
+    """Perplexity, KL and what is regained of a method, on all texts."""
+    record, naive, smooth = (results.find(*cell, other) for other in (name, "naive", "SmoothQuant"))
+    if record is None:
+        return " |  | "
+    regained = ""
+    if naive and smooth and record not in (naive, smooth):
+        gains = [
+            (naive["texts"][text]["kl"] - record["texts"][text]["kl"])
+            / (naive["texts"][text]["kl"] - smooth["texts"][text]["kl"])
+            for text in texts
+        ]
+        regained = ", ".join(f"{gain:.0%}" for gain in gains)
+    return f"{_perplexity(record, texts)} | {_kl(record, texts)} | {regained}"
 
 
 def main() -> None:
