@@ -112,7 +112,9 @@ def run_one(version: str, work: Path) -> None:
 
 
 def cell(values: list[float | str]) -> str:
-    return " / ".join(f"{value:.0e}" if isinstance(value, float) else value for value in values)
+    if all(isinstance(value, str) for value in values):
+        return "refused"
+    return " / ".join(f"{value:.0e}" if isinstance(value, float) else "refused" for value in values)
 
 
 def main() -> None:
@@ -132,6 +134,11 @@ def main() -> None:
     for graph, bits, level in KINDS:
         cells = [cell(found[version][f"{graph}-{bits}-{level}"]) for version in arguments.versions]
         print(f"| {graph}, {bits}, {level} | {' | '.join(cells)} |")
+    for version, of in found.items():
+        for name, values in of.items():
+            for value in values:
+                if isinstance(value, str):
+                    print(f"{version}, {name}: {value}", file=sys.stderr)
 
 
 if __name__ == "__main__":
