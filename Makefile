@@ -16,7 +16,7 @@ demo: $(VENV)/installed $(SMOLLM2)
 test: $(VENV)/test $(SMOLLM2)
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: $(VENV)/test $(SMOLLM2) $(GEMMA)
+test-slow: $(VENV)/test-slow $(SMOLLM2) $(GEMMA)
 	$(BIN)/python -m pytest -m slow
 
 # In an environment of its own: the two wheels of ONNX Runtime overwrite each other.
@@ -66,6 +66,10 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/test: $(VENV)/installed
 	@$(PIP) -e ".[test]"
+	@touch $@
+
+$(VENV)/test-slow: $(VENV)/test
+	@$(PIP) -e ".[tasks]"
 	@touch $@
 
 $(VENV)/dev: $(VENV)/installed

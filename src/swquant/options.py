@@ -211,6 +211,11 @@ class StudyOptions:
     window: int = described(128, "Tokens per window.")
     limit: int | None = described(None, "Measure on so many windows: 16, or 4 with --quick, unless given.")
     bits: int = described(4, "Bits per weight in the experiment on block sizes, 2 to 8.")
+    tasks: tuple[str, ...] = described(
+        (), "Zero-shot task of lm-eval, or a task file; repeatable. Needs the extra `tasks` and the task's data."
+    )
+    task_limit: int | None = described(None, "Ask only the first N questions of each task.")
+    download: bool = described(False, "Let lm-eval fetch the data of --tasks; otherwise it must be on this machine.")
     prompt: str = described(DEFAULT_PROMPT, "The one prompt that detection runs.")
 
     def __post_init__(self) -> None:
@@ -220,6 +225,10 @@ class StudyOptions:
             check_bits(self.bits)
         except ValueError as error:
             raise SwquantError(str(error)) from None
+        if self.task_limit is not None and self.task_limit < 1:
+            raise SwquantError(f"a limit of {self.task_limit} questions leaves nothing to ask; give 1 or more, or none")
+        if not self.tasks and (self.task_limit is not None or self.download):
+            raise SwquantError("--task-limit and --download are about zero-shot tasks; name one with --tasks")
         if unknown := next((name for name in self.only if name not in EXPERIMENTS), None):
             raise SwquantError(f"experiment {unknown!r} is not one of: {', '.join(EXPERIMENTS)}")
 

@@ -43,13 +43,23 @@ def study(
         int | None, typer.Option(help=option_help("limit", StudyOptions), show_default=False)
     ] = StudyOptions.limit,
     bits: Annotated[int, typer.Option(help=option_help("bits", StudyOptions))] = StudyOptions.bits,
+    tasks: Annotated[
+        list[str] | None, typer.Option(metavar="TASK", help=option_help("tasks", StudyOptions), show_default=False)
+    ] = None,
+    task_limit: Annotated[
+        int | None, typer.Option(metavar="N", help=option_help("task_limit", StudyOptions), show_default=False)
+    ] = StudyOptions.task_limit,
+    download: Annotated[
+        bool, typer.Option("--download", help=option_help("download", StudyOptions))
+    ] = StudyOptions.download,
     prompt: PromptOption = DEFAULT_PROMPT,
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Repeat the super weight paper's experiments on MODEL and write a report."""
     options = StudyOptions(
-        only=tuple(only or ()), quick=quick, window=window, limit=limit, bits=bits, prompt=prompt
+        only=tuple(only or ()), quick=quick, window=window, limit=limit, bits=bits, tasks=tuple(tasks or ()),
+        task_limit=task_limit, download=download, prompt=prompt,
     )  # fmt: skip
     from swquant.checkpoint.open import open_checkpoint
     from swquant.experiments.study import study_checkpoint

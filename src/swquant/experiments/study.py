@@ -36,6 +36,7 @@ from swquant.experiments.cache import Cache
 from swquant.experiments.measuring import measure
 from swquant.experiments.section import Cell, Interval, Section, Table
 from swquant.experiments.subject import Subject
+from swquant.experiments.zero_shot import check_tasks, zero_shot
 from swquant.models import available_memory, build_model, fits_in_memory
 from swquant.options import EXPERIMENTS, StudyOptions
 from swquant.page import facts, page, section_html
@@ -89,6 +90,8 @@ def study_checkpoint(
     What was measured stays in OUT/cache, also when the run is stopped, and is not measured again.
     """
     check_study_folder(out)
+    if options.tasks:
+        check_tasks(options.tasks)
     windows = _windows(checkpoint, text, options)
     needed = _PAGES + 8 * len(windows.ids) * int(getattr(checkpoint.config.get_text_config(), "vocab_size", 0))
     try:
@@ -96,7 +99,13 @@ def study_checkpoint(
         check_space(out, needed)
         (out / _TAG).write_text(_SIGNATURE, encoding="utf-8")
         subject = _load(checkpoint, windows, options, progress)
-        sections = _experiment(subject, Cache(out / "cache", subject.fingerprint()), options, progress)
+        cache = Cache(out / "cache", subject.fingerprint())
+        sections = _experiment(subject, cache, options, progress)
+        if options.tasks:
+            tasks = zero_shot(
+                subject, options.tasks, cache, limit=options.task_limit, download=options.download, progress=progress
+            )
+            sections = (*sections, tasks)
         record = _record(subject, sections, options, text_name)
         _write_all(out, subject, sections, record)
     except OSError as error:
