@@ -6,6 +6,7 @@ fetched unless the user says so. lm-eval is the extra `tasks`.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -99,7 +100,7 @@ def _name_of(path: Path) -> str:
 
     # Tags such as !function stay unread here; lm-eval resolves them.
     loader = type("Plain", (yaml.SafeLoader,), {})
-    loader.add_multi_constructor("!", lambda *_: None)  # type: ignore[attr-defined]
+    loader.add_multi_constructor("!", lambda *_: None)
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), loader)  # type: ignore[arg-type]
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -131,14 +132,17 @@ def _accuracies(name: str, results: Mapping[str, Mapping[str, Any]]) -> _Result:
     return found
 
 
+def _from_cache(row: torch.Tensor) -> Interval:
+    """A value and its ends; NaN stands for an end that there is none of."""
+    value, low, high = row.tolist()
+    return Interval(value) if math.isnan(low) else Interval(value, low, high)
+
+
 def _measure(subject: Subject, change: Change, task: str, cache: Cache, limit: int | None, download: bool) -> _Result:
     own = task.endswith((".yaml", ".yml"))  # whose data may change under its name: never from the cache
     key = f"task {task}, {limit}, lm-eval {version('lm-eval')}: {change.key}"
     if not own and (known := cache.get(key)) is not None:
-        return {
-            name: Interval(*(None if value != value else value for value in row.tolist()))
-            for name, row in known.items()
-        }
+        return {name: _from_cache(row) for name, row in known.items()}
     try:
         with change.apply(subject), torch.no_grad():
             result = _run(subject, task, limit, download)
