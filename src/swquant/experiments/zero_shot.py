@@ -99,10 +99,10 @@ def _name_of(path: Path) -> str:
     import yaml
 
     # Tags such as !function stay unread here; lm-eval resolves them.
-    loader = type("Plain", (yaml.SafeLoader,), {})
+    loader: Any = type("Plain", (yaml.SafeLoader,), {})
     loader.add_multi_constructor("!", lambda *_: None)
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), loader)  # type: ignore[arg-type]
+        content = yaml.load(path.read_text(encoding="utf-8"), loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SwquantError(f"--tasks {path}: not a task file ({first_line(error)})") from None
     if not isinstance(content, dict) or not isinstance(content.get("task"), str):
