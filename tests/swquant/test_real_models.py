@@ -149,6 +149,7 @@ def metadata(path: Path) -> dict[str, str]:
         return json.loads(file.metadata()["hashes"])
 
 
+@pytest.mark.slow
 def test_the_script_for_ci_makes_the_same_bytes_on_one_thread(smollm2: Path, compressed: Path, tmp_path: Path) -> None:
     """tools/make_checkpoint.sh in a real shell, on one thread: compress, verify, and the gate of the evaluation."""
     link = tmp_path / smollm2.name  # the name is part of the manifest
