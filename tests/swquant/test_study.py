@@ -358,7 +358,7 @@ def test_the_folder_holds_report_figures_and_tables(study: Study) -> None:
 
 def test_the_page_is_whole_and_asks_for_nothing(study: Study) -> None:
     page = (study.path / "report.html").read_text()
-    assert page.count("<svg") == 10
+    assert page.count("<svg") == 11
     assert not re.findall(r'(?:src|href)="(?!data:|#)[^"]+"|url\((?!#)|@import|<script', page)
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
