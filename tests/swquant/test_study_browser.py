@@ -110,7 +110,7 @@ def test_every_figure_is_seen(
     assert measured["width"] == width
     assert measured["scroll"] <= width, "the page is wider than the screen"
     figures = measured["figures"]
-    assert len(figures) == {"planted": 10, "control": 5, "checkpoint": 3}[name]
+    assert len(figures) == {"planted": 11, "control": 6, "checkpoint": 3}[name]
     for figure in figures:
         assert figure["left"] >= 0
         assert figure["right"] <= width
