@@ -69,11 +69,9 @@ def bits_within(
 
 def fused_groups(found: Found, names: Sequence[str]) -> list[tuple[str, ...]]:
     """The names, those together that must have equal bits: weights that read the same norm, and all experts."""
-    probe = found.detection.probe
     groups: dict[str, list[str]] = {}
     for name in names:
-        weight = found.architecture.weights[name]
-        record = probe.linears.get(weight.watch) if probe is not None else None
+        weight, record = found.architecture.weights[name], found.record(name)
         norm = record.norm if record is not None else ""
         groups.setdefault("experts" if weight.kind == "expert" else norm or name, []).append(name)
     return [tuple(group) for group in groups.values()]
@@ -102,9 +100,10 @@ def sensitivities(
             return logits.flatten(0, -2).log_softmax(dim=-1)
 
         original = predict(())
+        likely = original.exp()
         with progress.tokens("Weighing tensors", len(groups) * tokens.numel()) as bar:
             for group in groups:
-                divergence = (original - predict(group)).mul_(original.exp()).sum(dim=-1, dtype=torch.float64)
+                divergence = (original - predict(group)).mul_(likely).sum(dim=-1, dtype=torch.float64)
                 felt.append(float(divergence.mean().clamp(min=0)))
                 bar.advance(group[0], tokens.numel())
     return felt

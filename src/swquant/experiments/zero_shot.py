@@ -34,6 +34,11 @@ PAPER = (
 _Result = dict[str, Interval]
 
 
+def _is_file(task: str) -> bool:
+    """Whether a task is a file of the user's, rather than a name that lm-eval knows."""
+    return task.endswith((".yaml", ".yml"))
+
+
 def check_tasks(tasks: Sequence[str]) -> None:
     """Raise SwquantError unless lm-eval is there and every task is known to it, or is a file."""
     try:
@@ -42,7 +47,7 @@ def check_tasks(tasks: Sequence[str]) -> None:
         raise SwquantError('--tasks needs lm-eval; install it: pip install "swquant[tasks]"') from None
     known = set(TaskManager().all_tasks)
     for task in tasks:
-        if task.endswith((".yaml", ".yml")):
+        if _is_file(task):
             if not Path(task).is_file():
                 raise SwquantError(f"--tasks {task}: no such file")
         elif task not in known:
@@ -82,7 +87,7 @@ def _run(subject: Subject, task: str, limit: int | None, download: bool) -> _Res
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    own = Path(task) if task.endswith((".yaml", ".yml")) else None
+    own = Path(task) if _is_file(task) else None
     # Quietly: lm-eval prints its settings, and --json owns the standard output.
     with quiet(), _offline(download), open(os.devnull, "w") as nothing, redirect_stdout(nothing):
         manager = TaskManager(verbosity="ERROR", include_path=str(own.parent) if own else None)
@@ -139,7 +144,7 @@ def _from_cache(row: torch.Tensor) -> Interval:
 
 
 def _measure(subject: Subject, change: Change, task: str, cache: Cache, limit: int | None, download: bool) -> _Result:
-    own = task.endswith((".yaml", ".yml"))  # whose data may change under its name: never from the cache
+    own = _is_file(task)  # whose data may change under its name: never from the cache
     key = f"task {task}, {limit}, lm-eval {version('lm-eval')}: {change.key}"
     if not own and (known := cache.get(key)) is not None:
         return {name: _from_cache(row) for name, row in known.items()}
