@@ -125,8 +125,8 @@ def dequantize(case: Case) -> NDArray[np.float64]:
 
 
 def pieces(cols: int, block: int) -> list[tuple[int, int]]:
-    """Columns that share an activation scale at level 4: a block, or 128 of a block longer than 256."""
-    step = block if block <= 256 else 128
+    """Columns that share an activation scale at level 4: at most 32 of a block."""
+    step = min(block, 32)
     edges = [start + offset for start in range(0, cols, block) for offset in range(0, min(block, cols - start), step)]
     return list(zip(edges, [*edges[1:], cols], strict=True))
 

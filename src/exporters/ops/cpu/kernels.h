@@ -7,7 +7,8 @@
 
 namespace swquant::cpu {
 
-// Activations of one piece of a row at level 4: a ≈ scale · q. The sum of q corrects for zero points.
+// Activations of one piece of a row at level 4: a ≈ scale · q. The sum of scale · q over the block up to here corrects for the
+// zero point, which all pieces of a block share.
 struct PieceScale {
   float scale, sum;
 };

@@ -22,15 +22,15 @@ namespace {
 
 // Pieces of one row, and how many units they take.
 int64_t cut(const Weights& weights, int unit_columns, std::vector<Piece>* pieces) {
-  // Activations of a long block are rounded in pieces of 128, which is finer than MatMulNBits would.
-  const int64_t most = weights.block_cols <= kPiece ? weights.block_cols : 128;
+  const int64_t most = std::min(weights.block_cols, weights.int8 ? kRounded : kPiece);
   int64_t unit = 0;
   for (int64_t start = 0; start < weights.inputs;) {
     const int64_t block = start / weights.block_cols;
     const int64_t end = std::min({start + most, (block + 1) * weights.block_cols, weights.inputs});
     const int length = static_cast<int>(end - start);
     const int units = (length + unit_columns - 1) / unit_columns;
-    if (pieces) pieces->push_back({block, start, unit * unit_columns, unit, length, units});
+    const bool last = end == weights.inputs || end == (block + 1) * weights.block_cols;
+    if (pieces) pieces->push_back({block, start, unit * unit_columns, unit, length, units, last});
     unit += units;
     start = end;
   }
