@@ -116,7 +116,7 @@ def check_export(
     if library_path() is not None and deltas:  # the file means the same to both, so the worse of the two decides
         with_library, also = _differences(OnnxModel(open_session(folder / MODEL), config), reference)
         difference, agreed = max(difference, with_library), min(agreed, also)
-    tolerance = _TOLERANCE[options.precision, options.accuracy_level]
+    tolerance = _TOLERANCE[options.precision, options.accuracy_level or 0]
     if not difference <= tolerance:
         raise SwquantError(
             f"the exported model differs from the checkpoint by {difference:.2g} of the range of its logits; "

@@ -30,7 +30,7 @@ from swquant.manifest import write_manifest
 from swquant.models import build_model
 from swquant.onnx_check import Reference, check_export, make_reference
 from swquant.onnx_graph import dynamo_graph, genai_graph, save_for_builder
-from swquant.onnx_linears import channels_of, keep_channels, pack_head, pack_weights, unsupported, watch_peaks
+from swquant.onnx_linears import at_level_4, channels_of, pack_head, pack_weights, unsupported, watch_peaks
 from swquant.onnx_options import ExportOptions
 from swquant.pipeline import Prepared, write
 from swquant.verification import file_table
@@ -56,6 +56,7 @@ def export_checkpoint(
 ) -> Exported:
     """Export a checkpoint that was opened with unrounded=True. `out` appears whole or not at all. Raises SwquantError."""
     check_destination(out, overwrite, checkpoint)
+    options = options.resolved(checkpoint.manifest.get("activations"))
     with unfinished(out) as folder, tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as scratch:
         traced = _trace(checkpoint, options, Path(scratch), progress)
         with progress.step("Writing"):
@@ -120,7 +121,7 @@ def _trace(checkpoint: CompressedCheckpoint, options: ExportOptions, scratch: Pa
         with watch_peaks(model, weights) as peaks:
             reference = make_reference(model, prompt)
         if options.accuracy_level:
-            weights = keep_channels(weights, peaks, channels_of(checkpoint))
+            weights = at_level_4(weights, peaks, channels_of(checkpoint))
     with progress.step("Tracing the graph"):
         if options.graph == "genai":
 
@@ -134,12 +135,10 @@ def _trace(checkpoint: CompressedCheckpoint, options: ExportOptions, scratch: Pa
                 dense,
                 head_name,
                 checkpoint.name,
-                options.accuracy_level,
             )
         else:
             model = model.half() if dtype is torch.float16 else model
-            level = options.accuracy_level
-            graph = dynamo_graph(model, weights, checkpoint.name, level, head_name if tied else None)
+            graph = dynamo_graph(model, weights, checkpoint.name, head_name if tied else None)
     return _Traced(graph, weights, reference)
 
 

@@ -73,7 +73,7 @@ def _cache_form(model: PreTrainedModel) -> list[tuple[int, int]]:
 
 
 def dynamo_graph(
-    model: PreTrainedModel, weights: Mapping[str, PackedWeight], name: str, accuracy_level: int, tied: str | None = None
+    model: PreTrainedModel, weights: Mapping[str, PackedWeight], name: str, tied: str | None = None
 ) -> onnx_ir.Model:
     """The ONNX graph of a model whose linears named in `weights` are packed; the model loses them.
 
@@ -113,7 +113,6 @@ def dynamo_graph(
             outputs,
             dimensions,
             weights,
-            accuracy_level,
             None if tied is None else (tied, cast(Tensor, model.get_input_embeddings().weight).detach()),
         )
     except Exception as error:  # the exporter raises anything
@@ -136,7 +135,6 @@ def genai_graph(
     dense: Callable[[str], Tensor],
     head: str,
     name: str,
-    accuracy_level: int,
 ) -> onnx_ir.Model:
     """The builder's graph of the model in `source`, its MatMuls replaced. `out`: a scratch folder that the builder fills; its
     files must live as long as the graph. Raises SwquantError where the builder does not know the architecture.
@@ -150,7 +148,7 @@ def genai_graph(
     alike = all(len(forms) == 1 for forms in families.values()) and count in (0, 3 * len(families))
     try:
         build_graph(source, out, fuse_qkv=alike)
-        return place_weights(out / "model.onnx", weights, dense, head, accuracy_level)
+        return place_weights(out / "model.onnx", weights, dense, head)
     except BuilderError as error:
         raise SwquantError(
             f"{name}: onnxruntime-genai's builder cannot export this model ({error}); use --graph dynamo"

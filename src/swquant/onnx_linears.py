@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from swquant.activations import kept_channels
 from swquant.architecture import describe
 from swquant.checkpoint.compressed import CompressedCheckpoint
 
-__all__ = ["channels_of", "keep_channels", "pack_head", "pack_weights", "unsupported", "watch_peaks"]
+__all__ = ["at_level_4", "channels_of", "pack_head", "pack_weights", "unsupported", "watch_peaks"]
 
 _HEAD_BLOCK = 32
 
@@ -103,11 +104,14 @@ def channels_of(checkpoint: CompressedCheckpoint) -> dict[str, Tensor]:
     return {weights[name].module: channels for name, channels in found.items() if channels is not None}
 
 
-def keep_channels(
+def at_level_4(
     weights: Mapping[str, PackedWeight], peaks: Mapping[str, Tensor], known: Mapping[str, Tensor]
 ) -> dict[str, PackedWeight]:
-    """The weights, with channels of their inputs multiplied apart: `known` ones, otherwise those that `peaks` show as massive."""
+    """The weights at accuracy level 4, with channels of their inputs multiplied apart: `known` ones, otherwise those that `peaks`
+    show as massive."""
     massive = {name: known[name] if name in known else massive_channels(peaks[name]) for name in weights}
+    rounding = {name: replace(weight, accuracy_level=4) for name, weight in weights.items()}
     return {
-        name: with_channels(weight, massive[name]) if len(massive[name]) else weight for name, weight in weights.items()
+        name: with_channels(weight, massive[name]) if len(massive[name]) else weight
+        for name, weight in rounding.items()
     }

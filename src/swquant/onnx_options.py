@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from exporters.errors import SwquantError
@@ -30,18 +30,26 @@ class ExportOptions:
         "dynamo", "dynamo (torch's exporter, any architecture) or genai (onnxruntime-genai's builder, faster)."
     )
     precision: str = described("fp32", "Of activations, scales and dense weights: fp32 or fp16.")
-    accuracy_level: int = described(0, "Arithmetic of products: 0 (float) or 4 (activations rounded to int8; faster).")
+    accuracy_level: int | None = described(
+        None,
+        "Arithmetic of products: 0 (float) or 4 (activations rounded to int8; faster); by default as CHECKPOINT says: 4 where its activations are int8, otherwise 0.",
+    )
     lm_head_bits: int = described(
         0, "Round the output head, too, and an embedding tied to it: 8 or 4 bits in blocks of 32; 0 leaves them alone."
     )
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
-            if (value := getattr(self, name)) not in known:
+            if (value := getattr(self, name)) is not None and value not in known:
                 flag = "--" + name.replace("_", "-")
                 raise SwquantError(f"{flag} {value} is not one of: {', '.join(map(str, known))}")
         if self.graph == "genai" and self.precision == "fp16":
             raise SwquantError("onnxruntime-genai's builder has no fp16 for the CPU; use --graph dynamo, or fp32")
+
+    def resolved(self, activations: object) -> ExportOptions:
+        """With an accuracy level. activations: how the checkpoint rounds its own, None where they stay in float."""
+        level = self.accuracy_level if self.accuracy_level is not None else 0 if activations is None else 4
+        return replace(self, accuracy_level=level)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -296,7 +296,7 @@ def test_the_onnx_graph_keeps_the_channels_that_the_checkpoint_names(bits: int, 
     plant(model)
     source = save_model(model, tmp_path / "model")
     out = swquant.compress(source, tmp_path / "out", prompt=PROMPT, bits=bits, activations="int8").path
-    folder = swquant.export(out, tmp_path / "onnx", accuracy_level=4).path
+    folder = swquant.export(out, tmp_path / "onnx").path  # level 4, as the checkpoint says
     weights, tensors = swquant.inspect(folder)["weights"], swquant.inspect(out)["tensors"]
     named = {
         name.removesuffix(".weight"): record["inputs"]["channels"]

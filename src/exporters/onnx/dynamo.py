@@ -91,7 +91,6 @@ def export_graph(
     output_names: Sequence[str],
     dimensions: Mapping[str, Sequence[str | int]],
     weights: Mapping[str, PackedWeight],
-    accuracy_level: int,
     tied: tuple[str, Tensor] | None = None,
 ) -> onnx_ir.Model:
     """The ONNX graph of `module`, whose Placeholders become the nodes of their weights.
@@ -115,7 +114,7 @@ def export_graph(
     model = program.model
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.shape = onnx_ir.Shape(dimensions[str(value.name)])
-    placer = Placer(model, accuracy_level)
+    placer = Placer(model)
     packed, form = common_form(weights)
     if form is not None:
         placer.add_function(form)

@@ -71,7 +71,7 @@ def _sources(weights: Mapping[str, PackedWeight], layer: str, leaf: str) -> list
 
 
 def place_weights(
-    path: Path, weights: Mapping[str, PackedWeight], dense: Callable[[str], Tensor], head: str, accuracy_level: int
+    path: Path, weights: Mapping[str, PackedWeight], dense: Callable[[str], Tensor], head: str
 ) -> onnx_ir.Model:
     """The builder's graph with the MatMuls of `weights` replaced. Raises BuilderError where one has no place in it, or where
     the graph multiplies with another weight than the model's.
@@ -106,7 +106,7 @@ def place_weights(
     if lost := sorted(set(weights) - used):
         raise BuilderError(f"{lost[0]} has no place in the graph")
     packed, form = common_form({name: weight for name, (_, weight) in pieces.items()})
-    placer = Placer(model, accuracy_level)
+    placer = Placer(model)
     if form is not None:
         placer.add_function(form)
     if "lm_head" in pieces:

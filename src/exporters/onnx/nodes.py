@@ -6,7 +6,8 @@ Two operators can hold it:
     swquant::LinearNBits         ours: every number of bits and every block, and outliers added to the product
 
 MatMulNBits is taken wherever it can say everything, but for 8 bits, where ours is as fast or much faster (at accuracy level
-0, many times) and a runtime without our library comes to the same node through the function. A block that it does not know is cut into pieces that it does, the
+0, many times), and for long blocks at level 4, where ours rounds activations more finely and is faster; a runtime without our
+library comes to the same node through the function. A block that it does not know is cut into pieces that it does, the
 scale repeated: a row of 1,536 weights with one scale becomes six blocks of 256. LinearNBits takes what has outliers, 3, 5,
 6 or 7 bits, or a block that no power of two from 16 on divides; `function` gives it a meaning on runtimes that do not have
 our library.
@@ -42,6 +43,8 @@ __all__ = [
 DOMAIN, OPERATOR = "swquant", "LinearNBits"
 MICROSOFT = "com.microsoft"
 STOCK_BITS = (2, 4, 8)
+# Both round activations with one scale per block at level 4, ours in pieces of 32 where it is longer.
+_ROUNDED = 32
 _SMALLEST, _LARGEST = 16, 256  # blocks of MatMulNBits; runtimes before 1.32 return zeros or NaN above, in silence
 
 
@@ -52,7 +55,8 @@ class PackedWeight:
     codes: uint8 [N, blocks * block * bits / 8, rounded up]. scales: [N, blocks], float32 or float16. zero_points: uint8
     [N, ceil(blocks * bits / 8)], None where it is 2^(bits-1) everywhere. rows, cols: int32 [P], sorted; deltas: float32 [P],
     what is missing from the decoded weight at these places; None without outliers. channels: int32 [c], inputs that are
-    kept out of the rounding of activations; channel_weights: [c, N], as scales, what their codes decode to.
+    kept out of the rounding of activations; channel_weights: [c, N], as scales, what their codes decode to. accuracy_level:
+    0 multiplies in float, 4 rounds activations to int8.
     """
 
     K: int
@@ -67,6 +71,7 @@ class PackedWeight:
     deltas: Tensor | None = None
     channels: Tensor | None = None
     channel_weights: Tensor | None = None
+    accuracy_level: int = 0
 
     @property
     def stock(self) -> bool:
@@ -76,7 +81,8 @@ class PackedWeight:
     @property
     def operator(self) -> str:
         """The node that it becomes."""
-        return "MatMulNBits" if self.stock and self.deltas is None and self.bits != 8 else OPERATOR
+        coarse = self.accuracy_level == 4 and self.block > _ROUNDED
+        return "MatMulNBits" if self.stock and self.deltas is None and self.bits != 8 and not coarse else OPERATOR
 
     @property
     def outliers(self) -> int:

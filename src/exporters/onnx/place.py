@@ -49,10 +49,10 @@ def common_form(weights: Mapping[str, PackedWeight]) -> tuple[dict[str, PackedWe
 
 
 class Placer:
-    """Replaces nodes of one graph. accuracy_level: of all of them."""
+    """Replaces nodes of one graph."""
 
-    def __init__(self, model: onnx_ir.Model, accuracy_level: int) -> None:
-        self._model, self._level = model, accuracy_level
+    def __init__(self, model: onnx_ir.Model) -> None:
+        self._model = model
         self._shared: dict[tuple[int, tuple[int, ...]], tuple[onnx_ir.Value, onnx_ir.Value]] = {}
         model.opset_imports[MICROSOFT] = 1
 
@@ -95,7 +95,7 @@ class Placer:
         x = node.inputs[0]
         assert x is not None
         nodes: list[onnx_ir.Node] = []
-        attributes = {"K": weight.K, "N": weight.N, "bits": weight.bits, "accuracy_level": self._level}
+        attributes = {"K": weight.K, "N": weight.N, "bits": weight.bits, "accuracy_level": weight.accuracy_level}
         scales = self._constant(f"{name}.scales", weight.scales)
         points = None if weight.zero_points is None else self._constant(f"{name}.zero_points", weight.zero_points)
         if weight.operator == OPERATOR:

@@ -51,8 +51,8 @@ def export(
     graph: Annotated[str, typer.Option(help=option_help("graph", ExportOptions))] = ExportOptions.graph,
     precision: Annotated[str, typer.Option(help=option_help("precision", ExportOptions))] = ExportOptions.precision,
     accuracy_level: Annotated[
-        int, typer.Option(help=option_help("accuracy_level", ExportOptions))
-    ] = ExportOptions.accuracy_level,
+        int | None, typer.Option(help=option_help("accuracy_level", ExportOptions), show_default=False)
+    ] = None,
     lm_head_bits: Annotated[
         int, typer.Option(help=option_help("lm_head_bits", ExportOptions))
     ] = ExportOptions.lm_head_bits,

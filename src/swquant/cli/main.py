@@ -178,9 +178,9 @@ def compress(
             show_plan(out, prepared, target, every_tensor=dry_run)
         if dry_run:
             if as_json:
-                print_json(
-                    {**plan_record(prepared, target), "format": form, "export": export_to and export_to.as_dict()}
-                )
+                rounds = None if options.activations == "none" else options.activations
+                export_record = export_to and export_to.resolved(rounds).as_dict()
+                print_json({**plan_record(prepared, target), "format": form, "export": export_record})
             return
         if export_to is not None:
             show_exported(write_exported(prepared, target, export_to, overwrite=overwrite, progress=progress), as_json)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -59,7 +61,10 @@ def test_the_bytes_say_what_the_checkpoint_says(bits: int, block: str, symmetric
     quantized = quantize(weight, parse_block(block), bits, symmetric=symmetric)
     packed = pack_weight(quantized, None, torch.float32)
     assert torch.equal(decode(packed), dequantize(quantized))
-    assert packed.operator == ("MatMulNBits" if bits in (2, 4) and block != "24" else "LinearNBits")
+    stock = bits in (2, 4) and block != "24"
+    assert packed.operator == ("MatMulNBits" if stock else "LinearNBits")
+    fine = packed.block <= 32
+    assert replace(packed, accuracy_level=4).operator == ("MatMulNBits" if stock and fine else "LinearNBits")
 
 
 def test_outliers_are_what_the_node_is_missing() -> None:

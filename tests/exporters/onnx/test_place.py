@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,8 +45,8 @@ def build(weights: dict[str, PackedWeight], level: int) -> onnx_ir.Model:
         [value], [node.outputs[0] for node in nodes], nodes=nodes, opset_imports={"": 21}, name="two linears"
     )
     model = onnx_ir.Model(graph, ir_version=10)
-    placer = Placer(model, level)
-    packed, form = common_form(weights)
+    placer = Placer(model)
+    packed, form = common_form({name: replace(weight, accuracy_level=level) for name, weight in weights.items()})
     if form is not None:
         placer.add_function(form)
     for node, name in zip(nodes, weights, strict=True):
