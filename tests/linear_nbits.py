@@ -25,7 +25,6 @@ INPUTS = (
     "outlier_cols",
     "outlier_deltas",
     "channels",
-    "channel_weights",
     "bias",
 )
 
@@ -54,7 +53,7 @@ class Case:
     scales: Array
     zero_points: Array | None = None
     outliers: tuple[Array, Array, Array] | None = None
-    channels: tuple[Array, Array] | None = None
+    channels: Array | None = None
     bias: Array | None = None
     level: int = 0
 
@@ -93,7 +92,7 @@ def random_case(
     level: int = 0,
     dtype: type = np.float32,
 ) -> Case:
-    """A case like those an exporter writes: scales of both signs, channel weights as dequantized, without outliers."""
+    """A case like those an exporter writes: scales of both signs."""
     shape = (-(-rows // block_rows), -(-cols // block_cols))
     codes = rng.integers(0, 1 << bits, (rows, cols), dtype=np.uint8)
     scales = (rng.uniform(0.5, 1.5, shape) * rng.choice([-1, 1], shape) / (1 << bits)).astype(dtype)
@@ -111,8 +110,7 @@ def random_case(
         at = (flat // cols).astype(np.int32), (flat % cols).astype(np.int32)
         case = replace(case, outliers=(*at, rng.normal(0, 3, len(flat)).astype(np.float32)))
     if channels:
-        exact = dequantize(case)[:, taken].T.astype(dtype)
-        case = replace(case, channels=(taken, exact))
+        case = replace(case, channels=taken)
     return case
 
 
@@ -151,10 +149,9 @@ def reference(case: Case, a: Array) -> NDArray[np.float64]:
     rest = a.astype(np.float32)
     taken = np.zeros((len(a), case.shape[0]))
     if case.channels is not None and case.level == 4:
-        channels, exact = case.channels
-        taken = rest[:, channels].astype(np.float64) @ exact.astype(np.float64)
+        taken = rest[:, case.channels].astype(np.float64) @ weights[:, case.channels].T
         rest = rest.copy()
-        rest[:, channels] = 0
+        rest[:, case.channels] = 0
     product = round_activations(rest, case.block_cols) if case.level == 4 else rest.astype(np.float64)
     y = product @ weights.T + taken
     if case.outliers is not None:
@@ -177,7 +174,7 @@ def initializers(case: Case) -> dict[str, Array]:
     if case.outliers is not None:
         result |= dict(zip(INPUTS[4:7], case.outliers, strict=True))
     if case.channels is not None:
-        result |= dict(zip(INPUTS[7:9], case.channels, strict=True))
+        result["channels"] = case.channels
     if case.bias is not None:
         result["bias"] = case.bias
     return result
@@ -217,7 +214,7 @@ def one_node(constants: dict[str, Array], attributes: dict[str, int], dtype: np.
 def bfloat_model(case: Case) -> bytes:
     """The same in bfloat16 between casts, because numpy has no such type to feed."""
     loaded = onnx.load_from_string(one_node(initializers(case), attributes(case), case.dtype))
-    for name in ("scales", "zero_points", "channel_weights", "bias"):
+    for name in ("scales", "zero_points", "bias"):
         for tensor in loaded.graph.initializer:
             if tensor.name == name and tensor.data_type == TensorProto.FLOAT:
                 values = numpy_helper.to_array(tensor)

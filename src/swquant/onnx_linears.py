@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from calibrationless import Group, dequantize, fit, massive_channels, quantize
 from exporters.errors import SwquantError
-from exporters.onnx.nodes import PackedWeight, pack_weight, with_channels
+from exporters.onnx.nodes import PackedWeight, pack_weight
 from swquant.activations import kept_channels
 from swquant.architecture import describe
 from swquant.checkpoint.compressed import CompressedCheckpoint
@@ -110,8 +110,5 @@ def at_level_4(
     """The weights at accuracy level 4, with channels of their inputs multiplied apart: `known` ones, otherwise those that `peaks`
     show as massive."""
     massive = {name: known[name] if name in known else massive_channels(peaks[name]) for name in weights}
-    rounding = {name: replace(weight, accuracy_level=4) for name, weight in weights.items()}
-    return {
-        name: with_channels(weight, massive[name]) if len(massive[name]) else weight
-        for name, weight in rounding.items()
-    }
+    kept = {name: channels.to(torch.int32) if len(channels) else None for name, channels in massive.items()}
+    return {name: replace(weight, accuracy_level=4, channels=kept[name]) for name, weight in weights.items()}

@@ -24,7 +24,7 @@ __all__ = ["INPUTS", "OPSET", "Form", "linear_function"]
 
 OPSET = 21
 INPUTS = (
-    "A", "B", "scales", "zero_points", "outlier_rows", "outlier_cols", "outlier_deltas", "channels", "channel_weights", "bias",
+    "A", "B", "scales", "zero_points", "outlier_rows", "outlier_cols", "outlier_deltas", "channels", "bias",
 )  # fmt: skip
 
 
@@ -38,16 +38,17 @@ class Form:
     channels: bool = False
 
 
+# A with the channels at zero. Everything but the last line is constant, and folded when a runtime loads the file.
 _KEEP = """
-  all_inputs = Shape <start = -1> (A)
-  one = Constant <value_float: float = 1.0> ()
-  ones_float = Expand (one, all_inputs)
-  ones = CastLike (ones_float, A)
-  channel_count = Shape (channels)
-  zero = Constant <value_float: float = 0.0> ()
-  zeros_float = Expand (zero, channel_count)
-  zeros = CastLike (zeros_float, A)
-  mask = ScatterElements <axis = 0> (ones, channels, zeros)
+  c_index = Cast <to = 7> (channels)
+  inputs = Constant <value_int: int = @K> ()
+  off_on = Constant <value_floats: floats = [0.0, 1.0]> ()
+  unit = Constant <value_float: float = 1.0> ()
+  first = Constant <value_ints: ints = [0]> ()
+  picks = OneHot <axis = -1> (c_index, inputs, off_on)
+  picked = ReduceSum <keepdims = 0> (picks, first)
+  mask_float = Sub (unit, picked)
+  mask = CastLike (mask_float, A)
   kept = Mul (A, mask)
 """
 
@@ -71,9 +72,12 @@ _CONSTANTS = """
   eight32 = Cast <to = 12> (eight)
 """
 
-# Code k of a row: the 16 bits that begin in byte k * bits / 8, shifted down by what is left, masked.
-_UNPACK = """
+_ALL = """
   {p}index = Range (zero, {count}, one)
+"""
+
+# Code {p}index of each row: the 16 bits that begin in byte index * bits / 8, shifted down by what is left, masked.
+_UNPACK = """
   {p}bit = Mul ({p}index, bits)
   {p}byte = Div ({p}bit, eight)
   {p}offset = Mod ({p}bit, eight)
@@ -91,6 +95,15 @@ _UNPACK = """
   {p}lowered = BitShift <direction = "RIGHT"> ({p}word, {p}shift)
   {p}code32 = BitwiseAnd ({p}lowered, mask32)
   {p}code = Cast <to = 1> ({p}code32)
+"""
+
+_K = """
+  K = Constant <value_int: int = @K> ()
+"""
+
+_COLUMNS = """
+  scale_shape = Shape <start = 1> (scales)
+  columns = Squeeze (scale_shape)
 """
 
 _DECODE = """
@@ -133,43 +146,49 @@ _OUTLIERS = """
   places = Expand (outlier_rows64, missing_shape)
   product_floats = Cast <to = 1> ({product})
   restored = ScatterElements <axis = -1, reduction = "add"> (product_floats, places, missing)
-  {out} = CastLike (restored, A)
+  with_outliers = CastLike (restored, A)
+"""
+
+# What the channels' codes decode to is constant, too.
+_CHANNEL_WEIGHTS = """
+  block_cols = Constant <value_int: int = @block_cols> ()
+  z_index = Div (c_index, block_cols)
+  scale_half = Gather <axis = 1> (scales, z_index)
+  scale = Cast <to = 1> (scale_half)
 """
 
 _CHANNELS = """
+  centred = Sub (c_code, {zero_point})
+  decoded = Mul (centred, scale)
+  weight = CastLike (decoded, A)
+  transposed = Transpose <perm = [1, 0]> (weight)
   channel_inputs = Gather <axis = -1> (A, channels)
-  channel_product = MatMul (channel_inputs, channel_weights)
-  {out} = Add ({product}, channel_product)
+  channel_product = MatMul (channel_inputs, transposed)
+  with_channels = Add (product, channel_product)
 """
+
+
+def _product(form: Form) -> str:
+    """A times the decoded weight. In float arithmetic a channel taken out and added again changes nothing: only the stock body,
+    which may round the activations, does it."""
+    if not form.stock:
+        codes = _ALL.format(p="w_", count="K") + _UNPACK.format(p="w_", packed="B")
+        points = _ALL.format(p="z_", count="columns") + _UNPACK.format(p="z_", packed="zero_points") + _ZERO_POINTS
+        return _CONSTANTS + _K + codes + _DECODE + (_COLUMNS + points if form.zero_points else _SYMMETRIC) + _MULTIPLY
+    zero_points = "zero_points" if form.zero_points else '""'
+    if not form.channels:
+        return _STOCK.format(A="A", zero_points=zero_points)
+    text = _KEEP + _STOCK.format(A="kept", zero_points=zero_points)
+    text += _CONSTANTS + _UNPACK.format(p="c_", packed="B") + _CHANNEL_WEIGHTS
+    if form.zero_points:
+        return text + _UNPACK.format(p="z_", packed="zero_points") + _CHANNELS.format(zero_point="z_code")
+    return text + _SYMMETRIC + _CHANNELS.format(zero_point="zero_point")
 
 
 def _body(form: Form) -> tuple[str, str]:
     """(text, name of the result)."""
-    if form.stock:
-        text = _KEEP if form.channels else ""
-        text += _STOCK.format(
-            A="kept" if form.channels else "A", zero_points="zero_points" if form.zero_points else '""'
-        )
-    else:
-        text = _CONSTANTS + "  K = Constant <value_int: int = @K> ()" + _UNPACK.format(p="w_", packed="B", count="K")
-        text += _DECODE
-        if form.zero_points:
-            text += "  scale_shape = Shape <start = 1> (scales)\n  columns = Squeeze (scale_shape)"
-            text += _UNPACK.format(p="z_", packed="zero_points", count="columns") + _ZERO_POINTS
-        else:
-            text += _SYMMETRIC
-        text += _MULTIPLY
-    result = "product"
-    # In float arithmetic a channel taken out and added again changes nothing: only the stock body, which may round the
-    # activations, has to.
-    for wanted, part, name in (
-        (form.channels and form.stock, _CHANNELS, "with_channels"),
-        (form.outliers, _OUTLIERS, "with_outliers"),
-    ):
-        if wanted:
-            text += part.format(product=result, out=name)
-            result = name
-    return text, result
+    text, result = _product(form), "with_channels" if form.stock and form.channels else "product"
+    return (text + _OUTLIERS.format(product=result), "with_outliers") if form.outliers else (text, result)
 
 
 def linear_function(form: Form) -> onnx.FunctionProto:

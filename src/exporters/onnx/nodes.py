@@ -8,8 +8,8 @@ Two operators can hold it:
 MatMulNBits is taken wherever it can say everything, but for 8 bits, where ours is as fast or much faster (at accuracy level
 0, many times), and for long blocks at level 4, where ours rounds activations more finely and is faster; a runtime without our
 library comes to the same node through the function. A block that it does not know is cut into pieces that it does, the
-scale repeated: a row of 1,536 weights with one scale becomes six blocks of 256. LinearNBits takes what has outliers, 3, 5,
-6 or 7 bits, or a block that no power of two from 16 on divides; `function` gives it a meaning on runtimes that do not have
+scale repeated: a row of 1,536 weights with one scale becomes six blocks of 256. LinearNBits takes what has outliers, channels
+that level 4 may not round, 3, 5, 6 or 7 bits, or a block that no power of two from 16 on divides; `function` gives it a meaning on runtimes that do not have
 our library.
 
 Both store codes as a little-endian stream of bits, each row padded to whole blocks, so for the bits and blocks that
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from calibrationless import Channel, Group, Outliers, QuantizedTensor, check_outliers, dequantize
-from exporters.packing import pack, packed_words, unpack
+from exporters.packing import pack
 
 __all__ = [
     "DOMAIN",
@@ -37,7 +37,7 @@ __all__ = [
     "stack",
     "stock_block",
     "take_rows",
-    "with_channels",
+    "with_zero_points",
 ]
 
 DOMAIN, OPERATOR = "swquant", "LinearNBits"
@@ -55,8 +55,7 @@ class PackedWeight:
     codes: uint8 [N, blocks * block * bits / 8, rounded up]. scales: [N, blocks], float32 or float16. zero_points: uint8
     [N, ceil(blocks * bits / 8)], None where it is 2^(bits-1) everywhere. rows, cols: int32 [P], sorted; deltas: float32 [P],
     what is missing from the decoded weight at these places; None without outliers. channels: int32 [c], inputs that are
-    kept out of the rounding of activations; channel_weights: [c, N], as scales, what their codes decode to. accuracy_level:
-    0 multiplies in float, 4 rounds activations to int8.
+    kept out of the rounding of activations. accuracy_level: 0 multiplies in float, 4 rounds activations to int8.
     """
 
     K: int
@@ -70,7 +69,6 @@ class PackedWeight:
     cols: Tensor | None = None
     deltas: Tensor | None = None
     channels: Tensor | None = None
-    channel_weights: Tensor | None = None
     accuracy_level: int = 0
 
     @property
@@ -82,7 +80,8 @@ class PackedWeight:
     def operator(self) -> str:
         """The node that it becomes."""
         coarse = self.accuracy_level == 4 and self.block > _ROUNDED
-        return "MatMulNBits" if self.stock and self.deltas is None and self.bits != 8 and not coarse else OPERATOR
+        plain = self.deltas is None and self.channels is None
+        return "MatMulNBits" if self.stock and plain and self.bits != 8 and not coarse else OPERATOR
 
     @property
     def outliers(self) -> int:
@@ -175,27 +174,10 @@ def pack_weight(quantized: QuantizedTensor, outliers: Outliers | None, dtype: to
     )
 
 
-def _unpacked_rows(stream: Tensor, bits: int, cols: int) -> Tensor:
-    """The inverse of `_packed_rows`: uint8 [rows, cols]."""
-    missing = 4 * packed_words(cols, bits) - stream.shape[1]
-    return unpack(torch.nn.functional.pad(stream, (0, missing)).view(torch.int32), bits, cols)
-
-
-def with_channels(weight: PackedWeight, channels: Tensor) -> PackedWeight:
-    """The weight with input channels (int32 [c], ascending) that are multiplied apart, in float.
-
-    Outliers are not part of channel_weights: the operator adds their deltas for every column.
-    """
-    columns = channels.to(torch.int64)
-    blocks = weight.scales.shape[1]
-    codes = _unpacked_rows(weight.codes, weight.bits, blocks * weight.block)[:, columns].to(torch.float32)
-    points: Tensor | int = 1 << (weight.bits - 1)
-    if weight.zero_points is not None:
-        points = _unpacked_rows(weight.zero_points, weight.bits, blocks)[:, columns // weight.block].to(torch.float32)
-    values = (codes - points) * weight.scales[:, columns // weight.block].to(torch.float32)
-    return replace(
-        weight, channels=channels.to(torch.int32), channel_weights=values.T.to(weight.scales.dtype).contiguous()
-    )
+def with_zero_points(weight: PackedWeight) -> PackedWeight:
+    """The weight with the zero points that it has anyhow."""
+    usual = torch.full(weight.scales.shape, 1 << (weight.bits - 1), dtype=torch.uint8)
+    return replace(weight, zero_points=_packed_rows(usual, weight.bits))
 
 
 def stack(weights: Sequence[PackedWeight]) -> PackedWeight:
@@ -221,7 +203,6 @@ def stack(weights: Sequence[PackedWeight]) -> PackedWeight:
         rows=torch.cat(rows) if rows else None,
         cols=joined("cols"),
         deltas=joined("deltas"),
-        channel_weights=joined("channel_weights", 1),
     )
 
 
@@ -233,7 +214,6 @@ def take_rows(weight: PackedWeight, start: int, stop: int) -> PackedWeight:
         codes=weight.codes[start:stop],
         scales=weight.scales[start:stop],
         zero_points=None if weight.zero_points is None else weight.zero_points[start:stop],
-        channel_weights=None if weight.channel_weights is None else weight.channel_weights[:, start:stop],
     )
     if weight.rows is None or weight.cols is None or weight.deltas is None:
         return part

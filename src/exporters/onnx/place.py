@@ -1,9 +1,7 @@
 """Put quantized linears into a graph: what was a MatMul, or a placeholder for one, becomes the nodes of its packed weight.
 
 plain                             MatMulNBits
-outliers, odd bits or blocks      LinearNBits, with a function for runtimes without our library
-channels kept in float            around MatMulNBits: Mul by a mask and Gather, which q, k and v (gate and up) share, a
-                                  MatMul of a few rows, and Add; LinearNBits takes them as inputs
+all others (see `nodes`)          LinearNBits, with a function for runtimes without our library
 embedding tied to the head        Gather of its rows of codes and scales, decoded by standard operators
 """
 
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 
 from exporters.onnx.function import Form, linear_function
-from exporters.onnx.nodes import DOMAIN, MICROSOFT, OPERATOR, PackedWeight, with_channels
+from exporters.onnx.nodes import DOMAIN, MICROSOFT, OPERATOR, PackedWeight, with_zero_points
 
 __all__ = ["Placer", "common_form"]
 
@@ -43,7 +41,9 @@ def common_form(weights: Mapping[str, PackedWeight]) -> tuple[dict[str, PackedWe
         if form.outliers and not weight.outliers:
             weight = replace(weight, rows=place, cols=place, deltas=nothing)
         if form.channels and weight.channels is None:
-            weight = with_channels(weight, place)
+            weight = replace(weight, channels=place)
+        if form.channels and form.zero_points and weight.zero_points is None:
+            weight = with_zero_points(weight)  # the function decodes channels with what it is given
         ours[name] = weight
     return {**weights, **ours}, form
 
@@ -53,7 +53,7 @@ class Placer:
 
     def __init__(self, model: onnx_ir.Model) -> None:
         self._model = model
-        self._shared: dict[tuple[int, tuple[int, ...]], tuple[onnx_ir.Value, onnx_ir.Value]] = {}
+        self._shared: dict[tuple[int, tuple[int, ...]], onnx_ir.Value] = {}
         model.opset_imports[MICROSOFT] = 1
 
     def add_function(self, form: Form) -> None:
@@ -74,20 +74,14 @@ class Placer:
         self._model.graph.initializers[name] = value
         return value
 
-    def _without_channels(
-        self, name: str, weight: PackedWeight, x: onnx_ir.Value, nodes: list[onnx_ir.Node]
-    ) -> tuple[onnx_ir.Value, onnx_ir.Value]:
-        """(x with the channels at zero, the channels alone), once for all linears that share x."""
-        assert weight.channels is not None
+    def _channels(self, name: str, weight: PackedWeight, x: onnx_ir.Value) -> onnx_ir.Value | None:
+        """The same constant for all linears that share x and its channels, so that a runtime that inlines the function sees that
+        they mask the same x in the same way, and does so once."""
+        if weight.channels is None:
+            return None
         key = (id(x), tuple(weight.channels.tolist()))
         if key not in self._shared:
-            mask = torch.ones(weight.K, dtype=weight.scales.dtype)
-            mask[weight.channels.to(torch.int64)] = 0
-            kept = onnx_ir.node("Mul", [x, self._constant(f"{name}.mask", mask)])
-            index = self._constant(f"{name}.channels", weight.channels)
-            picked = onnx_ir.node("Gather", [x, index], {"axis": -1})
-            nodes += [kept, picked]
-            self._shared[key] = (kept.outputs[0], picked.outputs[0])
+            self._shared[key] = self._constant(f"{name}.channels", weight.channels)
         return self._shared[key]
 
     def replace(self, node: onnx_ir.Node, name: str, weight: PackedWeight) -> None:
@@ -100,29 +94,19 @@ class Placer:
         points = None if weight.zero_points is None else self._constant(f"{name}.zero_points", weight.zero_points)
         if weight.operator == OPERATOR:
             codes = self._blocks(name, weight)
-            names = ("rows", "cols", "deltas", "channels", "channel_weights")
-            extra = [
+            outliers = [
                 None if (part := getattr(weight, key)) is None else self._constant(f"{name}.{key}", part)
-                for key in names
+                for key in ("rows", "cols", "deltas")
             ]
-            inputs = [x, codes, scales, points, *extra]
+            inputs = [x, codes, scales, points, *outliers, self._channels(name, weight, x)]
             while inputs[-1] is None:
                 inputs.pop()
             attributes |= {"block_rows": 1, "block_cols": weight.block}
             nodes.append(onnx_ir.node(OPERATOR, inputs, attributes, domain=DOMAIN))
         else:
-            picked = None
-            if weight.channels is not None:
-                x, picked = self._without_channels(name, weight, x, nodes)
             inputs = [x, self._blocks(name, weight), scales, *([points] if points is not None else [])]
             attributes |= {"block_size": weight.block}
             nodes.append(onnx_ir.node("MatMulNBits", inputs, attributes, domain=MICROSOFT))
-            if picked is not None:
-                assert weight.channel_weights is not None
-                apart = onnx_ir.node(
-                    "MatMul", [picked, self._constant(f"{name}.channel_weights", weight.channel_weights)]
-                )
-                nodes += [apart, onnx_ir.node("Add", [nodes[-1].outputs[0], apart.outputs[0]])]
         self._put(node, name, nodes)
 
     def _blocks(self, name: str, weight: PackedWeight) -> onnx_ir.Value:

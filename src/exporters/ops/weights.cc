@@ -81,7 +81,7 @@ void unpack_row(const uint8_t* stream, int64_t bytes, int bits, int64_t count, u
 namespace {
 
 const char* const kNames[kInputs] = {"A", "B", "scales", "zero_points", "outlier_rows", "outlier_cols",
-                                     "outlier_deltas", "channels", "channel_weights", "bias"};
+                                     "outlier_deltas", "channels", "bias"};
 
 struct Reader {
   const ort::Api* api;
@@ -199,17 +199,13 @@ void read_outliers(const Reader& reader, Weights& weights) {
 }
 
 void read_channels(const Reader& reader, Weights& weights) {
-  const bool channels = reader.present(kChannels);
-  if (channels != reader.present(kChannelWeights)) fail("channels and channel_weights belong together; one is missing");
-  if (!channels) return;
+  if (!reader.present(kChannels)) return;
   weights.channels = reader.indices(kChannels, weights.inputs);
   std::vector<bool> seen(static_cast<size_t>(weights.inputs));
   for (int32_t channel : weights.channels) {
     if (seen[static_cast<size_t>(channel)]) fail("input channels holds %d twice", channel);
     seen[static_cast<size_t>(channel)] = true;
   }
-  weights.channel_weights = reader.floats(
-      kChannelWeights, weights.type, {static_cast<int64_t>(weights.channels.size()), weights.outputs});
 }
 
 }  // namespace

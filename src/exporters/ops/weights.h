@@ -21,7 +21,7 @@ struct Error : std::runtime_error {
 void check(const ort::Api* api, ort::Status* status);  // throws Error where the runtime reports one
 
 enum Input : size_t {
-  kA, kCodes, kScales, kZeroPoints, kOutlierRows, kOutlierCols, kOutlierDeltas, kChannels, kChannelWeights, kBias,
+  kA, kCodes, kScales, kZeroPoints, kOutlierRows, kOutlierCols, kOutlierDeltas, kChannels, kBias,
   kInputs
 };
 
@@ -31,14 +31,13 @@ struct Weights {
   int64_t block_rows, block_cols;  // R, C
   int64_t blocks, row_bytes;       // blocks in a row: ceil(K / C); bytes of a row of codes
   bool int8;                       // accuracy level 4
-  ort::Type type;                  // of A, scales, channel weights, bias and Y
+  ort::Type type;                  // of A, scales, bias and Y
   const uint8_t* codes;            // [N, row_bytes], the runtime's: valid while the kernel is created
   std::vector<float> scales;       // [ceil(N / R), blocks]
   std::vector<float> zero_points;  // like scales, or empty: 2^(bits-1)
   std::vector<int32_t> outlier_rows, outlier_cols;  // sorted by (row, col), no pair twice
   std::vector<float> outlier_deltas;
   std::vector<int32_t> channels;
-  std::vector<float> channel_weights;  // [channels, N]
   std::vector<float> bias;             // [N] or empty
 
   float default_zero_point() const { return static_cast<float>(1 << (bits - 1)); }

@@ -12,7 +12,7 @@ import torch
 from linear_nbits import round_activations
 
 from calibrationless import Outliers, dequantize, parse_block, quantize, restore
-from exporters.onnx.nodes import PackedWeight, pack_weight, stack, take_rows, with_channels
+from exporters.onnx.nodes import PackedWeight, pack_weight, stack, take_rows
 from exporters.onnx.place import Placer, common_form
 from exporters.ops import library_path
 
@@ -72,10 +72,22 @@ def test_the_nodes_multiply(outliers: tuple[bool, bool], bits: tuple[int, int], 
     first, dense_first = linear(outliers[0], bits[0])
     second, dense_second = linear(outliers[1], bits[1], rows=40)
     if channels:
-        second = with_channels(second, torch.tensor(channels, dtype=torch.int32))
+        second = replace(second, channels=torch.tensor(channels, dtype=torch.int32))
     x = torch.randn(3, K, generator=GENERATOR)
     for ours, dense in zip(run({"a": first, "b": second}, 0, x.numpy()), (dense_first, dense_second), strict=True):
         expected = (x.double() @ dense.double().T).numpy()
+        assert np.abs(ours - expected).max() < 1e-6 * np.abs(expected).max()
+
+
+def test_with_and_without_zero_points_in_one_file() -> None:
+    """One function serves both, as where the body of a model is asymmetric and its output head is not."""
+    dense = torch.randn(2, N, K, generator=GENERATOR)
+    channels = torch.tensor([5, 77], dtype=torch.int32)
+    sides = [quantize(dense[0], parse_block("32"), 4, symmetric=False), quantize(dense[1], parse_block("32"), 8)]
+    weights = [replace(pack_weight(side, None, torch.float32), channels=channels) for side in sides]
+    x = torch.randn(3, K, generator=GENERATOR)
+    for ours, side in zip(run(dict(zip("ab", weights, strict=True)), 0, x.numpy()), sides, strict=True):
+        expected = (x.double() @ dequantize(side).double().T).numpy()
         assert np.abs(ours - expected).max() < 1e-6 * np.abs(expected).max()
 
 
@@ -90,7 +102,7 @@ def test_a_super_activation_does_not_spoil_level_4(outliers: bool) -> None:
         (ours,) = run({"y": packed}, 4, x.numpy())
         return float(np.abs(ours - (x.double() @ dense.double().T).numpy()).max())
 
-    kept = with_channels(weight, torch.tensor([77], dtype=torch.int32))
+    kept = replace(weight, channels=torch.tensor([77], dtype=torch.int32))
     usual = error(calm, weight)
     assert usual > 0  # level 4 rounds
     assert error(spiked, weight) > 20 * usual
@@ -104,17 +116,15 @@ def test_an_outlier_in_a_channel_that_is_multiplied_apart_counts_once(ours: bool
     if ours and library is None:
         pytest.skip("no operator library")
     weight, dense = linear(True)
-    kept = with_channels(weight, torch.tensor([77], dtype=torch.int32))
+    kept = replace(weight, channels=torch.tensor([77], dtype=torch.int32))
     assert weight.rows is not None
     assert weight.cols is not None
     assert weight.deltas is not None
-    assert kept.channel_weights is not None
     exact = dense.double().numpy()
     missing = np.zeros_like(exact)
     missing[weight.rows, weight.cols] = weight.deltas
     decoded = exact - missing
     assert np.abs(missing[:, 77]).max() > 0.01  # worth seeing
-    assert np.abs(kept.channel_weights.numpy() - decoded[:, 77]).max() < 1e-6
     x = np.zeros((3, K), np.float32)
     x[:, 77] = [3000.0, -1.0, 0.25]
     (y,) = run({"y": kept}, 4, x, library)
@@ -146,7 +156,13 @@ def test_weights_that_differ_are_not_stacked() -> None:
         stack([linear(False)[0], linear(False, bits=8)[0]])
 
 
-def test_the_mask_of_channels_is_shared() -> None:
-    weights = {name: with_channels(linear(False)[0], torch.tensor([5], dtype=torch.int32)) for name in "qkv"}
-    kinds = [node.op_type for node in build(weights, 4).graph]
-    assert [kinds.count(kind) for kind in ("Mul", "Gather", "MatMulNBits", "MatMul", "Add")] == [1, 1, 3, 3, 3]
+def test_a_stock_runtime_masks_once_and_folds_the_weights_of_channels(tmp_path: Path) -> None:
+    """Linears of the same input share what is done to it, and nothing constant is left to do while the model runs."""
+    weights = {name: replace(linear(False)[0], channels=torch.tensor([5], dtype=torch.int32)) for name in "qkv"}
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    proto = onnx_ir.serde.serialize_model(build(weights, 4))
+    onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx_ir.load(tmp_path / "optimized.onnx").graph]
+    assert [kinds.count(kind) for kind in ("Mul", "Gather", "MatMulNBits")] == [1, 1, 3]
+    assert {*kinds} <= {"Mul", "Gather", "MatMulNBits", "MatMul", "Gemm", "Add"}

@@ -123,8 +123,6 @@ HOSTILE: dict[str, tuple[Callable[[Node], None], str]] = {
     "outlier rows of two dimensions": (replaced("outlier_rows", lambda r: r[None]), "input outlier_rows has shape [1, 6]"),
     "channel large": (value("channels", 1, 96), "input channels holds 96 at position 1, allowed are 0 to 95"),
     "channel twice": (replaced("channels", lambda c: c[[0, 0, 1]]), "twice"),
-    "channel weights short": (replaced("channel_weights", lambda w: w[:, :-1]), "input channel_weights has shape [3, 39]"),
-    "no channel weights": (without("channel_weights"), "channels and channel_weights belong together"),
     "bias short": (replaced("bias", lambda b: b[:-1]), "input bias has shape [39]; the attributes ask for [40]"),
     "bias infinite": (value("bias", 7, -np.inf), "input bias holds -inf at position 7"),
 }  # fmt: skip

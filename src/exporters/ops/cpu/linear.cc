@@ -39,6 +39,7 @@ struct Linear::State {
   Buffer<float> bias;             // [groups][16], or none
 
   State(const ort::Api* api, const ort::KernelInfo* info, ort::Type type);
+  void decode_channels();
   void read(const void* a, int64_t row, float* to, float* plain) const;
   void tile(const void* a, const float* floats, int64_t stride, const int8_t* q, const PieceScale* scales,
             int64_t group, int64_t m, int64_t rows, float* panel, float* y) const;
@@ -58,16 +59,29 @@ Linear::State::State(const ort::Api* api, const ort::KernelInfo* info, ort::Type
   }
   for (size_t group = 1; group < first_outlier.size(); ++group) first_outlier[group] += first_outlier[group - 1];
   if (int8) channels = weights.channels;  // in float32 arithmetic they change nothing
+  decode_channels();
+  if (!weights.bias.empty()) {
+    bias = allocate<float>(layout.groups * kGroup);
+    std::fill_n(bias.get(), layout.groups * kGroup, 0.0f);
+    std::copy(weights.bias.begin(), weights.bias.end(), bias.get());
+  }
+}
+
+// Ŵ of the channels, without outliers, which are added for every column.
+void Linear::State::decode_channels() {
   const auto count = static_cast<int64_t>(channels.size());
   channel_weights = allocate<float>(layout.groups * count * kGroup);
-  if (!weights.bias.empty()) bias = allocate<float>(layout.groups * kGroup);
-  for (int64_t n = 0; n < layout.groups * kGroup; ++n) {
-    const bool real = n < layout.outputs;
-    for (int64_t c = 0; c < count; ++c) {
-      channel_weights[static_cast<size_t>((n / kGroup * count + c) * kGroup + n % kGroup)] =
-          real ? weights.channel_weights[static_cast<size_t>(c * layout.outputs + n)] : 0.0f;
+  alignas(64) float panel[kPanel * kGroup];
+  for (int64_t c = 0; c < count; ++c) {
+    const int32_t channel = channels[static_cast<size_t>(c)];
+    const auto after = std::upper_bound(layout.pieces.begin(), layout.pieces.end(), channel,
+                                        [](int32_t column, const Piece& piece) { return column < piece.start; });
+    const int64_t p = after - layout.pieces.begin() - 1;
+    const int64_t column = channel - layout.pieces[static_cast<size_t>(p)].start;
+    for (int64_t group = 0; group < layout.groups; ++group) {
+      kernels->dequantize(layout, group, p, p + 1, panel);
+      std::copy_n(panel + column * kGroup, kGroup, channel_weights.get() + (group * count + c) * kGroup);
     }
-    if (bias) bias[static_cast<size_t>(n)] = real ? weights.bias[static_cast<size_t>(n)] : 0.0f;
   }
 }
 
