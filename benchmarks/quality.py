@@ -50,6 +50,8 @@ from swquant.models import build_model
 
 DATA = Path(__file__).parent.parent / "data"
 SOURCES = Path(__file__).parent.parent / "src"
+# What decides how swquant rounds a weight.
+ROUNDING = ("calibrationless/*.py", *(f"swquant/{name}.py" for name in ("plan", "pipeline", "folding", "self_text")))
 CHOICES = list(dict.fromkeys(str(cell) for method in METHODS for cell in method.cells))
 Record = dict[str, Any]
 
@@ -119,7 +121,7 @@ def identity(method: Method, calibration: str) -> Record:
     """What a result depends on: a recorded one with another identity is measured again. Raises PackageNotFoundError."""
     result: Record = versions(("torch", "transformers", *method.packages))
     if method.name.startswith("swquant"):
-        result["sources"] = digest(*(path.read_bytes() for path in sorted(SOURCES.rglob("*.py"))))
+        result["sources"] = digest(*(path.read_bytes() for part in ROUNDING for path in sorted(SOURCES.glob(part))))
         result["call"] = method.call
     if method.calibrated:
         result["calibration"] = digest(calibration.encode())
