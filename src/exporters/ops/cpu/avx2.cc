@@ -39,9 +39,9 @@ void int8_rows(const Layout& layout, int64_t group, const int8_t* q, const Piece
   const __m256i mask = _mm256_set1_epi8(kPer == 4 ? 3 : 15);
   const __m256i weight[2] = {_mm256_set1_epi16(1), _mm256_set1_epi16(16)};
   const auto pieces = static_cast<int64_t>(layout.pieces.size());
-  __m256 total[kRows][2], block[kRows][2];
+  __m256 total[kRows][2];
 #pragma GCC unroll 16
-  for (int m = 0; m < kRows; ++m) total[m][0] = total[m][1] = block[m][0] = block[m][1] = _mm256_setzero_ps();
+  for (auto& row : total) row[0] = row[1] = _mm256_setzero_ps();
   const uint8_t* codes = layout.group_codes(group);
   for (int64_t p = 0; p < pieces; ++p) {
     const Piece& piece = layout.pieces[static_cast<size_t>(p)];
@@ -84,13 +84,6 @@ void int8_rows(const Layout& layout, int64_t group, const int8_t* q, const Piece
         }
       }
     }
-#pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m) {
-      const __m256 scale = _mm256_broadcast_ss(&scales[m * pieces + p].scale);
-      block[m][0] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[m][0]), scale, block[m][0]);
-      block[m][1] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[m][1]), scale, block[m][1]);
-    }
-    if (!piece.last) continue;
     const float* scale = layout.block_scales(group, piece.block);
     const float* zeros = layout.block_zeros(group, piece.block);
 #pragma GCC unroll 16
@@ -99,9 +92,9 @@ void int8_rows(const Layout& layout, int64_t group, const int8_t* q, const Piece
       const __m256 w = _mm256_load_ps(scale + 8 * h);
 #pragma GCC unroll 16
       for (int m = 0; m < kRows; ++m) {
-        const __m256 sum = _mm256_broadcast_ss(&scales[m * pieces + p].sum);
-        total[m][h] = _mm256_fmadd_ps(_mm256_fnmadd_ps(zero_point, sum, block[m][h]), w, total[m][h]);
-        block[m][h] = _mm256_setzero_ps();
+        const PieceScale& of = scales[m * pieces + p];
+        const __m256 exact = _mm256_fnmadd_ps(zero_point, _mm256_set1_ps(of.sum), _mm256_cvtepi32_ps(sums[m][h]));
+        total[m][h] = _mm256_fmadd_ps(exact, _mm256_mul_ps(w, _mm256_set1_ps(of.scale)), total[m][h]);
       }
     }
   }
@@ -214,7 +207,6 @@ void multiply(const float* panel, int64_t columns, const float* a, int64_t strid
 
 void quantize_avx2(const Layout& layout, const float* a, int8_t* q, PieceScale* scales) {
   const __m128i magnitude = _mm_set1_epi32(0x7fffffff);
-  float carried = 0.0f;
   for (const Piece& piece : layout.pieces) {
     const float* from = a + piece.offset;
     int8_t* to = q + piece.offset;
@@ -238,8 +230,7 @@ void quantize_avx2(const Layout& layout, const float* a, int8_t* q, PieceScale* 
     const float inverse = 127.0f / most;
     if (!finite || !std::isfinite(inverse)) {
       std::memset(to, 0, static_cast<size_t>(columns));
-      *scales++ = {finite ? 0.0f : NAN, carried};
-      if (piece.last) carried = 0.0f;
+      *scales++ = {finite ? 0.0f : NAN, 0.0f};
       continue;
     }
     __m128i sum = _mm_setzero_si128();
@@ -252,9 +243,7 @@ void quantize_avx2(const Layout& layout, const float* a, int8_t* q, PieceScale* 
     }
     sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
     sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1));
-    carried += most / 127.0f * static_cast<float>(_mm_cvtsi128_si32(sum));
-    *scales++ = {most / 127.0f, carried};
-    if (piece.last) carried = 0.0f;
+    *scales++ = {most / 127.0f, static_cast<float>(_mm_cvtsi128_si32(sum))};
   }
 }
 

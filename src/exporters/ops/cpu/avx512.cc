@@ -50,9 +50,9 @@ void int8_rows(const Layout& layout, int64_t group, const int8_t* q, const Piece
   constexpr int kChains = kRows <= 2 && kPer > 1 ? 2 : 1;
   const __m512i mask = _mm512_set1_epi8(static_cast<char>((1 << kBits) - 1));
   const auto pieces = static_cast<int64_t>(layout.pieces.size());
-  __m512 total[kRows], block[kRows];
+  __m512 total[kRows];
 #pragma GCC unroll 16
-  for (int m = 0; m < kRows; ++m) total[m] = block[m] = _mm512_setzero_ps();
+  for (auto& row : total) row = _mm512_setzero_ps();
   const uint8_t* codes = layout.group_codes(group);
   for (int64_t p = 0; p < pieces; ++p) {
     const Piece& piece = layout.pieces[static_cast<size_t>(p)];
@@ -87,22 +87,17 @@ void int8_rows(const Layout& layout, int64_t group, const int8_t* q, const Piece
       for (int u = 0; u < kUnits; ++u) add(u);
     }
     if (unit < piece.units) add(0);
-#pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m) {
-      __m512i whole = sums[m][0][0];
-#pragma GCC unroll 16
-      for (int s = 1; s < kUnits * kChains; ++s) whole = _mm512_add_epi32(whole, sums[m][s / kChains][s % kChains]);
-      block[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), _mm512_set1_ps(scales[m * pieces + p].scale), block[m]);
-    }
-    if (!piece.last) continue;
     const __m512 scale = _mm512_load_ps(layout.block_scales(group, piece.block));
     const float* zeros = layout.block_zeros(group, piece.block);
     const __m512 zero_point = zeros ? _mm512_load_ps(zeros) : _mm512_set1_ps(layout.zero_point);
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
-      const __m512 sum = _mm512_set1_ps(scales[m * pieces + p].sum);
-      total[m] = _mm512_fmadd_ps(_mm512_fnmadd_ps(zero_point, sum, block[m]), scale, total[m]);
-      block[m] = _mm512_setzero_ps();
+      __m512i whole = sums[m][0][0];
+#pragma GCC unroll 16
+      for (int s = 1; s < kUnits * kChains; ++s) whole = _mm512_add_epi32(whole, sums[m][s / kChains][s % kChains]);
+      const PieceScale& of = scales[m * pieces + p];
+      const __m512 exact = _mm512_fnmadd_ps(zero_point, _mm512_set1_ps(of.sum), _mm512_cvtepi32_ps(whole));
+      total[m] = _mm512_fmadd_ps(exact, _mm512_mul_ps(scale, _mm512_set1_ps(of.scale)), total[m]);
     }
   }
 #pragma GCC unroll 16

@@ -7,8 +7,7 @@
 
 namespace swquant::cpu {
 
-// Activations of one piece of a row at level 4: a ≈ scale · q. The sum of scale · q over the block up to here corrects for the
-// zero point, which all pieces of a block share.
+// Activations of one piece of a row at level 4: a ≈ scale · q. The sum of q corrects for zero points.
 struct PieceScale {
   float scale, sum;
 };

@@ -29,8 +29,7 @@ int64_t cut(const Weights& weights, int unit_columns, std::vector<Piece>* pieces
     const int64_t end = std::min({start + most, (block + 1) * weights.block_cols, weights.inputs});
     const int length = static_cast<int>(end - start);
     const int units = (length + unit_columns - 1) / unit_columns;
-    const bool last = end == weights.inputs || end == (block + 1) * weights.block_cols;
-    if (pieces) pieces->push_back({block, start, unit * unit_columns, unit, length, units, last});
+    if (pieces) pieces->push_back({block, start, unit * unit_columns, unit, length, units});
     unit += units;
     start = end;
   }

@@ -42,7 +42,6 @@ struct Piece {
   int64_t unit;    // first unit
   int length;      // columns
   int units;
-  bool last;  // of its block
 };
 
 struct Layout {

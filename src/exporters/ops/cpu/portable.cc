@@ -8,7 +8,6 @@ namespace swquant::cpu {
 namespace {
 
 void quantize(const Layout& layout, const float* a, int8_t* q, PieceScale* scales) {
-  float carried = 0.0f;
   for (const Piece& piece : layout.pieces) {
     const float* from = a + piece.offset;
     int8_t* to = q + piece.offset;
@@ -22,7 +21,7 @@ void quantize(const Layout& layout, const float* a, int8_t* q, PieceScale* scale
     }
     const float inverse = 127.0f / most;
     std::memset(to, 0, static_cast<size_t>(columns));
-    scales->scale = finite ? 0.0f : NAN;
+    *scales = {finite ? 0.0f : NAN, 0.0f};
     if (finite && std::isfinite(inverse)) {
       int32_t sum = 0;
       for (int k = 0; k < piece.length; ++k) {
@@ -30,11 +29,9 @@ void quantize(const Layout& layout, const float* a, int8_t* q, PieceScale* scale
         to[k] = static_cast<int8_t>(code);
         sum += code;
       }
-      scales->scale = most / 127.0f;
-      carried += scales->scale * static_cast<float>(sum);
+      *scales = {most / 127.0f, static_cast<float>(sum)};
     }
-    scales++->sum = carried;
-    if (piece.last) carried = 0.0f;
+    ++scales;
   }
 }
 
@@ -42,7 +39,7 @@ void multiply_int8(const Layout& layout, int64_t group, const int8_t* q, const P
   const uint8_t* codes = layout.group_codes(group);
   const int mask = (1 << layout.bits_stored) - 1;
   for (int64_t m = 0; m < rows; ++m, q += layout.padded, y += kGroup) {
-    float total[kGroup] = {}, block[kGroup] = {};
+    float total[kGroup] = {};
     for (const Piece& piece : layout.pieces) {
       int32_t sums[kGroup] = {};
       const uint8_t* lanes = codes + piece.unit * kUnit;
@@ -56,15 +53,13 @@ void multiply_int8(const Layout& layout, int64_t group, const int8_t* q, const P
           }
         }
       }
-      for (int r = 0; r < kGroup; ++r) block[r] += static_cast<float>(sums[r]) * scales->scale;
-      const float sum = scales++->sum;
-      if (!piece.last) continue;
       const float* scale = layout.block_scales(group, piece.block);
       const float* zeros = layout.block_zeros(group, piece.block);
       for (int r = 0; r < kGroup; ++r) {
-        total[r] += (block[r] - (zeros ? zeros[r] : layout.zero_point) * sum) * scale[r];
-        block[r] = 0.0f;
+        const float zero_point = zeros ? zeros[r] : layout.zero_point;
+        total[r] += (static_cast<float>(sums[r]) - zero_point * scales->sum) * (scale[r] * scales->scale);
       }
+      ++scales;
     }
     std::memcpy(y, total, sizeof total);
   }
