@@ -34,7 +34,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +75,14 @@ TEXTS = (
 class Evaluator:
     """One model in memory, whose linear weights are replaced, and the original's logits on every window."""
 
-    def __init__(self, key: str, original: Original) -> None:
+    def __init__(self, key: str, original: Original, texts: Sequence[Text]) -> None:
         self.original = original
         self.model = build_model(original.checkpoint, torch.float32)
         self.changed: set[str] = set()
         self.windows: dict[str, Windows] = {}
         self.reference: dict[str, list[Tensor]] = {}
         with torch.no_grad():
-            for text in TEXTS:
+            for text in texts:
                 window = fit_window(original.checkpoint, text.window)
                 windows = make_windows(original.checkpoint, text.file.read_text("utf-8"), window, text.windows[key])
                 self.windows[text.name] = windows
@@ -117,7 +117,7 @@ def digest(*parts: bytes) -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]
 
 
-def identity(method: Method, calibration: str) -> Record:
+def identity(method: Method, calibration: str, texts: Sequence[Text]) -> Record:
     """What a result depends on: a recorded one with another identity is measured again. Raises PackageNotFoundError."""
     result: Record = versions(("torch", "transformers", *method.packages))
     if method.name.startswith("swquant"):
@@ -125,7 +125,7 @@ def identity(method: Method, calibration: str) -> Record:
         result["call"] = method.call
     if method.calibrated:
         result["calibration"] = digest(calibration.encode())
-    result["texts"] = digest(*(f"{text.window} {text.windows}".encode() + text.file.read_bytes() for text in TEXTS))
+    result["texts"] = digest(*(f"{text.window} {text.windows}".encode() + text.file.read_bytes() for text in texts))
     return result
 
 
@@ -175,12 +175,19 @@ def off_grid(gguf: Path, calibration: str) -> Iterator[tuple[Original, float]]:
             original.checkpoint.close()
 
 
-def run(key: str, gguf: Path, jobs: Sequence[tuple[Method, Cell]], results: Results, calibration: str) -> None:
+def run(
+    key: str,
+    gguf: Path,
+    jobs: Sequence[tuple[Method, Cell]],
+    results: Results,
+    calibration: str,
+    texts: Sequence[Text] = TEXTS,
+) -> None:
     """Measure what is not known yet of one model."""
     todo: list[tuple[Method, Cell, Record]] = []
     for method, cell in jobs:
         try:
-            wanted = identity(method, calibration)
+            wanted = identity(method, calibration, texts)
         except Exception as error:
             put_problem(results, key, cell, method, {}, error)
             continue
@@ -190,13 +197,12 @@ def run(key: str, gguf: Path, jobs: Sequence[tuple[Method, Cell]], results: Resu
     if not todo:
         return
     with off_grid(gguf, calibration) as (original, difference):
-        evaluator = Evaluator(key, original)
-        texts = evaluator.measure({})
+        evaluator = Evaluator(key, original, texts)
         results.originals[key] = {
             "name": gguf.stem,
             "difference": difference,
             "weights": original.weights,
-            "texts": texts,
+            "texts": evaluator.measure({}),
         }
         for number, (method, cell, wanted) in enumerate(todo, start=1):
             print(f"{key} {cell} {method.name} ({number} of {len(todo)})", file=sys.stderr, flush=True)
@@ -238,6 +244,7 @@ def main() -> None:
         "--methods", nargs="+", default=[], metavar="WORD", help="only methods whose name contains one, in this order"
     )
     parser.add_argument("--calibration", type=Path, metavar="FILE", default=DATA / "wikitext2-valid-excerpt.txt")
+    parser.add_argument("--times", type=int, default=1, metavar="N", help="as many windows of text (default: 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="remember results there, and go on from them")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw figures there")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: torch's own choice")
@@ -250,8 +257,9 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     results = Results(options.json)
     calibration = options.calibration.read_text("utf-8")
+    texts = [replace(text, windows={key: options.times * n for key, n in text.windows.items()}) for text in TEXTS]
     for key, path in models.items():
-        run(key, path, chosen(options.cells, options.methods), results, calibration)
+        run(key, path, chosen(options.cells, options.methods), results, calibration, texts)
     print_tables(results.originals, results.records)
     if options.plots:
         draw(results.originals, results.records, options.plots)

@@ -63,15 +63,15 @@ def draw(path: Path) -> None:
     box(axes, 11.3, 3.3, "", OURS, width=3.7, height=4.2)
     axes.text(11.3, 5.15, "swquant::LinearNBits", ha="center", va="center", fontsize=9.5, color=INK)
     steps = (
-        "round A to int8 by blocks",
-        "for 16 outputs at a time:",
-        "   codes · int8, in registers",
-        "   + channels · Ŵ, float",
-        "   + outliers · (w − Ŵ), float",
-        "   + bias",
+        (0.0, "round A to int8, by 32 inputs"),
+        (0.0, "for 16 outputs at a time:"),
+        (0.3, "codes · int8, in registers"),
+        (0.3, "+ channels · Ŵ, float"),
+        (0.3, "+ outliers · (w − Ŵ), float"),
+        (0.3, "+ bias"),
     )
-    for index, step in enumerate(steps):
-        axes.text(9.65, 4.6 - 0.5 * index, step, ha="left", va="center", fontsize=8.5, color=INK)
+    for index, (indent, step) in enumerate(steps):
+        axes.text(9.6 + indent, 4.5 - 0.55 * index, step, ha="left", va="center", fontsize=8.5, color=INK)
     box(axes, 11.3, 0.35, "Y  [rows, N]", DATA)
     arrow(axes, (11.3, 5.92), (11.3, 5.43))
     arrow(axes, (11.3, 1.17), (11.3, 0.68))
