@@ -1,6 +1,6 @@
 """INT8 activations on ONNX Runtime: what keeping massive channels in float gains, and what it costs per token.
 
-    python benchmarks/activations_onnx.py --smollm2 MODEL.gguf [--gemma MODEL.gguf] [--threads 2] [--rounds 5] [--cpu-time]
+    python benchmarks/activations_onnx.py --smollm2 MODEL.gguf [--gemma MODEL.gguf] [--calls 100]
 
 The model's stored grid is broken first (grid.py). Then W8A8 (one scale per row) and W4A8 (blocks of 128) are compressed with
 --activations int8 and exported three times, with the graph of genai's builder:
@@ -13,8 +13,9 @@ KL divergence, in nats, is that of level 0's predictions from the others', mean 
 in windows of 128: the weights are the same, so nothing but the rounding of activations is in it. The median is there because a
 single token can outweigh all others. Files run on the operator library, and again on a stock runtime through the function that
 they carry: level 4, plain, on the stock runtime is what ONNX Runtime's MatMulNBits does without swquant, and KL is given as a share of
-that. Every time is measured in a process of its own, and files take turns, as in `onnx_models.py`. The output head, most of a
-small model's weights, has 8 bits in all three files. --kl-only leaves out the times.
+that. Times are of one token behind 32 others, on one thread, in processor time: the five take turns call by call, and the price of
+channels is the median of the quotients of neighbouring calls, so what else the machine does hits both sides alike. The output
+head, most of a small model's weights, has 8 bits in all three files. --kl-only leaves out the times.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import json
 import shutil
 import statistics
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ import numpy as np
 import torch
 from grid import break_and_check
 from machine import describe
-from onnx_models import TEXT, WINDOW, apart, open_model
+from onnx_models import PAST, TEXT, WINDOW, open_model
 from torch import Tensor
 
 import swquant
@@ -89,6 +91,21 @@ def divergences(work: Path, variant: str, library: bool) -> Tensor:
     return torch.cat(found)
 
 
+def timings(work: Path, calls: int) -> list[list[float]]:
+    """For each of RUNS, seconds of single calls, in turns."""
+    models = [open_model(work / variant, library) for variant, library in RUNS]
+    ids = torch.arange(100, 100 + PAST + 1)[None].numpy()
+    pasts = [model.step(ids[:, :PAST], model.empty_past(1))[1] for model in models]
+    seconds: list[list[float]] = [[] for _ in models]
+    for turn in range(calls + 3):
+        for model, past, spent in zip(models, pasts, seconds, strict=True):
+            start = time.process_time()
+            model.step(ids[:, PAST:], past)
+            if turn >= 3:  # the first calls are slower
+                spent.append(time.process_time() - start)
+    return seconds
+
+
 def measure(key: str, bits: int, gguf: Path, work: Path, arguments: argparse.Namespace) -> list[Row]:
     if not (work / "tokens.json").is_file():
         break_and_check(gguf, work / "model")
@@ -96,37 +113,38 @@ def measure(key: str, bits: int, gguf: Path, work: Path, arguments: argparse.Nam
         write_reference(work / "model", work, arguments.windows)
     inputs = [record["inputs"] for record in swquant.inspect(work / "kept")["tensors"].values() if "inputs" in record]
     counts = {"linears": len(inputs), "with_channels": sum(bool(record["channels"]) for record in inputs)}
-    rows: list[Row] = [
-        {"model": key, "weights": f"W{bits}", "variant": name, "library": library, "seconds": [], **counts}
-        for name, library in RUNS
-    ]
+    rows: list[Row] = []
+    for variant, library in RUNS:
+        kl = divergences(work, variant, library)
+        found = {"kl": float(kl.mean()), "median": float(kl.median()), "largest": float(kl.max())}
+        rows.append({"model": key, "weights": f"W{bits}", "variant": variant, "library": library, **counts, **found})
+    if arguments.kl_only:
+        return rows
+    seconds = dict(zip(RUNS, timings(work, arguments.calls), strict=True))
     for row in rows:
-        kl = divergences(work, row["variant"], row["library"])
-        row |= {"kl": float(kl.mean()), "median": float(kl.median()), "largest": float(kl.max())}
-    for turn in range(0 if arguments.kl_only else arguments.rounds):
-        for row in rows[turn % len(rows) :] + rows[: turn % len(rows)]:
-            folder = str(work / row["variant"])
-            row["seconds"] += apart("time", arguments.threads, folder, row["library"], arguments.cpu_time)["decode"]
-    for row in rows:
-        seconds = row.pop("seconds")
-        row["decode_ms"] = 1000 * statistics.median(seconds) if seconds else None
+        mine = seconds[row["variant"], row["library"]]
+        row["decode_ms"] = 1000 * statistics.median(mine)
+        if row["variant"] == VARIANTS[2]:
+            plain = seconds[VARIANTS[1], row["library"]]
+            row["price"] = statistics.median(own / other for own, other in zip(mine, plain, strict=True))
     return rows
 
 
 def show(rows: list[Row]) -> None:
     print(
-        "\n| model | activations | runtime | KL, mean | median | largest | beside stock: mean | median | ms per token |"
+        "\n| model | activations | runtime | KL, mean | median | largest | beside stock: mean | median | ms per token | price |"
     )
-    print("|---|---|---|---:|---:|---:|---:|---:|---:|")
+    print("|---|---|---|---:|---:|---:|---:|---:|---:|---:|")
     for row in rows:
         same = {name: row[name] for name in ("model", "weights")}
         plain = next(item for item in rows if {**item, **same, "variant": VARIANTS[1], "library": False} == item)
         shares = [f"{row[name] / plain[name]:.2f}" for name in ("kl", "median")]
-        time = f"{row['decode_ms']:.2f}" if row["decode_ms"] else ""
+        decode = f"{row['decode_ms']:.2f}" if "decode_ms" in row else ""
+        price = f"{row['price'] - 1:+.1%}" if "price" in row else ""
         runtime = "operator library" if row["library"] else "stock"
         print(
             f"| {row['model']} {row['weights']}A8 | {row['variant']} | {runtime} | {row['kl']:.4f} | {row['median']:.4f} "
-            f"| {row['largest']:.2f} | {' | '.join(shares)} | {time} |"
+            f"| {row['largest']:.2f} | {' | '.join(shares)} | {decode} | {price} |"
         )
 
 
@@ -135,15 +153,13 @@ def main() -> None:
     parser.add_argument("--smollm2", type=Path, metavar="GGUF", help="SmolLM2-135M-Instruct")
     parser.add_argument("--gemma", type=Path, metavar="GGUF", help="Gemma 3 270M")
     parser.add_argument("--bits", type=int, nargs="+", choices=(4, 8), default=[8, 4])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--calls", type=int, default=100, help="of each kind, for the times")
     parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--cpu-time", action="store_true", help="processor time, for a busy machine; use --threads 1")
     parser.add_argument("--kl-only", action="store_true")
     parser.add_argument("--work", type=Path, help="a folder for the files, which stay there and are used again")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(1)  # sessions take as many
     rows: list[Row] = []
     for key in ("smollm2", "gemma"):
         if (gguf := getattr(arguments, key)) is None:
@@ -154,11 +170,7 @@ def main() -> None:
                 work.mkdir(parents=True, exist_ok=True)
                 rows += measure(key, bits, gguf, work, arguments)
             if arguments.json:
-                options = {
-                    "threads": arguments.threads,
-                    "cpu_time": arguments.cpu_time,
-                    "windows": arguments.windows,
-                }
+                options = {"windows": arguments.windows, "calls": arguments.calls}
                 content = {"machine": describe(), "options": options, "results": rows}
                 arguments.json.write_text(json.dumps(content, indent=1) + "\n")
     show(rows)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from exporters.errors import SwquantError, first_line
+from exporters.json_file import read_json, write_json
 from exporters.onnx.dynamo import Placeholder, export_graph
 from exporters.onnx.genai import BuilderError, build_graph, place_weights
 from exporters.onnx.nodes import PackedWeight
@@ -123,9 +124,20 @@ def dynamo_graph(
 
 
 def save_for_builder(model: PreTrainedModel, folder: Path) -> None:
-    """The model as a Hugging Face folder of float32 weights."""
+    """The model as a Hugging Face folder of float32 weights, its configuration as the builder reads it."""
     with quiet():
         model.save_pretrained(folder, max_shard_size="5GB")
+    adapt_config(folder)
+
+
+def adapt_config(folder: Path) -> None:
+    """Where kinds of layers have rotary embeddings of their own (Gemma 3), transformers 5 nests their parameters by kind; the
+    builder (0.18) looks for those of full attention on top, and for the base of sliding attention under its old name."""
+    config = read_json(folder / "config.json")
+    rope = config.get("rope_parameters") or {}
+    if "full_attention" in rope and "sliding_attention" in rope:
+        rope |= rope["full_attention"] | {"rope_local_base_freq": rope["sliding_attention"]["rope_theta"]}
+        write_json(folder / "config.json", config)
 
 
 def genai_graph(

@@ -40,7 +40,8 @@ class BuilderError(Exception):
 
 def build_graph(model: Path, out: Path, *, fuse_qkv: bool) -> None:
     """Run the builder on a Hugging Face folder of float32 weights. Raises BuilderError with its last words."""
-    options = ["hf_token=false", *([] if fuse_qkv else ["disable_qkv_fusion=true"])]
+    # A cache of the window alone would have a fixed size; ours is the same for all layers and may be empty.
+    options = ["hf_token=false", "windowed_kv_cache=false", *([] if fuse_qkv else ["disable_qkv_fusion=true"])]
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o", str(out)]
     command += ["-p", "fp32", "-e", "cpu", "-c", str(out / "cache"), "--extra_options", *options]
     ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
