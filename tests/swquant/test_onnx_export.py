@@ -16,6 +16,7 @@ from conftest import PROMPT, Ran, save_model, tiny_model
 import swquant
 from swquant.checkpoint.compressed import CompressedCheckpoint
 from swquant.models import build_model
+from swquant.onnx_graph import adapt_config
 from swquant.onnx_model import OnnxModel
 
 pytest.importorskip("onnxruntime")
@@ -179,6 +180,16 @@ def test_onnxruntime_genai_runs_the_builders_graph(genai: Path) -> None:
 def test_the_builders_graph_gives_the_same_logits_and_tokens(architecture: str, tmp_path: Path) -> None:
     checkpoint = compressed_model(architecture, tmp_path)
     check_parity(checkpoint, swquant.export(checkpoint, tmp_path / "onnx", graph="genai").path, sequences=1)
+
+
+def test_the_builder_is_told_of_nested_rotary_parameters(tmp_path: Path) -> None:
+    """Gemma 3's, as transformers 5 writes them; others stay as they are."""
+    kinds = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
+    flat = {"rope_type": "default", "rope_theta": 1e6, "rope_local_base_freq": 1e4}
+    for before, after in ((kinds, {**kinds, **flat}), ({"rope_theta": 1e4}, {"rope_theta": 1e4}), (None, None)):
+        (tmp_path / "config.json").write_text(json.dumps({"rope_parameters": before}))
+        adapt_config(tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text()) == {"rope_parameters": after}
 
 
 @pytest.mark.slow

@@ -42,8 +42,9 @@ def common_form(weights: Mapping[str, PackedWeight]) -> tuple[dict[str, PackedWe
             weight = replace(weight, rows=place, cols=place, deltas=nothing)
         if form.channels and weight.channels is None:
             weight = replace(weight, channels=place)
-        if form.channels and form.zero_points and weight.zero_points is None:
-            weight = with_zero_points(weight)  # the function decodes channels with what it is given
+        # MatMulNBits knows the usual zero point; where the function decodes codes itself, it takes what it is given.
+        if form.zero_points and weight.zero_points is None and (form.channels or not form.stock):
+            weight = with_zero_points(weight)
         ours[name] = weight
     return {**weights, **ours}, form
 

@@ -79,11 +79,12 @@ def test_the_nodes_multiply(outliers: tuple[bool, bool], bits: tuple[int, int], 
         assert np.abs(ours - expected).max() < 1e-6 * np.abs(expected).max()
 
 
-def test_with_and_without_zero_points_in_one_file() -> None:
+@pytest.mark.parametrize(("bits", "kept"), [(3, None), (4, None), (4, [5, 77])])
+def test_with_and_without_zero_points_in_one_file(bits: int, kept: list[int] | None) -> None:
     """One function serves both, as where the body of a model is asymmetric and its output head is not."""
     dense = torch.randn(2, N, K, generator=GENERATOR)
-    channels = torch.tensor([5, 77], dtype=torch.int32)
-    sides = [quantize(dense[0], parse_block("32"), 4, symmetric=False), quantize(dense[1], parse_block("32"), 8)]
+    channels = None if kept is None else torch.tensor(kept, dtype=torch.int32)
+    sides = [quantize(dense[0], parse_block("32"), bits, symmetric=False), quantize(dense[1], parse_block("32"), 8)]
     weights = [replace(pack_weight(side, None, torch.float32), channels=channels) for side in sides]
     x = torch.randn(3, K, generator=GENERATOR)
     for ours, side in zip(run(dict(zip("ab", weights, strict=True)), 0, x.numpy()), sides, strict=True):
