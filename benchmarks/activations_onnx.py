@@ -25,7 +25,6 @@ import json
 import shutil
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ import numpy as np
 import torch
 from grid import break_and_check
 from machine import describe
-from onnx_models import PAST, TEXT, WINDOW, open_model
+from onnx_models import PAST, TEXT, WINDOW, open_model, price, timings
 from torch import Tensor
 
 import swquant
@@ -91,21 +90,6 @@ def divergences(work: Path, variant: str, library: bool) -> Tensor:
     return torch.cat(found)
 
 
-def timings(work: Path, calls: int) -> list[list[float]]:
-    """For each of RUNS, seconds of single calls, in turns."""
-    models = [open_model(work / variant, library) for variant, library in RUNS]
-    ids = torch.arange(100, 100 + PAST + 1)[None].numpy()
-    pasts = [model.step(ids[:, :PAST], model.empty_past(1))[1] for model in models]
-    seconds: list[list[float]] = [[] for _ in models]
-    for turn in range(calls + 3):
-        for model, past, spent in zip(models, pasts, seconds, strict=True):
-            start = time.process_time()
-            model.step(ids[:, PAST:], past)
-            if turn >= 3:  # the first calls are slower
-                spent.append(time.process_time() - start)
-    return seconds
-
-
 def measure(key: str, bits: int, gguf: Path, work: Path, arguments: argparse.Namespace) -> list[Row]:
     if not (work / "tokens.json").is_file():
         break_and_check(gguf, work / "model")
@@ -120,13 +104,13 @@ def measure(key: str, bits: int, gguf: Path, work: Path, arguments: argparse.Nam
         rows.append({"model": key, "weights": f"W{bits}", "variant": variant, "library": library, **counts, **found})
     if arguments.kl_only:
         return rows
-    seconds = dict(zip(RUNS, timings(work, arguments.calls), strict=True))
+    files = [(work / variant, library) for variant, library in RUNS]
+    seconds = dict(zip(RUNS, timings(files, 1, PAST, arguments.calls), strict=True))
     for row in rows:
         mine = seconds[row["variant"], row["library"]]
         row["decode_ms"] = 1000 * statistics.median(mine)
         if row["variant"] == VARIANTS[2]:
-            plain = seconds[VARIANTS[1], row["library"]]
-            row["price"] = statistics.median(own / other for own, other in zip(mine, plain, strict=True))
+            row["price"] = price(mine, seconds[VARIANTS[1], row["library"]])
     return rows
 
 

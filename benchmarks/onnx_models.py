@@ -1,6 +1,6 @@
 """Our ONNX files beside those of onnxruntime-genai's builder: speed, size, and KL divergence from the original, in one run.
 
-    python benchmarks/onnx_models.py --smollm2 MODEL.gguf [--gemma MODEL.gguf] [--threads 2] [--rounds 5] [--cpu-time]
+    python benchmarks/onnx_models.py --smollm2 MODEL.gguf [--gemma MODEL.gguf] [--calls 60]
 
 The model's stored grid is broken first (grid.py). Then, from the same float32 weights:
 
@@ -12,10 +12,11 @@ The model's stored grid is broken first (grid.py). Then, from the same float32 w
     ours, best         as level 4, compressed with --preset best: the model's own text decides how weights are rounded
 
 The head is tied to the embedding in both models, so both sides store one table of 8 bits for both. Ours run on the operator
-library, and again on a stock runtime through the function that the file carries. Every measurement is a process of its
-own; files take turns, round by round. A process warms up and times single calls: one token behind 32 others (decode), 64
-tokens behind none (prefill). Reported are medians over all calls of all rounds. KL divergence, in nats, is the mean over
-the tokens of WikiText-2's excerpt in windows of 128, against the original in torch.
+library, and again on a stock runtime through the function that the file carries. All sessions live in one process, on one
+thread, and take turns call by call: one token behind 32 others (decode), 64 tokens behind none (prefill). So what else the
+machine does hits all of them alike; medians of processor time are reported, and beside the builder's int4 the medians of the
+quotients of neighbouring calls. KL divergence, in nats, is the mean over the tokens of WikiText-2's excerpt in windows of 128,
+against the original in torch.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +58,10 @@ BUILDER = (
     "hf_token=false",
     "windowed_kv_cache=false",
 )  # as in our graphs: the cache grows with the text in every layer
-SECONDS = 2.0  # of timing, for either kind of call in a process
+WARMUP = 3  # calls that are not counted
+
+
+BASE = 1  # of ENTRIES: the builder's int4, beside which all others are put
 
 
 @dataclass(frozen=True)
@@ -141,46 +146,27 @@ def kl_divergence(work: Path, folder: Path, library: bool) -> float:
     return sum(score.kl for score in scores) / sum(score.tokens for score in scores)
 
 
-def timings(folder: Path, library: bool, cpu_time: bool) -> dict[str, list[float]]:
-    """Seconds of single calls, in this process."""
-    model = open_model(folder, library)
-    clock = time.process_time if cpu_time else time.perf_counter
-    rng = np.random.default_rng(0)
-    _, past = model.step(rng.integers(100, 1000, (1, PAST)), model.empty_past(1))
-    calls = {"decode": (1, past), "prefill": (PROMPT, model.empty_past(1))}
-    seconds: dict[str, list[float]] = {}
-    for name, (rows, before) in calls.items():
-        ids = rng.integers(100, 1000, (1, rows))
-        for _ in range(3):
-            model.step(ids, before)
-        seconds[name] = []
-        end = time.perf_counter() + SECONDS
-        while time.perf_counter() < end or len(seconds[name]) < 5:
-            start = clock()
-            model.step(ids, before)
-            seconds[name].append(clock() - start)
+def timings(files: Sequence[tuple[Path, bool]], rows: int, past: int, calls: int) -> list[list[float]]:
+    """For each (folder, with the library), seconds of processor time of single calls with `rows` tokens behind `past` others;
+    the files take turns, call by call."""
+    models = [open_model(*file) for file in files]
+    ids = np.random.default_rng(0).integers(100, 1000, (1, past + rows))
+    pasts = [model.empty_past(1) for model in models]
+    if past:
+        pasts = [model.step(ids[:, :past], empty)[1] for model, empty in zip(models, pasts, strict=True)]
+    seconds: list[list[float]] = [[] for _ in models]
+    for turn in range(calls + WARMUP):
+        for model, before, spent in zip(models, pasts, seconds, strict=True):
+            start = time.process_time()
+            model.step(ids[:, past:], before)
+            if turn >= WARMUP:
+                spent.append(time.process_time() - start)
     return seconds
 
 
-def apart(what: str, *words: Any) -> Any:
-    """One of the two functions above, in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--one", json.dumps([what, *words])], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return json.loads(done.stdout)
-
-
-def run_one(text: str) -> None:
-    what, threads, *words = json.loads(text)
-    torch.set_num_threads(threads)  # sessions take as many
-    if what == "kl":
-        work, folder, library = words
-        print(json.dumps(kl_divergence(Path(work), Path(work) / folder, library)))
-    else:
-        folder, library, cpu_time = words
-        print(json.dumps(timings(Path(folder), library, cpu_time)))
+def price(mine: Sequence[float], other: Sequence[float]) -> float:
+    """How many times as long as the other's calls mine take: the median over neighbouring ones."""
+    return statistics.median(own / theirs for own, theirs in zip(mine, other, strict=True))
 
 
 def size_of(folder: Path) -> int:
@@ -188,39 +174,31 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob(f"{MODEL}*"))
 
 
-def measure(name: str, work: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(name: str, work: Path, calls: int) -> list[dict[str, Any]]:
     """Every row of one model's table."""
-    calls: dict[str, dict[str, list[float]]] = {entry.name: {"decode": [], "prefill": []} for entry in ENTRIES}
-    for turn in range(arguments.rounds):
-        for entry in ENTRIES[turn % len(ENTRIES) :] + ENTRIES[: turn % len(ENTRIES)]:
-            folder = str(work / entry.folder)
-            for kind, seconds in apart("time", arguments.threads, folder, entry.library, arguments.cpu_time).items():
-                calls[entry.name][kind] += seconds
-    rows = []
-    for entry in ENTRIES:
-        decode, prefill = (statistics.median(calls[entry.name][kind]) for kind in ("decode", "prefill"))
-        rows.append(
-            {
-                "model": name,
-                "entry": entry.name,
-                "decode": 1 / decode,
-                "prefill": PROMPT / prefill,
-                "kl": apart("kl", arguments.threads, str(work), entry.folder, entry.library),
-                "bytes": size_of(work / entry.folder),
-            }
-        )
+    files = [(work / entry.folder, entry.library) for entry in ENTRIES]
+    rows: list[dict[str, Any]] = [
+        {"model": name, "entry": entry.name, "kl": kl_divergence(work, *file), "bytes": size_of(file[0])}
+        for entry, file in zip(ENTRIES, files, strict=True)
+    ]
+    for kind, tokens, past, count in (("decode", 1, PAST, calls), ("prefill", PROMPT, 0, calls // 3)):
+        seconds = timings(files, tokens, past, count)
+        for row, mine in zip(rows, seconds, strict=True):
+            row[kind] = tokens / statistics.median(mine)
+            row[f"{kind}_beside"] = 1 / price(mine, seconds[BASE])
     return rows
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     """The table, with everything also as a multiple of the builder's int4."""
-    base = next(row for row in rows if row["entry"].startswith("builder int4"))
     print(f"\n| {rows[0]['model']} | decode, tokens/s | | prefill, tokens/s | | KL | | MB | |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for row in rows:
+        beside = {key: row[key] / rows[BASE][key] for key in ("kl", "bytes")}
+        beside |= {key: row[f"{key}_beside"] for key in ("decode", "prefill")}
         cells = [row["entry"]]
         for key, digits, unit in (("decode", 1, 1), ("prefill", 0, 1), ("kl", 4, 1), ("bytes", 1, 1e6)):
-            cells += [f"{row[key] / unit:.{digits}f}", f"{row[key] / base[key]:.2f}"]
+            cells += [f"{row[key] / unit:.{digits}f}", f"{beside[key]:.2f}"]
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
@@ -228,25 +206,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smollm2", type=Path, help="a GGUF file")
     parser.add_argument("--gemma", type=Path, help="a GGUF file")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--calls", type=int, default=60, help="of each kind, a third of that for prefill")
     parser.add_argument("--windows", type=int, default=8, help="of 128 tokens, for the KL divergence")
-    parser.add_argument("--cpu-time", action="store_true", help="processor time, for a machine that is not idle")
     parser.add_argument("--work", type=Path, help="a folder for the files, which stay there and are used again")
     parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        run_one(arguments.one)
-        return
-    if arguments.cpu_time and arguments.threads > 1:
-        parser.error("--cpu-time adds up the time of all threads; it needs --threads 1")
     models = {"SmolLM2-135M": arguments.smollm2, "Gemma 3 270M": arguments.gemma}
     given = {name: path for name, path in models.items() if path is not None}
     if not given:
         parser.error("give --smollm2 or --gemma")
-    clock = "processor time" if arguments.cpu_time else "wall clock"
-    print(f"{json.dumps(describe())}\n{arguments.threads} thread(s), {clock}, load {os.getloadavg()[0]:.1f}")
+    torch.set_num_threads(1)  # sessions take as many
+    print(f"{json.dumps(describe())}, load {os.getloadavg()[0]:.1f}")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="swquant-onnx-") as scratch:
         for name, gguf in given.items():
@@ -255,12 +225,11 @@ def main() -> None:
                 work.mkdir(parents=True)
                 make_files(gguf, work)
                 write_reference(work, arguments.windows)
-            found = measure(name, work, arguments)
+            found = measure(name, work, arguments.calls)
             show(found)
             rows += found
-    if arguments.json:
-        record = {"machine": describe(), "threads": arguments.threads, "clock": clock, "rows": rows}
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+            if arguments.json:
+                arguments.json.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
