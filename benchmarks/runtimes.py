@@ -37,7 +37,7 @@ KINDS = tuple(itertools.product(("dynamo", "genai"), (4, 3), (0, 4)))  # graph, 
 
 
 def make_model(folder: Path) -> None:
-    """A llama of two layers, with a word for each of its tokens."""
+    """A llama of two layers with massive channels, and a word for each of its tokens."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -48,6 +48,8 @@ def make_model(folder: Path) -> None:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.08)
+            else:
+                parameter[5] = 30  # a massive channel behind every norm
     model.save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"t{index}": index for index in range(VOCABULARY)}, unk_token="t0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
