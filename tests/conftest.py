@@ -21,11 +21,12 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 
 PROMPT = "t5 t9 t17 t33 t64 t2 t81 t40 t11 t99"
 VOCABULARY = 128
