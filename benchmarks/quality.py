@@ -181,7 +181,7 @@ def run(
     jobs: Sequence[tuple[Method, Cell]],
     results: Results,
     calibration: str,
-    texts: Sequence[Text] = TEXTS,
+    texts: Sequence[Text],
 ) -> None:
     """Measure what is not known yet of one model."""
     todo: list[tuple[Method, Cell, Record]] = []

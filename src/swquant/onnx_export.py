@@ -56,7 +56,7 @@ def export_checkpoint(
 ) -> Exported:
     """Export a checkpoint that was opened with unrounded=True. `out` appears whole or not at all. Raises SwquantError."""
     check_destination(out, overwrite, checkpoint)
-    options = options.resolved(checkpoint.manifest.get("activations"))
+    options = options.resolved(checkpoint.manifest.get("activations") is not None)
     with unfinished(out) as folder, tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as scratch:
         traced = _trace(checkpoint, options, Path(scratch), progress)
         with progress.step("Writing"):

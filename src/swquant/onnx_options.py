@@ -17,7 +17,7 @@ FORMATS = {"checkpoint": "", "onnx": "-onnx"}
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "graph": ("dynamo", "genai"),
     "precision": ("fp32", "fp16"),
-    "accuracy_level": (0, 4),
+    "accuracy_level": (None, 0, 4),
     "lm_head_bits": (0, 4, 8),
 }
 
@@ -40,16 +40,17 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
-            if (value := getattr(self, name)) is not None and value not in known:
+            if (value := getattr(self, name)) not in known:
                 flag = "--" + name.replace("_", "-")
-                raise SwquantError(f"{flag} {value} is not one of: {', '.join(map(str, known))}")
+                raise SwquantError(
+                    f"{flag} {value} is not one of: {', '.join(str(choice) for choice in known if choice is not None)}"
+                )
         if self.graph == "genai" and self.precision == "fp16":
             raise SwquantError("onnxruntime-genai's builder has no fp16 for the CPU; use --graph dynamo, or fp32")
 
-    def resolved(self, activations: object) -> ExportOptions:
-        """With an accuracy level. activations: how the checkpoint rounds its own, None where they stay in float."""
-        level = self.accuracy_level if self.accuracy_level is not None else 0 if activations is None else 4
-        return replace(self, accuracy_level=level)
+    def resolved(self, int8: bool) -> ExportOptions:
+        """With an accuracy level. int8: whether the checkpoint rounds its activations."""
+        return replace(self, accuracy_level=4 if int8 else 0) if self.accuracy_level is None else self
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

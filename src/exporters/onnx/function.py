@@ -41,11 +41,10 @@ class Form:
 # A with the channels at zero. Everything but the last line is constant, and folded when a runtime loads the file.
 _KEEP = """
   c_index = Cast <to = 7> (channels)
-  inputs = Constant <value_int: int = @K> ()
   off_on = Constant <value_floats: floats = [0.0, 1.0]> ()
   unit = Constant <value_float: float = 1.0> ()
   first = Constant <value_ints: ints = [0]> ()
-  picks = OneHot <axis = -1> (c_index, inputs, off_on)
+  picks = OneHot <axis = -1> (c_index, K, off_on)
   picked = ReduceSum <keepdims = 0> (picks, first)
   mask_float = Sub (unit, picked)
   mask = CastLike (mask_float, A)
@@ -61,6 +60,8 @@ _STOCK = """
 """
 
 _CONSTANTS = """
+  K = Constant <value_int: int = @K> ()
+  block_cols = Constant <value_int: int = @block_cols> ()
   bits = Constant <value_int: int = @bits> ()
   zero = Constant <value_int: int = 0> ()
   one = Constant <value_int: int = 1> ()
@@ -97,10 +98,6 @@ _UNPACK = """
   {p}code = Cast <to = 1> ({p}code32)
 """
 
-_K = """
-  K = Constant <value_int: int = @K> ()
-"""
-
 _COLUMNS = """
   scale_shape = Shape <start = 1> (scales)
   columns = Squeeze (scale_shape)
@@ -108,7 +105,6 @@ _COLUMNS = """
 
 _DECODE = """
   block_rows = Constant <value_int: int = @block_rows> ()
-  block_cols = Constant <value_int: int = @block_cols> ()
   N = Constant <value_int: int = @N> ()
   row = Range (zero, N, one)
   scale_row = Div (row, block_rows)
@@ -128,11 +124,14 @@ _SYMMETRIC = """
   zero_point = Cast <to = 1> (half_power)
 """
 
-_MULTIPLY = """
-  centred = Sub (w_code, zero_point)
+_WEIGHT = """
+  centred = Sub ({code}, {zero_point})
   decoded = Mul (centred, scale)
   weight = CastLike (decoded, A)
   transposed = Transpose <perm = [1, 0]> (weight)
+"""
+
+_MULTIPLY = """
   product = MatMul (A, transposed)
 """
 
@@ -150,18 +149,13 @@ _OUTLIERS = """
 """
 
 # What the channels' codes decode to is constant, too.
-_CHANNEL_WEIGHTS = """
-  block_cols = Constant <value_int: int = @block_cols> ()
+_CHANNEL_SCALES = """
   z_index = Div (c_index, block_cols)
   scale_half = Gather <axis = 1> (scales, z_index)
   scale = Cast <to = 1> (scale_half)
 """
 
 _CHANNELS = """
-  centred = Sub (c_code, {zero_point})
-  decoded = Mul (centred, scale)
-  weight = CastLike (decoded, A)
-  transposed = Transpose <perm = [1, 0]> (weight)
   channel_inputs = Gather <axis = -1> (A, channels)
   channel_product = MatMul (channel_inputs, transposed)
   with_channels = Add (product, channel_product)
@@ -174,15 +168,16 @@ def _product(form: Form) -> str:
     if not form.stock:
         codes = _ALL.format(p="w_", count="K") + _UNPACK.format(p="w_", packed="B")
         points = _ALL.format(p="z_", count="columns") + _UNPACK.format(p="z_", packed="zero_points") + _ZERO_POINTS
-        return _CONSTANTS + _K + codes + _DECODE + (_COLUMNS + points if form.zero_points else _SYMMETRIC) + _MULTIPLY
+        text = _CONSTANTS + codes + _DECODE + (_COLUMNS + points if form.zero_points else _SYMMETRIC)
+        return text + _WEIGHT.format(code="w_code", zero_point="zero_point") + _MULTIPLY
     zero_points = "zero_points" if form.zero_points else '""'
     if not form.channels:
         return _STOCK.format(A="A", zero_points=zero_points)
-    text = _KEEP + _STOCK.format(A="kept", zero_points=zero_points)
-    text += _CONSTANTS + _UNPACK.format(p="c_", packed="B") + _CHANNEL_WEIGHTS
-    if form.zero_points:
-        return text + _UNPACK.format(p="z_", packed="zero_points") + _CHANNELS.format(zero_point="z_code")
-    return text + _SYMMETRIC + _CHANNELS.format(zero_point="zero_point")
+    text = _CONSTANTS + _KEEP + _STOCK.format(A="kept", zero_points=zero_points)
+    text += _UNPACK.format(p="c_", packed="B") + _CHANNEL_SCALES
+    text += _UNPACK.format(p="z_", packed="zero_points") if form.zero_points else _SYMMETRIC
+    zero_point = "z_code" if form.zero_points else "zero_point"
+    return text + _WEIGHT.format(code="c_code", zero_point=zero_point) + _CHANNELS
 
 
 def _body(form: Form) -> tuple[str, str]:

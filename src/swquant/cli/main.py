@@ -178,8 +178,7 @@ def compress(
             show_plan(out, prepared, target, every_tensor=dry_run)
         if dry_run:
             if as_json:
-                rounds = None if options.activations == "none" else options.activations
-                export_record = export_to and export_to.resolved(rounds).as_dict()
+                export_record = export_to and export_to.resolved(options.activations != "none").as_dict()
                 print_json({**plan_record(prepared, target), "format": form, "export": export_record})
             return
         if export_to is not None:
