@@ -2,9 +2,9 @@
 
     python benchmarks/roofline.py [--size 4096]
 
-Counted, not timed. For the CUDA kernels every load of a warp is split into the 32-byte sectors that the hardware moves,
-with the addresses that kernels.cu computes; the share is what a weight of `bits` bits and its scales need at least,
-divided by what the sectors hold. Activations are left out: all warps read the same ones, from the caches.
+Counted, not timed. For the CUDA kernels loads count as the 32-byte sectors that the hardware moves, with the layout of
+kernels.cu; the share is what a weight of `bits` bits and its scales need at least, divided by what the sectors hold.
+Activations are left out: all warps read the same ones, from the caches.
 """
 
 from __future__ import annotations
@@ -23,24 +23,16 @@ def needed(cols: int, bits: int, block: int, scale: int) -> float:
     return cols * bits / 8 + -(-cols // block) * scale
 
 
-def sectors(addresses: list[tuple[int, int]]) -> int:
-    """Sectors that one instruction of a warp touches, from (address, bytes) of its lanes."""
-    return len(
-        {sector for start, size in addresses for sector in range(start // SECTOR, (start + size - 1) // SECTOR + 1)}
-    )
+def sector_bytes(size: int) -> int:
+    """Bytes of the sectors that `size` contiguous bytes fill, from a sector's start."""
+    return -(-size // SECTOR) * SECTOR
 
 
-def warp_reads(cols: int, bits: int, block: int, scale: int) -> int:
-    """Bytes of the sectors that linear_rows moves for one output."""
-    per_chunk = 128 // stored(bits)
-    chunks = -(-cols // per_chunk)
-    moved = 0
-    for first in range(0, chunks, 32):
-        lanes = range(first, min(first + 32, chunks))
-        moved += sectors([(16 * lane, 16) for lane in lanes])
-        blocks = {k // block for lane in lanes for k in range(lane * per_chunk, min(cols, (lane + 1) * per_chunk))}
-        moved += sectors([(scale * index, scale) for index in blocks])  # read again from the first cache afterwards
-    return moved * SECTOR
+def row_reads(cols: int, bits: int, block: int, scale: int) -> int:
+    """Bytes of the sectors that the CUDA kernels read of one row: whole quads of chunks, and the row's scales. Four lanes read 64
+    neighbouring bytes of codes at a time; a scale that is read again comes from the first cache."""
+    quad = 512 // stored(bits)  # columns
+    return -(-cols // quad) * 64 + sector_bytes(-(-cols // block) * scale)
 
 
 def main() -> None:
@@ -51,11 +43,11 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for bits in (2, 3, 4, 6, 8):
         for block in (32, 128):
-            moved = warp_reads(size, bits, block, 2)
+            moved = row_reads(size, bits, block, 2)
             share = needed(size, bits, block, 2) / moved
-            print(f"| CUDA linear_rows, float16 | {bits} | {block} | {moved:,} | {size / moved:.2f} | {share:.0%} |")
+            print(f"| CUDA linear_tiles, float16 | {bits} | {block} | {moved:,} | {size / moved:.2f} | {share:.0%} |")
     for bits in (2, 3, 4, 6, 8):
-        moved = warp_reads(size, bits, 32, 2)
+        moved = row_reads(size, bits, 32, 2)
         read, written = needed(size, bits, 32, 2), size * 2
         share = (read + written) / (moved + written)
         print(f"| CUDA dequantize, float16 | {bits} | 32 | {moved + written:,} | | {share:.0%} |")

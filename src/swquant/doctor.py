@@ -66,8 +66,18 @@ def _operators() -> dict[str, Any]:
     return {"library": str(path), "problem": problem, "remedy": problem and "python -m exporters.ops.build"}
 
 
+def _provider() -> str | None:
+    """What ONNX Runtime runs models on here; None where it is not installed."""
+    try:
+        from swquant.ort import first_provider
+
+        return first_provider()
+    except Exception:  # not installed, or broken: `packages` and `operators` say so
+        return None
+
+
 def examine() -> dict[str, Any]:
-    """{python, platform, swquant, packages, optional, operators, devices, memory, missing}, as JSON can hold it."""
+    """{python, platform, swquant, packages, optional, operators, provider, devices, memory, missing}, as JSON can hold it."""
     packages = {name: _version(name) for name in _NEEDED}
     missing = [
         {"package": name, "for": _NEEDED[name], "problem": "not installed" if version is None else problem}
@@ -94,6 +104,7 @@ def examine() -> dict[str, Any]:
         "packages": packages,
         "optional": {name: _version(name) for name in _OPTIONAL},
         "operators": _operators(),
+        "provider": _provider(),
         "devices": devices,
         "available_memory": memory,
         "missing": missing,

@@ -135,6 +135,7 @@ def _trace(checkpoint: CompressedCheckpoint, options: ExportOptions, scratch: Pa
                 dense,
                 head_name,
                 checkpoint.name,
+                half=dtype is torch.float16,
             )
         else:
             model = model.half() if dtype is torch.float16 else model

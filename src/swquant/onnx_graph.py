@@ -147,9 +147,11 @@ def genai_graph(
     dense: Callable[[str], Tensor],
     head: str,
     name: str,
+    *,
+    half: bool,
 ) -> onnx_ir.Model:
     """The builder's graph of the model in `source`, its MatMuls replaced. `out`: a scratch folder that the builder fills; its
-    files must live as long as the graph. Raises SwquantError where the builder does not know the architecture.
+    files must live as long as the graph. half: in float16. Raises SwquantError where the builder does not know the architecture.
     """
     families: dict[str, set[tuple[object, ...]]] = {}
     for module, weight in weights.items():
@@ -159,7 +161,7 @@ def genai_graph(
     count = sum(module.endswith((".q_proj", ".k_proj", ".v_proj")) for module in weights)
     alike = all(len(forms) == 1 for forms in families.values()) and count in (0, 3 * len(families))
     try:
-        build_graph(source, out, fuse_qkv=alike)
+        build_graph(source, out, fuse_qkv=alike, half=half)
         return place_weights(out / "model.onnx", weights, dense, head)
     except BuilderError as error:
         raise SwquantError(

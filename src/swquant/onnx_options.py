@@ -45,8 +45,6 @@ class ExportOptions:
                 raise SwquantError(
                     f"{flag} {value} is not one of: {', '.join(str(choice) for choice in known if choice is not None)}"
                 )
-        if self.graph == "genai" and self.precision == "fp16":
-            raise SwquantError("onnxruntime-genai's builder has no fp16 for the CPU; use --graph dynamo, or fp32")
 
     def resolved(self, int8: bool) -> ExportOptions:
         """With an accuracy level. int8: whether the checkpoint rounds its activations."""

@@ -224,9 +224,12 @@ def test_a_tied_embedding_shares_the_heads_codes(graph: str, bits: int, tmp_path
 
 
 @pytest.mark.slow
-def test_half_precision(tmp_path: Path) -> None:
-    checkpoint = compressed_model("llama", tmp_path)
-    folder = swquant.export(checkpoint, tmp_path / "onnx", precision="fp16", lm_head_bits=8).path
+@pytest.mark.parametrize(("graph", "architecture"), [("dynamo", "llama"), ("genai", "llama"), ("genai", "gemma3")])
+def test_half_precision(graph: str, architecture: str, tmp_path: Path) -> None:
+    if graph == "genai":
+        pytest.importorskip("onnxruntime_genai")
+    checkpoint = compressed_model(architecture, tmp_path)
+    folder = swquant.export(checkpoint, tmp_path / "onnx", graph=graph, precision="fp16", lm_head_bits=8).path
     model = OnnxModel.open(folder / "model.onnx", None)
     assert {array.dtype for array in model.empty_past(1)} == {np.dtype(np.float16)}
     assert swquant.inspect(folder)["check"]["largest_difference"] < 0.02

@@ -38,12 +38,28 @@ class BuilderError(Exception):
     """What the builder said, or what is wrong with its graph."""
 
 
-def build_graph(model: Path, out: Path, *, fuse_qkv: bool) -> None:
-    """Run the builder on a Hugging Face folder of float32 weights. Raises BuilderError with its last words."""
+def build_graph(model: Path, out: Path, *, fuse_qkv: bool, half: bool) -> None:
+    """Run the builder on a Hugging Face folder of float32 weights. Raises BuilderError with its last words.
+
+    half: float16, which it has for CUDA only; the graph runs on a CPU, too.
+    """
     # A cache of the window alone would have a fixed size; ours is the same for all layers and may be empty.
-    options = ["hf_token=false", "windowed_kv_cache=false", *([] if fuse_qkv else ["disable_qkv_fusion=true"])]
+    # Norms of queries and keys inside the attention exist on CUDA only, and the file must run beside torch here.
+    options = [
+        "hf_token=false",
+        "windowed_kv_cache=false",
+        "fuse_qk_norm_gqa=false",
+        *([] if fuse_qkv else ["disable_qkv_fusion=true"]),
+    ]
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o", str(out)]
-    command += ["-p", "fp32", "-e", "cpu", "-c", str(out / "cache"), "--extra_options", *options]
+    command += [
+        "-p",
+        *(("fp16", "-e", "cuda") if half else ("fp32", "-e", "cpu")),
+        "-c",
+        str(out / "cache"),
+        "--extra_options",
+        *options,
+    ]
     ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     if ran.returncode or not (out / "model.onnx").is_file():
         lines = [line.strip() for line in (ran.stderr or ran.stdout).splitlines() if line.strip()]
@@ -143,5 +159,9 @@ def _check_values(name: str, node: onnx_ir.Node, expected: Tensor) -> None:
     value = node.inputs[1]
     assert value is not None
     found = None if value.const_value is None else value.const_value.numpy()
-    if found is None or found.shape != tuple(expected.T.shape) or not np.array_equal(found, expected.T.numpy()):
+    if (
+        found is None
+        or found.shape != tuple(expected.T.shape)
+        or not np.array_equal(found, expected.T.numpy().astype(found.dtype))
+    ):
         raise BuilderError(f"{name} of the graph is not the model's weight")

@@ -19,7 +19,7 @@ struct Shape; struct ShapeInferContext; struct Op; struct OpAttribute; struct Me
 // ONNXTensorElementDataType
 enum Type : int { kUndefined = 0, kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7, kFloat16 = 10, kBfloat16 = 16 };
 enum Code : int { kFail = 1, kInvalidArgument = 2 };  enum Characteristic : int { kRequired = 0, kOptional = 1 };
-enum MemoryType : int { kOnCpu = -2, kOnDevice = 0 };
+enum MemoryType : int { kOnCpu = -2, kOnDevice = 0 };  enum AttributeType : int { kInt = 1, kFloatAttribute = 3 };
 
 // OrtCustomOp of version 17: the runtime reads these callbacks; null where the default will do.
 struct CustomOp {

@@ -2,12 +2,16 @@
 // 16-bit floats are read and written. Both the kernels and their reference on the host (reference.h) are made of it, so
 // that a kernel which runs in the emulator must give the same bits.
 //
-// A row of codes is a row of 16-byte chunks, lowest bits first, what one 128-bit load brings:
+// A row of codes is a row of 16-byte chunks, what one 128-bit load brings. Four of them, a quad, hold whole spans of 16
+// neighbouring columns, of each span four columns in each chunk, as a matrix product wants them from four neighbouring lanes:
 //
-//   bits stored   for bits   codes in a chunk
-//   2             2          64
-//   4             3, 4       32
-//   8             5 to 8     16
+//   bits stored   for bits   spans in a quad
+//   2             2          16
+//   4             3, 4       8
+//   8             5 to 8     4
+//
+// In a 32-bit word the codes of even columns fill the lower half and those of odd columns the upper half, lowest bits first:
+// one mask brings two neighbouring columns, each into its half.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -88,15 +92,38 @@ struct Weights {
   const T* bias;  // [N] or null
   float zero_point;
   int32_t inputs, outputs, chunks, blocks, block_rows, block_cols;
+  int32_t block_shift;  // a column's block is column >> block_shift; -1: block_cols is no power of two
+  bool whole;           // all zero points are codes
+  bool matrix_units;    // the device multiplies matrices of T
 };
 
-template <int kBits>
-constexpr int kCodes = 128 / kBits;  // in a chunk
+constexpr int kWarp = 32;
+constexpr int kSpan = 16;  // columns
+constexpr int kPiece = 4;  // columns of a span in one chunk
 
 template <int kBits>
-SWQUANT_BOTH float code_of(const Chunk& chunk, int i) {
-  const uint32_t word = chunk.words[i * kBits / 32];
-  return static_cast<float>(word >> (i * kBits % 32) & ((1u << kBits) - 1));
+constexpr int kPieces = 128 / kBits / kPiece;  // in a chunk; one of each span of a quad
+
+// First column of piece i of chunk c, where a chunk has `pieces`.
+SWQUANT_BOTH int32_t first_column(int32_t pieces, int32_t c, int32_t i) {
+  return (c / 4 * pieces + i) * kSpan + c % 4 * kPiece;
+}
+
+// Where the code of column j of piece i lies, in bits from the first of the chunk.
+SWQUANT_BOTH int bit_of(int bits, int i, int j) {
+  const int at = i * kPiece + j, in_word = 32 / bits;
+  return at / in_word * 32 + at % 2 * 16 + at % in_word / 2 * bits;
+}
+
+// For Weights: how far to shift a column for its block, or -1; and whether a zero point is a code.
+inline int32_t shift_of(int64_t block_cols, int64_t inputs) {
+  if (block_cols >= inputs) return 31;
+  int32_t shift = 0;
+  while (int64_t{1} << shift < block_cols) ++shift;
+  return int64_t{1} << shift == block_cols ? shift : -1;
+}
+inline bool is_code(float zero_point, int bits) {
+  return zero_point >= 0.0f && zero_point < static_cast<float>(1 << bits) && zero_point == std::rint(zero_point);
 }
 
 template <typename T>

@@ -1,10 +1,14 @@
-// Two kernels: what a row of Y is made of when there are few rows, and Ŵ itself when there are many.
+// Three kernels: products for few rows of A, in matrix units or without, and Ŵ itself for many rows.
 //
-//   linear_rows   a warp makes one output of up to kRows rows of A: it reads a row of codes once, 16 bytes per lane and
-//                 512 bytes per instruction side by side, decodes in registers, multiplies, adds the row's outliers, and
-//                 sums over the warp by shuffles. No shared memory, no atomics, nothing is written but Y.
-//   dequantize    a thread decodes one chunk, puts the outliers of its row that fall into it back, and writes T for the
-//                 runtime's own matrix product, which for many rows beats anything that decodes again per row.
+//   linear_tiles  16-bit floats. A block makes 16 outputs of up to 16 rows of A; its warps share the quads of columns. A lane
+//                 loads 16 bytes of codes each of two rows of Ŵ and takes their zero points off, two weights at a time,
+//                 which is exact in 16 bits; the warp multiplies them in matrix units, whose sums are float32, and
+//                 scales the sums block by block. The warps' sums meet in shared memory, where the outliers join them.
+//   linear_rows   what matrix units lack (float32), and blocks and zero points of any kind. A warp makes two outputs of
+//                 up to 8 rows of A; a weight is decoded to float32; lanes' sums meet by shuffles.
+//   dequantize    a block decodes a row, puts the row's outliers back, and writes T for the runtime's own matrix product, which for many rows beats anything that decodes again per strip of rows.
+//
+// No kernel uses atomics, each code is read once, and several loads of every lane are under way at any time.
 //
 // With SWQUANT_EMULATION the same text compiles for the CPU (emulation.h), where the tests compare every bit of the
 // results with reference.h.
@@ -15,159 +19,408 @@
 #define SWQUANT_LAUNCH(kernel, grid, block, stream, ...) kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
 #endif
 
+#include <type_traits>
+
 #include "launch.h"
 
 namespace swquant::cuda {
 namespace {
 
-constexpr int kWarp = 32;
-constexpr int kWarps = 4;  // in a block
-constexpr int kEight = 8;  // columns whose activations are loaded together
+constexpr int kMostWarps = 16;    // of a block of linear_tiles
+constexpr int kTile = 8;          // rows of A in a matrix product
+constexpr int kTileOutputs = 16;  // and outputs
+constexpr int kRowWarps = 4;      // of a block of linear_rows
+constexpr int kRowOutputs = 2;    // of a warp there
+constexpr int kMostRows = 8;      // of A there
 
-// Eight activations of a row: one or two 128-bit loads where they are aligned and all there, else one by one.
-template <typename T>
-__device__ __forceinline__ void load_eight(const T* a, int32_t left, bool vector, float* x) {
-  if (vector && left >= kEight) {
-    Chunk parts[sizeof(T) / 2];
-#pragma unroll
-    for (int p = 0; p < static_cast<int>(sizeof(T) / 2); ++p) parts[p] = reinterpret_cast<const Chunk*>(a)[p];
-    T values[kEight];
-    memcpy(values, parts, sizeof values);
-#pragma unroll
-    for (int i = 0; i < kEight; ++i) x[i] = to_float(values[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kEight; ++i) x[i] = i < left ? to_float(a[i]) : 0.0f;
-  }
-}
-
-// The next eight codes to the front of a chunk. (A loop over parts of a chunk that is not unrolled keeps the kernels small.)
 template <int kBits>
+constexpr uint32_t kMask = (1u << kBits) - 1;
+
+template <typename To, typename From>
+__device__ __forceinline__ To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "the same bits");
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// A code in the lowest bits of 2^23 as a float adds its value: cheaper than a conversion.
+__device__ __forceinline__ float code_of(uint32_t code) { return bit_cast<float>(code | 0x4b000000u) - 8388608.0f; }
+
+// The next word of a chunk to its front. (A loop over words that is not unrolled keeps the kernels small.)
 __device__ __forceinline__ void advance(Chunk& chunk) {
-  constexpr int kShift = kEight * kBits;  // 16, 32 or 64 bits
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (kShift < 32) {
-      chunk.words[i] = chunk.words[i] >> (kShift % 32) | (i < 3 ? chunk.words[i + 1 < 4 ? i + 1 : 3] << (32 - kShift % 32) : 0);
-    } else {
-      chunk.words[i] = i + kShift / 32 < 4 ? chunk.words[i + kShift / 32 < 4 ? i + kShift / 32 : 3] : 0;
+  for (int i = 0; i < 3; ++i) chunk.words[i] = chunk.words[i + 1];
+}
+
+template <typename T>
+__device__ __forceinline__ int32_t block_of(const Weights<T>& weights, int32_t k) {
+  return weights.block_shift >= 0 ? k >> weights.block_shift : k / weights.block_cols;
+}
+
+// Ŵ of piece i of a word in float32, columns k … k + 3; zeros past the end.
+template <typename T, int kBits>
+__device__ __forceinline__ void decode_piece(const Weights<T>& weights, uint32_t word, int i, int64_t scales, int32_t k,
+                                             bool one_scale, float (&w)[kPiece]) {
+  float scale = 0.0f, zero_point = 0.0f;
+  if (one_scale && k < weights.inputs) {
+    const int64_t at = scales + block_of(weights, k);
+    scale = scale_of(weights, at), zero_point = zero_point_of(weights, at);
+  }
+#pragma unroll
+  for (int j = 0; j < kPiece; ++j) {
+    const bool inside = k + j < weights.inputs;
+    if (!one_scale && inside) {
+      const int64_t at = scales + (k + j) / weights.block_cols;
+      scale = scale_of(weights, at), zero_point = zero_point_of(weights, at);
     }
+    const float code = code_of(word >> bit_of(kBits, i, j) & kMask<kBits>);
+    w[j] = inside ? decode(code, zero_point, scale) : 0.0f;
   }
 }
 
-// The weights of columns k … k + 7, whose codes come first in the chunk. Columns past the end are zero.
-template <typename T, int kBits>
-__device__ __forceinline__ void decode_eight(const Weights<T>& weights, const Chunk& chunk, int64_t scales, int32_t k,
-                                             bool by_eights, float* w) {
-  if (by_eights) {  // the usual blocks: eight columns share a scale
-    const bool inside = k < weights.inputs;
-    const int64_t at = scales + (inside ? k / weights.block_cols : 0);
-    const float scale = scale_of(weights, at), zero_point = zero_point_of(weights, at);
+#if defined(SWQUANT_EMULATION)
+template <typename T>
+void multiply(const uint32_t (&a)[4], const uint32_t (&b)[2], float (&d)[4]) {
+  emulation::multiply(a, b, d, [](uint16_t bits) { return to_float(T{bits}); });
+}
+#else
+// D [16, 8] += A [16, 16] · B [16, 8] of a warp.
+template <typename T>
+__device__ __forceinline__ void multiply(const uint32_t (&a)[4], const uint32_t (&b)[2], float (&d)[4]) {
+#if __CUDA_ARCH__ >= 800
+#define SWQUANT_MULTIPLY(type)                                                                                         \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                                 \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+  if (std::is_same<T, Half>::value) {
+    SWQUANT_MULTIPLY("f16");
+  } else {
+    SWQUANT_MULTIPLY("bf16");
+  }
+#undef SWQUANT_MULTIPLY
+#else  // Turing multiplies half as deep, and knows no bfloat16: the host does not come here with it
 #pragma unroll
-    for (int j = 0; j < kEight; ++j) {
-      w[j] = k + j < weights.inputs ? decode(code_of<kBits>(chunk, j), zero_point, scale) : 0.0f;
+  for (int h = 0; h < 2; ++h) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[2 * h]), "r"(a[2 * h + 1]), "r"(b[h]));
+  }
+#endif
+}
+#endif
+
+// Two codes, in the halves of a word, minus their zero point, in T. base: of the zero point, from `base_of`. All of it is exact.
+template <typename T, int kBits>
+__device__ __forceinline__ uint32_t base_of(float zero_point);
+template <typename T, int kBits>
+__device__ __forceinline__ uint32_t offset_pair(uint32_t codes, uint32_t base) {
+#if defined(__CUDA_ARCH__)
+  if (std::is_same<T, Half>::value) {  // 1024 + code has the code in its lowest bits
+    return bit_cast<uint32_t>(__hsub2(bit_cast<__half2>(codes | 0x64006400u), bit_cast<__half2>(base)));
+  }
+#if __CUDA_ARCH__ >= 800
+  if (kBits < 8) {  // 128 + code
+    return bit_cast<uint32_t>(__hsub2(bit_cast<__nv_bfloat162>(codes | 0x43004300u), bit_cast<__nv_bfloat162>(base)));
+  }
+#endif
+#endif
+  const float zero_point = bit_cast<float>(base), even = code_of(codes & 0xffffu) - zero_point, odd = code_of(codes >> 16) - zero_point;
+  return from_float<T>(even).bits | static_cast<uint32_t>(from_float<T>(odd).bits) << 16;
+}
+template <typename T, int kBits>
+__device__ __forceinline__ uint32_t base_of(float zero_point) {
+#if defined(__CUDA_ARCH__)
+  if (std::is_same<T, Half>::value) return from_float<T>(1024.0f + zero_point).bits * 0x10001u;
+#if __CUDA_ARCH__ >= 800
+  if (kBits < 8) return from_float<T>(128.0f + zero_point).bits * 0x10001u;
+#endif
+#endif
+  return bit_cast<uint32_t>(zero_point);
+}
+
+// Both halves times their scale, rounded once.
+template <typename T>
+__device__ __forceinline__ uint32_t scaled_pair(uint32_t pair, uint32_t scale) {
+#if defined(__CUDA_ARCH__)
+  if (std::is_same<T, Half>::value) return bit_cast<uint32_t>(__hmul2(bit_cast<__half2>(pair), bit_cast<__half2>(scale)));
+#if __CUDA_ARCH__ >= 800
+  return bit_cast<uint32_t>(__hmul2(bit_cast<__nv_bfloat162>(pair), bit_cast<__nv_bfloat162>(scale)));
+#endif
+#endif
+  const auto low = [](uint32_t word) { return to_float(T{static_cast<uint16_t>(word)}); };
+  const T even = from_float<T>(low(pair) * low(scale)), odd = from_float<T>(low(pair >> 16) * low(scale));
+  return even.bits | static_cast<uint32_t>(odd.bits) << 16;
+}
+
+struct alignas(8) Pairs {  // a piece of a row of A
+  uint32_t words[2];
+};
+
+// For weights of the usual kind, see is_usual.
+template <typename T, int kBits, int kTiles, bool kZeroPoints>
+__global__ void __launch_bounds__(kWarp* kMostWarps, kTiles == 1 ? 2 : 1)
+    linear_tiles(Weights<T> weights, const T* __restrict__ a, T* y, int32_t rows) {
+  __shared__ float parts[kMostWarps][kTileOutputs][kTile * kTiles], rest[kTileOutputs][kTile * kTiles];
+  const int32_t lane = static_cast<int32_t>(threadIdx.x) % kWarp, warp = static_cast<int32_t>(threadIdx.x) / kWarp;
+  const int32_t warps = static_cast<int32_t>(blockDim.x) / kWarp;
+  const int32_t quarter = lane % 4, row = lane / 4;  // of the matrix product: which columns a lane brings, and whose
+  const int32_t n = static_cast<int32_t>(blockIdx.x) * kTileOutputs;
+  // Outliers and bias first: theirs are three loads in a row, which the other warps' work hides.
+  for (auto i = static_cast<int32_t>(threadIdx.x); i < kTileOutputs * rows; i += static_cast<int32_t>(blockDim.x)) {
+    const int32_t m = i / kTileOutputs, of = n + i % kTileOutputs;
+    if (of >= weights.outputs) continue;
+    float sum = weights.bias ? to_float(weights.bias[of]) : 0.0f;
+    for (int32_t o = weights.first_outlier[of]; o < weights.first_outlier[of + 1]; ++o) {
+      const float x = to_float(a[static_cast<int64_t>(m) * weights.inputs + weights.outlier_cols[o]]);
+      sum = multiply_add(x, weights.outlier_deltas[o], sum);
     }
+    rest[i % kTileOutputs][m] = sum;
+  }
+  // Rows past the last output or the last row of A: another is read in their place, and never written. So no load waits
+  // for a comparison. Columns past the last one have codes that are their zero point.
+  const Chunk* codes[2];
+  int64_t scales[2];
+#pragma unroll
+  for (int u = 0; u < 2; ++u) {
+    const int32_t of = n + row + 8 * u < weights.outputs ? n + row + 8 * u : n;
+    codes[u] = weights.codes + static_cast<int64_t>(of) * weights.chunks + quarter;
+    scales[u] = static_cast<int64_t>(of / weights.block_rows) * weights.blocks;
+  }
+  const T* from[kTiles];
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+    const int32_t m = t * kTile + row < rows ? t * kTile + row : 0;
+    from[t] = a + static_cast<int64_t>(m) * weights.inputs + quarter * kPiece;
+  }
+  float sums[kTiles][4] = {};
+  constexpr int kScales = kPieces<kBits> / 2;  // of a row of a quad: two spans share one
+  const int32_t last = weights.inputs - kSpan;
+  for (int32_t quad = warp; quad * 4 < weights.chunks; quad += warps) {  // the same for the whole warp
+    const Chunk chunk[2] = {codes[0][4 * quad], codes[1][4 * quad]};     // 128-bit loads
+    T scale[kScales][2], zero_point[kScales][2];
+#pragma unroll
+    for (int g = 0; g < kScales; ++g) {
+      const int32_t k = (quad * kPieces<kBits> + 2 * g) * kSpan, block = (k < last ? k : last) >> weights.block_shift;
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        scale[g][u] = weights.scales[scales[u] + block];
+        if (kZeroPoints) zero_point[g][u] = weights.zero_points[scales[u] + block];
+      }
+    }
+#pragma unroll
+    for (int g = 0; g < kScales; ++g) {
+      Pairs right[kTiles][2];
+      uint32_t left[2][4];  // of each span k in pairs: both rows' first, both rows' second
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        const int32_t k = (quad * kPieces<kBits> + 2 * g + s) * kSpan;
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) right[t][s] = *reinterpret_cast<const Pairs*>(from[t] + (k < last ? k : last));
+#pragma unroll
+        for (int p = 0; p < 4; ++p) {
+          const int bit = bit_of(kBits, 2 * g + s, p / 2 * 2), u = p % 2;
+          const uint32_t pair = chunk[u].words[bit / 32] >> bit % 32 & kMask<kBits> * 0x10001u;
+          left[s][p] = offset_pair<T, kBits>(pair, base_of<T, kBits>(kZeroPoints ? to_float(zero_point[g][u]) : weights.zero_point));
+        }
+      }
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+        float products[4] = {};
+#pragma unroll
+        for (int s = 0; s < 2; ++s) multiply<T>(left[s], right[t][s].words, products);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sums[t][e] = multiply_add(to_float(scale[g][e / 2]), products[e], sums[t][e]);
+      }
+    }
+  }
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) parts[warp][row + e / 2 * 8][t * kTile + quarter * 2 + e % 2] = sums[t][e];
+  }
+  __syncthreads();
+  for (auto i = static_cast<int32_t>(threadIdx.x); i < kTileOutputs * rows; i += static_cast<int32_t>(blockDim.x)) {
+    const int32_t m = i / kTileOutputs, output = i % kTileOutputs;
+    if (n + output >= weights.outputs) continue;
+    float sum = rest[output][m];
+#pragma unroll
+    for (int part = 0; part < kMostWarps; ++part) {
+      if (part < warps) sum += parts[part][output][m];
+    }
+    y[static_cast<int64_t>(m) * weights.outputs + n + output] = from_float<T>(sum);
+  }
+}
+
+// Four neighbouring values.
+template <typename T>
+struct alignas(kPiece * sizeof(T)) Piece {
+  T values[kPiece];
+};
+
+// A piece of a row of A: one load where it is aligned and all there, else one by one.
+template <typename T>
+__device__ __forceinline__ void load_piece(const T* a, int32_t left, bool vector, float (&x)[kPiece]) {
+  if (vector && left >= kPiece) {
+    const Piece<T> piece = *reinterpret_cast<const Piece<T>*>(a);
+#pragma unroll
+    for (int j = 0; j < kPiece; ++j) x[j] = to_float(piece.values[j]);
   } else {
 #pragma unroll
-    for (int j = 0; j < kEight; ++j) {
-      const bool inside = k + j < weights.inputs;
-      const int64_t at = scales + (inside ? (k + j) / weights.block_cols : 0);
-      w[j] = inside ? decode(code_of<kBits>(chunk, j), zero_point_of(weights, at), scale_of(weights, at)) : 0.0f;
-    }
+    for (int j = 0; j < kPiece; ++j) x[j] = j < left ? to_float(a[j]) : 0.0f;
   }
 }
 
 template <typename T, int kBits, int kRows>
-__global__ void linear_rows(Weights<T> weights, const T* a, T* y, int32_t rows) {
+__global__ void __launch_bounds__(kWarp* kRowWarps) linear_rows(Weights<T> weights, const T* __restrict__ a, T* y, int32_t rows) {
   const int32_t lane = static_cast<int32_t>(threadIdx.x) % kWarp;
-  const int32_t n = static_cast<int32_t>(blockIdx.x) * kWarps + static_cast<int32_t>(threadIdx.x) / kWarp;
+  const int32_t n = (static_cast<int32_t>(blockIdx.x) * kRowWarps + static_cast<int32_t>(threadIdx.x) / kWarp) * kRowOutputs;
   if (n >= weights.outputs) return;  // the whole warp
-  const bool by_eights = weights.block_cols % kEight == 0;
-  const bool vector = weights.inputs % kEight == 0 && reinterpret_cast<uintptr_t>(a) % 16 == 0;
-  const Chunk* codes = weights.codes + static_cast<int64_t>(n) * weights.chunks;
-  const int64_t scales = static_cast<int64_t>(n / weights.block_rows) * weights.blocks;
-  float sums[kRows] = {};
+  const bool vector = weights.inputs % kPiece == 0 && reinterpret_cast<uintptr_t>(a) % (kPiece * sizeof(T)) == 0;
+  const bool one_scale = weights.block_cols % kPiece == 0;
+  const Chunk* codes[kRowOutputs];
+  int64_t scales[kRowOutputs];
+#pragma unroll
+  for (int r = 0; r < kRowOutputs; ++r) {
+    const int32_t of = n + r < weights.outputs ? n + r : n;  // past the last one: read, never written
+    codes[r] = weights.codes + static_cast<int64_t>(of) * weights.chunks;
+    scales[r] = static_cast<int64_t>(of / weights.block_rows) * weights.blocks;
+  }
+  float sums[kRowOutputs][kRows] = {};
+  Chunk ahead[kRowOutputs] = {};  // loaded while the chunk before is worked on
+#pragma unroll
+  for (int r = 0; r < kRowOutputs; ++r) {
+    if (lane < weights.chunks) ahead[r] = codes[r][lane];
+  }
   for (int32_t c = lane; c < weights.chunks; c += kWarp) {
-    Chunk chunk = codes[c];  // one 128-bit load
+    Chunk chunk[kRowOutputs];
+#pragma unroll
+    for (int r = 0; r < kRowOutputs; ++r) {
+      chunk[r] = ahead[r];
+      if (c + kWarp < weights.chunks) ahead[r] = codes[r][c + kWarp];
+    }
+    constexpr int kOfWord = kPieces<kBits> / 4;
 #pragma unroll 1
-    for (int i = 0; i < kCodes<kBits>; i += kEight, advance<kBits>(chunk)) {
-      const int32_t k = c * kCodes<kBits> + i;
-      float w[kEight], x[kEight];
-      decode_eight<T, kBits>(weights, chunk, scales, k, by_eights, w);
+    for (int word = 0; word < 4; ++word) {
+#pragma unroll
+      for (int i = 0; i < kOfWord; ++i) {
+        const int32_t k = first_column(kPieces<kBits>, c, word * kOfWord + i);
+        if (k >= weights.inputs) break;
+        float w[kRowOutputs][kPiece], x[kPiece];
+#pragma unroll
+        for (int r = 0; r < kRowOutputs; ++r) decode_piece<T, kBits>(weights, chunk[r].words[0], i, scales[r], k, one_scale, w[r]);
+#pragma unroll
+        for (int m = 0; m < kRows; ++m) {
+          if (m >= rows) break;
+          load_piece(a + static_cast<int64_t>(m) * weights.inputs + k, weights.inputs - k, vector, x);
+#pragma unroll
+          for (int r = 0; r < kRowOutputs; ++r) {
+#pragma unroll
+            for (int j = 0; j < kPiece; ++j) sums[r][m] = multiply_add(x[j], w[r][j], sums[r][m]);
+          }
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < kRowOutputs; ++r) advance(chunk[r]);
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kRowOutputs; ++r) {
+    if (n + r >= weights.outputs) break;
+    for (int32_t o = weights.first_outlier[n + r] + lane; o < weights.first_outlier[n + r + 1]; o += kWarp) {
 #pragma unroll
       for (int m = 0; m < kRows; ++m) {
         if (m >= rows) break;
-        load_eight(a + static_cast<int64_t>(m) * weights.inputs + k, weights.inputs - k, vector, x);
-#pragma unroll
-        for (int j = 0; j < kEight; ++j) sums[m] = multiply_add(x[j], w[j], sums[m]);
+        const float x = to_float(a[static_cast<int64_t>(m) * weights.inputs + weights.outlier_cols[o]]);
+        sums[r][m] = multiply_add(x, weights.outlier_deltas[o], sums[r][m]);
       }
     }
-  }
-  for (int32_t o = weights.first_outlier[n] + lane; o < weights.first_outlier[n + 1]; o += kWarp) {
+    const float bias = weights.bias ? to_float(weights.bias[n + r]) : 0.0f;
 #pragma unroll
     for (int m = 0; m < kRows; ++m) {
-      if (m >= rows) break;
-      const float x = to_float(a[static_cast<int64_t>(m) * weights.inputs + weights.outlier_cols[o]]);
-      sums[m] = multiply_add(x, weights.outlier_deltas[o], sums[m]);
-    }
-  }
 #pragma unroll
-  for (int m = 0; m < kRows; ++m) {
-#pragma unroll
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) sums[m] += __shfl_xor_sync(0xffffffffu, sums[m], offset);
-  }
-  if (lane == 0) {
-    const float bias = weights.bias ? to_float(weights.bias[n]) : 0.0f;
-#pragma unroll
-    for (int m = 0; m < kRows; ++m) {
-      if (m < rows) y[static_cast<int64_t>(m) * weights.outputs + n] = from_float<T>(sums[m] + bias);
+      for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+        sums[r][m] += __shfl_xor_sync(0xffffffffu, sums[r][m], offset);
+      }
+      if (lane == 0 && m < rows) y[static_cast<int64_t>(m) * weights.outputs + n + r] = from_float<T>(sums[r][m] + bias);
     }
   }
 }
 
-template <typename T, int kBits>
+// A block decodes a row of Ŵ, then puts the row's outliers back.
+template <typename T, int kBits, bool kUsual>
 __global__ void dequantize(Weights<T> weights, T* out) {
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (index >= static_cast<int64_t>(weights.outputs) * weights.chunks) return;
-  const auto n = static_cast<int32_t>(index / weights.chunks);
-  const auto c = static_cast<int32_t>(index % weights.chunks);
-  Chunk chunk = weights.codes[index];
-  const bool by_eights = weights.block_cols % kEight == 0;
-  const bool vector = weights.inputs % kEight == 0;
+  const auto n = static_cast<int32_t>(blockIdx.x);
+  const bool vector = weights.inputs % kPiece == 0, one_scale = weights.block_cols % kPiece == 0;
   const int64_t scales = static_cast<int64_t>(n / weights.block_rows) * weights.blocks;
-  const int32_t first = weights.first_outlier[n], last = weights.first_outlier[n + 1];
-#pragma unroll 1
-  for (int i = 0; i < kCodes<kBits>; i += kEight, advance<kBits>(chunk)) {
-    const int32_t k = c * kCodes<kBits> + i;
-    float w[kEight];
-    decode_eight<T, kBits>(weights, chunk, scales, k, by_eights, w);
-    for (int32_t o = first; o < last; ++o) {  // a row has a handful, if any
-      const int32_t j = weights.outlier_cols[o] - k;
+  const Chunk* codes = weights.codes + static_cast<int64_t>(n) * weights.chunks;
+  T* to = out + static_cast<int64_t>(n) * weights.inputs;
+  constexpr int kOfWord = kPieces<kBits> / 4;
+  for (auto c = static_cast<int32_t>(threadIdx.x); c < weights.chunks; c += static_cast<int32_t>(blockDim.x)) {
+    const Chunk chunk = codes[c];
+    uint32_t base = 0, scale = 0;  // of two spans, if they share them
 #pragma unroll
-      for (int e = 0; e < kEight; ++e) w[e] = e == j ? w[e] + weights.outlier_deltas[o] : w[e];
-    }
-    T values[kEight];
+    for (int i = 0; i < kPieces<kBits>; ++i) {
+      const int32_t k = first_column(kPieces<kBits>, c, i);
+      if (k >= weights.inputs) break;
+      Piece<T> piece;
+      if constexpr (kUsual) {
+        if (i % 2 == 0) {
+          const int64_t at = scales + (k >> weights.block_shift);
+          base = base_of<T, kBits>(zero_point_of(weights, at)), scale = weights.scales[at].bits * 0x10001u;
+        }
+        uint32_t pairs[2];
 #pragma unroll
-    for (int j = 0; j < kEight; ++j) values[j] = from_float<T>(w[j]);
-    T* to = out + static_cast<int64_t>(n) * weights.inputs + k;
-    if (vector && k < weights.inputs) {
-      Chunk parts[sizeof(T) / 2];
-      memcpy(parts, values, sizeof values);
+        for (int p = 0; p < 2; ++p) {
+          const int bit = bit_of(kBits, i, 2 * p);
+          pairs[p] = scaled_pair<T>(offset_pair<T, kBits>(chunk.words[bit / 32] >> bit % 32 & kMask<kBits> * 0x10001u, base), scale);
+        }
+        memcpy(&piece, pairs, sizeof piece);
+      } else {
+        float w[kPiece];
+        decode_piece<T, kBits>(weights, chunk.words[i / kOfWord], i % kOfWord, scales, k, one_scale, w);
 #pragma unroll
-      for (int p = 0; p < static_cast<int>(sizeof(T) / 2); ++p) reinterpret_cast<Chunk*>(to)[p] = parts[p];
-    } else {
+        for (int j = 0; j < kPiece; ++j) piece.values[j] = from_float<T>(w[j]);
+      }
+      if (vector) {
+        *reinterpret_cast<Piece<T>*>(to + k) = piece;
+      } else {
 #pragma unroll
-      for (int j = 0; j < kEight; ++j) {
-        if (k + j < weights.inputs) to[j] = values[j];
+        for (int j = 0; j < kPiece; ++j) {
+          if (k + j < weights.inputs) to[k + j] = piece.values[j];
+        }
       }
     }
+  }
+  __syncthreads();
+  const int32_t first = weights.first_outlier[n], last = weights.first_outlier[n + 1];
+  for (int32_t o = first + static_cast<int32_t>(threadIdx.x); o < last; o += static_cast<int32_t>(blockDim.x)) {
+    const int32_t k = weights.outlier_cols[o], quad = kSpan * kPieces<kBits>;  // columns
+    const int bit = bit_of(kBits, k % quad / kSpan, k % kPiece);
+    const uint32_t word = codes[k / quad * 4 + k % kSpan / kPiece].words[bit / 32];
+    const int64_t at = scales + k / weights.block_cols;
+    const float w = decode(code_of(word >> bit % 32 & kMask<kBits>), zero_point_of(weights, at), scale_of(weights, at));
+    to[k] = from_float<T>(w + weights.outlier_deltas[o]);
+  }
+}
+
+template <typename T, int kBits, bool kZeroPoints>
+void launch_tiles(const Weights<T>& weights, const T* a, T* y, int32_t rows, cudaStream_t stream) {
+  const auto grid = static_cast<unsigned>((weights.outputs + kTileOutputs - 1) / kTileOutputs);
+  const int32_t quads = weights.chunks / 4;
+  const auto block = static_cast<unsigned>(kWarp * (quads < kMostWarps ? quads : kMostWarps));
+  if (rows <= kTile) {
+    SWQUANT_LAUNCH((linear_tiles<T, kBits, 1, kZeroPoints>), grid, block, stream, weights, a, y, rows);
+  } else {
+    SWQUANT_LAUNCH((linear_tiles<T, kBits, 2, kZeroPoints>), grid, block, stream, weights, a, y, rows);
   }
 }
 
 template <typename T, int kBits>
-void rows_of(const Weights<T>& weights, const T* a, T* y, int32_t rows, cudaStream_t stream) {
-  const auto grid = static_cast<unsigned>((weights.outputs + kWarps - 1) / kWarps);
-  constexpr unsigned kBlock = kWarp * kWarps;
+void launch_warps(const Weights<T>& weights, const T* a, T* y, int32_t rows, cudaStream_t stream) {
+  constexpr int kOfBlock = kRowWarps * kRowOutputs;
+  const auto grid = static_cast<unsigned>((weights.outputs + kOfBlock - 1) / kOfBlock);
+  constexpr unsigned kBlock = kWarp * kRowWarps;
   if (rows == 1) {
     SWQUANT_LAUNCH((linear_rows<T, kBits, 1>), grid, kBlock, stream, weights, a, y, rows);
   } else {
@@ -175,33 +428,66 @@ void rows_of(const Weights<T>& weights, const T* a, T* y, int32_t rows, cudaStre
   }
 }
 
+// Calls body with the bits stored as a constant.
+template <typename Body>
+void with_bits(int bits, const Body& body) {
+  if (bits == 2) body(std::integral_constant<int, 2>{});
+  if (bits == 4) body(std::integral_constant<int, 4>{});
+  if (bits == 8) body(std::integral_constant<int, 8>{});
+}
+
 }  // namespace
+
+// Inputs in whole spans, blocks a power of two from 32 or a whole row, zero points among the codes.
+template <typename T>
+bool is_usual(const Weights<T>& weights) {
+  return !std::is_same<T, float>::value && weights.whole && weights.inputs % kSpan == 0 && weights.block_shift >= 5;
+}
+
+template <typename T>
+int32_t few_rows(const Weights<T>& weights) {
+  return is_usual(weights) && weights.matrix_units ? 2 * kTile : kMostRows;
+}
 
 template <typename T>
 cudaError_t launch_rows(const Weights<T>& weights, int bits, const T* a, T* y, int64_t rows, cudaStream_t stream) {
-  for (int64_t m = 0; m < rows; m += kMostRows) {
-    const auto some = static_cast<int32_t>(rows - m < kMostRows ? rows - m : kMostRows);
+  const int32_t strip = few_rows(weights);
+  for (int64_t m = 0; m < rows; m += strip) {
+    const auto some = static_cast<int32_t>(rows - m < strip ? rows - m : strip);
     const T* from = a + m * weights.inputs;
     T* to = y + m * weights.outputs;
-    if (bits == 2) rows_of<T, 2>(weights, from, to, some, stream);
-    if (bits == 4) rows_of<T, 4>(weights, from, to, some, stream);
-    if (bits == 8) rows_of<T, 8>(weights, from, to, some, stream);
+    with_bits(bits, [&](auto stored) {
+      if constexpr (!std::is_same<T, float>::value) {
+        if (strip > kMostRows && reinterpret_cast<uintptr_t>(from) % sizeof(Pairs) == 0) {
+          return weights.zero_points ? launch_tiles<T, stored, true>(weights, from, to, some, stream)
+                                     : launch_tiles<T, stored, false>(weights, from, to, some, stream);
+        }
+      }
+      launch_warps<T, stored>(weights, from, to, some, stream);
+    });
   }
   return cudaGetLastError();
 }
 
 template <typename T>
 cudaError_t launch_dequantize(const Weights<T>& weights, int bits, T* out, cudaStream_t stream) {
-  constexpr unsigned kBlock = 256;
-  const int64_t threads = static_cast<int64_t>(weights.outputs) * weights.chunks;
-  const auto grid = static_cast<unsigned>((threads + kBlock - 1) / kBlock);
-  if (bits == 2) SWQUANT_LAUNCH((dequantize<T, 2>), grid, kBlock, stream, weights, out);
-  if (bits == 4) SWQUANT_LAUNCH((dequantize<T, 4>), grid, kBlock, stream, weights, out);
-  if (bits == 8) SWQUANT_LAUNCH((dequantize<T, 8>), grid, kBlock, stream, weights, out);
+  const auto grid = static_cast<unsigned>(weights.outputs);
+  const int32_t warps = (weights.chunks + kWarp - 1) / kWarp;
+  const auto block = static_cast<unsigned>(kWarp * (warps < kMostWarps ? warps : kMostWarps));
+  with_bits(bits, [&](auto stored) {
+    if constexpr (!std::is_same<T, float>::value) {
+      if (is_usual(weights)) {
+        SWQUANT_LAUNCH((dequantize<T, stored, true>), grid, block, stream, weights, out);
+        return;
+      }
+    }
+    SWQUANT_LAUNCH((dequantize<T, stored, false>), grid, block, stream, weights, out);
+  });
   return cudaGetLastError();
 }
 
 #define SWQUANT_INSTANTIATE(T)                                                                                   \
+  template int32_t few_rows<T>(const Weights<T>&);                                                               \
   template cudaError_t launch_rows<T>(const Weights<T>&, int, const T*, T*, int64_t, cudaStream_t);             \
   template cudaError_t launch_dequantize<T>(const Weights<T>&, int, T*, cudaStream_t);
 SWQUANT_INSTANTIATE(float)

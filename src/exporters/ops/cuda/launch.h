@@ -9,7 +9,9 @@
 
 namespace swquant::cuda {
 
-constexpr int kMostRows = 8;  // of A in one launch of linear_rows
+// How many rows of A one launch takes; more of them are better served by dequantize and the runtime's Gemm.
+template <typename T>
+int32_t few_rows(const Weights<T>& weights);
 
 // y [rows, N] = a [rows, K] · Ŵᵀ + outliers + bias.
 template <typename T>

@@ -1,6 +1,5 @@
-// Up to kMostRows rows of A go through linear_rows. More of them go through dequantize and the runtime's own Gemm, which a
-// kernel may call on the stream that it was given; where the runtime has no Gemm of this element type, through linear_rows
-// in strips. Accuracy level 4 is for CPUs: here everything is float32 arithmetic, so channels have nothing to correct.
+// A few rows of A go through one launch. More of them go through dequantize and the runtime's own Gemm, which a
+// kernel may call on the stream that it was given. Accuracy level 4 is for CPUs: here sums are float32, so channels have nothing to correct.
 #include "linear.h"
 
 #include <algorithm>
@@ -14,8 +13,10 @@ namespace {
 
 #if defined(SWQUANT_EMULATION)
 constexpr const char* kMemory = "Cpu";
+constexpr bool kHasGemm = false;  // of 16-bit floats: the kernels then take all rows in strips
 #else
 constexpr const char* kMemory = "Cuda";
+constexpr bool kHasGemm = true;
 #endif
 
 void check(cudaError_t error, const char* what) {
@@ -72,17 +73,25 @@ std::vector<T> narrow(const std::vector<float>& values) {
 
 int bits_stored(int bits) { return bits == 2 ? 2 : bits <= 4 ? 4 : 8; }
 
-// Each row to whole chunks of codes of 2, 4 or 8 bits.
-std::vector<Chunk> chunks_of(const swquant::Weights& weights, int stored) {
-  const int64_t codes = 128 / stored, chunks = (weights.inputs + codes - 1) / codes;
+// The rows' codes of 2, 4 or 8 bits as lanes read them. Columns past the last one have the zero point for a code, if it is one.
+std::vector<Chunk> chunks_of(const swquant::Weights& weights, int stored, int32_t chunks) {
+  const int32_t pieces = 128 / stored / kPiece;
   std::vector<Chunk> result(static_cast<size_t>(weights.outputs * chunks), Chunk{});
-  std::vector<uint8_t> row(static_cast<size_t>(weights.inputs));
+  std::vector<uint8_t> row(static_cast<size_t>(chunks) * static_cast<size_t>(pieces * kPiece));
   for (int64_t n = 0; n < weights.outputs; ++n) {
     unpack_row(weights.codes + n * weights.row_bytes, weights.row_bytes, weights.bits, weights.inputs, row.data());
-    for (int64_t k = 0; k < weights.inputs; ++k) {
-      const int64_t bit = k % codes * stored;
-      Chunk& chunk = result[static_cast<size_t>(n * chunks + k / codes)];
-      chunk.words[bit / 32] |= static_cast<uint32_t>(row[static_cast<size_t>(k)]) << (bit % 32);
+    const int64_t last_block = (n / weights.block_rows + 1) * weights.blocks - 1;
+    const float zero_point = weights.zero_points.empty() ? weights.default_zero_point() : weights.zero_points[static_cast<size_t>(last_block)];
+    const uint8_t padding = is_code(zero_point, stored) ? static_cast<uint8_t>(zero_point) : 0;
+    std::fill(row.begin() + weights.inputs, row.end(), padding);
+    for (int32_t c = 0; c < chunks; ++c) {
+      Chunk& chunk = result[static_cast<size_t>(n * chunks + c)];
+      for (int i = 0; i < pieces; ++i) {
+        for (int j = 0; j < kPiece; ++j) {
+          const int bit = bit_of(stored, i, j);
+          chunk.words[bit / 32] |= static_cast<uint32_t>(row[static_cast<size_t>(first_column(pieces, c, i) + j)]) << (bit % 32);
+        }
+      }
     }
   }
   return result;
@@ -105,6 +114,7 @@ struct Linear::State {
   int64_t inputs, outputs;
   float zero_point;
   int32_t chunks, blocks, block_rows, block_cols;
+  bool whole, matrix_units;
   DeviceBuffer codes, scales, zero_points, first_outlier, outlier_cols, outlier_deltas, bias;
   Owned<ort::MemoryInfo, ort::ReleaseMemoryInfo> memory;
   Owned<ort::Op, ort::ReleaseOp> gemm;
@@ -124,7 +134,7 @@ struct Linear::State {
             static_cast<const T*>(zero_points.get()), static_cast<const int32_t*>(first_outlier.get()),
             static_cast<const int32_t*>(outlier_cols.get()), static_cast<const float*>(outlier_deltas.get()),
             static_cast<const T*>(bias.get()), zero_point, static_cast<int32_t>(inputs), static_cast<int32_t>(outputs),
-            chunks, blocks, block_rows, block_cols};
+            chunks, blocks, block_rows, block_cols, shift_of(block_cols, inputs), whole, matrix_units};
   }
 
   void wrap(OwnedValue& value, const void* data, std::vector<int64_t> shape) const {
@@ -150,21 +160,31 @@ struct Linear::State {
 
   template <typename T>
   void run(const ort::KernelContext* context, const void* a, int64_t rows, void* y, cudaStream_t stream) const {
-    if (rows > kMostRows && gemm.object) return many_rows<T>(context, a, rows, y, stream);
-    check(launch_rows(weights<T>(), stored, static_cast<const T*>(a), static_cast<T*>(y), rows, stream), "linear_rows");
+    const Weights<T> of = weights<T>();
+    if (rows > few_rows(of) && gemm.object) return many_rows<T>(context, a, rows, y, stream);
+    check(launch_rows(of, stored, static_cast<const T*>(a), static_cast<T*>(y), rows, stream), "linear_rows");
   }
 
-  void create_gemm(const ort::KernelInfo* info) {
+  void prepare(const ort::KernelInfo* info) {
     int device = 0;
     check(cudaGetDevice(&device), "no device");
+    int major = 0;
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "no device");
+    matrix_units = type == ort::kFloat16 || (type == ort::kBfloat16 && major >= 8);
     swquant::check(api, ort::CreateMemoryInfo(api, kMemory, 0, device, ort::kOnDevice, &memory.object));
-    const int64_t yes = 1;
-    Owned<ort::OpAttribute, ort::ReleaseOpAttribute> transposed(api);
-    swquant::check(api, ort::CreateOpAttribute(api, "transB", &yes, 1, 1, &transposed.object));
+    // All of them: an operator made this way does not know its defaults.
+    const int64_t no = 0, yes = 1;
+    const float one = 1.0f;
+    using Attribute = Owned<ort::OpAttribute, ort::ReleaseOpAttribute>;
+    Attribute straight(api), transposed(api), alpha(api), beta(api);
+    swquant::check(api, ort::CreateOpAttribute(api, "transA", &no, 1, ort::kInt, &straight.object));
+    swquant::check(api, ort::CreateOpAttribute(api, "transB", &yes, 1, ort::kInt, &transposed.object));
+    swquant::check(api, ort::CreateOpAttribute(api, "alpha", &one, 1, ort::kFloatAttribute, &alpha.object));
+    swquant::check(api, ort::CreateOpAttribute(api, "beta", &one, 1, ort::kFloatAttribute, &beta.object));
+    const ort::OpAttribute* attributes[] = {straight.object, transposed.object, alpha.object, beta.object};
     const char* name = "T";
-    ort::Status* status = ort::CreateOp(api, info, "Gemm", "", 13, &name, &type, 1, &transposed.object, 1, bias ? 3 : 2, 1,
-                                        &gemm.object);
-    if (status) ort::ReleaseStatus(api, status);  // linear_rows does it all
+    if (!kHasGemm && type != ort::kFloat) return;
+    swquant::check(api, ort::CreateOp(api, info, "Gemm", "", 13, &name, &type, 1, attributes, 4, bias ? 3 : 2, 1, &gemm.object));
   }
 };
 
@@ -177,18 +197,20 @@ Linear::Linear(const ort::Api* api, const ort::KernelInfo* info, ort::Type type)
   state.inputs = from.inputs;
   state.outputs = from.outputs;
   state.zero_point = from.default_zero_point();
-  state.chunks = static_cast<int32_t>((from.inputs * state.stored + 127) / 128);
+  state.chunks = static_cast<int32_t>((from.inputs * state.stored + 511) / 512 * 4);  // whole quads
   state.blocks = static_cast<int32_t>(from.blocks);
   state.block_rows = static_cast<int32_t>(from.block_rows);
   state.block_cols = static_cast<int32_t>(from.block_cols);
-  state.codes = upload(chunks_of(from, state.stored));
+  state.whole = std::all_of(from.zero_points.begin(), from.zero_points.end(),
+                            [&](float zero_point) { return is_code(zero_point, state.stored); });
+  state.codes = upload(chunks_of(from, state.stored, state.chunks));
   state.first_outlier = upload(first_of_rows(from));
   state.outlier_cols = upload(from.outlier_cols);
   state.outlier_deltas = upload(from.outlier_deltas);
   if (type == ort::kFloat) state.copy_floats<float>(from);
   if (type == ort::kFloat16) state.copy_floats<Half>(from);
   if (type == ort::kBfloat16) state.copy_floats<Bfloat>(from);
-  state.create_gemm(info);
+  state.prepare(info);
 }
 Linear::~Linear() = default;
 Linear::Linear(Linear&&) noexcept = default;

@@ -1,38 +1,88 @@
-// What the kernels must give, bit for bit: the shared arithmetic in plain loops, in the order that a warp adds.
+// What the kernels must give, bit for bit: the shared arithmetic in plain loops, in the order that the kernels add.
 #pragma once
+#include <vector>
+
 #include "arithmetic.h"
 
 namespace swquant::cuda {
 
 template <typename T>
-float reference_weight(const Weights<T>& weights, int bits, int32_t n, int32_t k) {
-  const int codes = 128 / bits;
-  const Chunk& chunk = weights.codes[static_cast<int64_t>(n) * weights.chunks + k / codes];
-  const int i = k % codes;
-  const float code = bits == 2 ? code_of<2>(chunk, i) : bits == 4 ? code_of<4>(chunk, i) : code_of<8>(chunk, i);
-  const int64_t at = static_cast<int64_t>(n / weights.block_rows) * weights.blocks + k / weights.block_cols;
-  return decode(code, zero_point_of(weights, at), scale_of(weights, at));
+int64_t block_at(const Weights<T>& weights, int32_t n, int32_t k) {
+  return static_cast<int64_t>(n / weights.block_rows) * weights.blocks + k / weights.block_cols;
 }
 
 template <typename T>
-T reference_output(const Weights<T>& weights, int bits, const T* a, int32_t n) {
-  const int codes = 128 / bits;
-  float lanes[32] = {};
-  for (int32_t k = 0; k < weights.chunks * codes; ++k) {
-    float& sum = lanes[k / codes % 32];
-    sum = k < weights.inputs ? multiply_add(to_float(a[k]), reference_weight(weights, bits, n, k), sum)
-                             : multiply_add(0.0f, 0.0f, sum);
+float reference_code(const Weights<T>& weights, int bits, int32_t n, int32_t k) {
+  const int32_t quad = 512 / bits;  // columns
+  const int32_t i = k % quad / kSpan, c = k / quad * 4 + k % kSpan / kPiece, bit = bit_of(bits, i, k % kPiece);
+  const uint32_t word = weights.codes[static_cast<int64_t>(n) * weights.chunks + c].words[bit / 32];
+  return static_cast<float>(word >> (bit % 32) & ((1u << bits) - 1));
+}
+
+template <typename T>
+float reference_weight(const Weights<T>& weights, int bits, int32_t n, int32_t k) {
+  const int64_t at = block_at(weights, n, k);
+  return decode(reference_code(weights, bits, n, k), zero_point_of(weights, at), scale_of(weights, at));
+}
+
+template <typename T>
+float reference_bias(const Weights<T>& weights, int32_t n) { return weights.bias ? to_float(weights.bias[n]) : 0.0f; }
+
+// linear_rows: each lane of a warp adds the columns of its chunks and its share of the outliers, then lanes meet pairwise.
+template <typename T>
+float reference_by_lanes(const Weights<T>& weights, int bits, const T* a, int32_t n) {
+  const int32_t pieces = 128 / bits / kPiece;
+  float lanes[kWarp] = {};
+  for (int32_t c = 0; c < weights.chunks; ++c) {
+    for (int32_t i = 0; i < pieces; ++i) {
+      const int32_t k = first_column(pieces, c, i);
+      for (int32_t j = k; j < k + kPiece && k < weights.inputs; ++j) {
+        const bool inside = j < weights.inputs;
+        float& sum = lanes[c % kWarp];
+        sum = inside ? multiply_add(to_float(a[j]), reference_weight(weights, bits, n, j), sum) : multiply_add(0.0f, 0.0f, sum);
+      }
+    }
   }
   for (int32_t o = weights.first_outlier[n]; o < weights.first_outlier[n + 1]; ++o) {
-    float& sum = lanes[(o - weights.first_outlier[n]) % 32];
+    float& sum = lanes[(o - weights.first_outlier[n]) % kWarp];
     sum = multiply_add(to_float(a[weights.outlier_cols[o]]), weights.outlier_deltas[o], sum);
   }
-  for (int offset = 16; offset > 0; offset /= 2) {
-    float before[32];
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    float before[kWarp];
     std::memcpy(before, lanes, sizeof lanes);
-    for (int lane = 0; lane < 32; ++lane) lanes[lane] = before[lane] + before[lane ^ offset];
+    for (int lane = 0; lane < kWarp; ++lane) lanes[lane] = before[lane] + before[lane ^ offset];
   }
-  return from_float<T>(lanes[0] + (weights.bias ? to_float(weights.bias[n]) : 0.0f));
+  return lanes[0] + reference_bias(weights, n);
+}
+
+// linear_tiles: each warp adds the columns of every `warps`-th quad, those of two spans before they are scaled; in a span, the
+// first two columns of every piece come before the others. The warps' sums join bias and outliers.
+template <typename T>
+float reference_by_tiles(const Weights<T>& weights, int bits, const T* a, int32_t n) {
+  const int32_t quad = 512 / bits, quads = weights.chunks / 4, warps = quads < 16 ? quads : 16;
+  std::vector<float> parts(static_cast<size_t>(warps));
+  for (int32_t start = 0; start < weights.inputs; start += 2 * kSpan) {
+    const int64_t at = block_at(weights, n, start);
+    float product = 0.0f;
+    for (int32_t slot = 0; slot < 2 * kSpan; ++slot) {
+      const int32_t k = start + slot / kSpan * kSpan + slot % 8 / 2 * kPiece + slot % kSpan / 8 * 2 + slot % 2;
+      if (k >= weights.inputs) break;
+      product = multiply_add(reference_code(weights, bits, n, k) - zero_point_of(weights, at), to_float(a[k]), product);
+    }
+    float& part = parts[static_cast<size_t>(start / quad % warps)];
+    part = multiply_add(scale_of(weights, at), product, part);
+  }
+  float sum = reference_bias(weights, n);
+  for (int32_t o = weights.first_outlier[n]; o < weights.first_outlier[n + 1]; ++o) {
+    sum = multiply_add(to_float(a[weights.outlier_cols[o]]), weights.outlier_deltas[o], sum);
+  }
+  for (float part : parts) sum += part;
+  return sum;
+}
+
+template <typename T>
+T reference_output(const Weights<T>& weights, int bits, const T* a, int32_t n, bool tiles) {
+  return from_float<T>(tiles ? reference_by_tiles(weights, bits, a, n) : reference_by_lanes(weights, bits, a, n));
 }
 
 template <typename T>
