@@ -29,7 +29,7 @@ from calibrationless.blocks import (
 from calibrationless.clipping import RULES, Clip, clip_threshold, parse_clip
 from calibrationless.detection import Detection, LayerSpike, SuperActivation, SuperWeight, detect
 from calibrationless.errors import WeightError, measure, worst
-from calibrationless.feedback import feed_back, inverse_factor
+from calibrationless.feedback import damping_for, feed_back, inverse_factor
 from calibrationless.pieces import for_pieces
 from calibrationless.probe import Contribution, LinearRecord, Peak, Probe, Residual, Scalar, Watch, run_probe
 from calibrationless.quantized import (
@@ -82,6 +82,7 @@ __all__ = [
     "choose_scale",
     "clip_threshold",
     "columns",
+    "damping_for",
     "dequantize",
     "detect",
     "divides",

@@ -10,8 +10,9 @@ Scales are not fed back: they are searched beforehand with the diagonal of G as 
 first, when there is most left to make up for their errors; each keeps the scale of its own block, so the stored codes look
 like any others. Outliers are chosen beforehand, too, and count as exact.
 
-G comes from few tokens here (some thousands that the model wrote itself). The damping, as strong as the diagonal itself, keeps
-what is noise off the diagonal from being believed: with the usual hundredth of the mean, the result is worse.
+G comes from few tokens here (some thousands that the model wrote itself). Damping keeps what is noise off the diagonal from
+being believed: at 4,096 tokens it is as strong as the diagonal itself, and falls as there are more. With the usual hundredth
+of the mean, the result is worse.
 """
 
 from __future__ import annotations
@@ -25,16 +26,21 @@ from calibrationless.blocks import expand
 from calibrationless.pieces import for_pieces
 from calibrationless.quantized import Outliers, QuantizedTensor
 
-__all__ = ["feed_back", "inverse_factor"]
+__all__ = ["damping_for", "feed_back", "inverse_factor"]
 
 _LAZY = 128  # columns whose feedback is collected before it goes to the rest, as one product
-OF_DIAGONAL, OF_MEAN = 1.0, 0.01
+_OF_MEAN = 0.01
 
 
-def inverse_factor(gram: Tensor) -> tuple[Tensor, Tensor]:
+def damping_for(tokens: int) -> float:
+    """How much of the diagonal to add to a Gram matrix of so many tokens. Tried on two models at 4,096 to 16,384."""
+    return float((4096 / tokens) ** 1.5)
+
+
+def inverse_factor(gram: Tensor, damping: float = 1.0) -> tuple[Tensor, Tensor]:
     """(order int64 [in], U float32 [in, in] upper triangular) of a Gram matrix [in, in], columns in that order.
 
-    The order is by falling diagonal. Raises ValueError where the matrix is not finite.
+    The order is by falling diagonal. damping: the share of the diagonal that is added to it. Raises ValueError where the matrix is not finite.
     """
     if not bool(torch.isfinite(gram).all()):
         raise ValueError("the Gram matrix of the inputs is not finite")
@@ -42,7 +48,7 @@ def inverse_factor(gram: Tensor) -> tuple[Tensor, Tensor]:
     order = diagonal.argsort(descending=True, stable=True)
     h = gram.to(torch.float32)[order][:, order]
     mean = float(diagonal.mean()) or 1.0
-    h.diagonal().add_(OF_DIAGONAL * diagonal[order] + OF_MEAN * mean)
+    h.diagonal().add_(damping * diagonal[order] + _OF_MEAN * mean)
     lower = torch.linalg.cholesky(h / mean)
     inverse = torch.cholesky_inverse(lower)
     return order, torch.linalg.cholesky(inverse, upper=True)

@@ -21,7 +21,7 @@ import torch
 
 import swquant
 from exporters.json_file import write_json
-from exporters.onnx.nodes import DOMAIN, OPERATOR, PackedWeight
+from exporters.onnx.nodes import DOMAIN, OPERATOR, PackedWeight, stored
 from exporters.onnx.write import count_operators, save, weight_bytes
 from swquant.checkpoint.compressed import CompressedCheckpoint
 from swquant.console import Progress, silent
@@ -152,7 +152,8 @@ def _config(checkpoint: CompressedCheckpoint, options: ExportOptions) -> dict[st
 
 def _deltas(graph: onnx_ir.Model) -> dict[str, np.ndarray]:
     """The initializers that hold the outliers of LinearNBits nodes."""
-    values = [node.inputs[6] for node in graph.graph if (node.domain, node.op_type) == (DOMAIN, OPERATOR)]
+    nodes = [node for node in graph.graph if (node.domain, node.op_type) == (DOMAIN, OPERATOR)]
+    values = [node.inputs[6] for node in nodes if len(node.inputs) > 6]
     return {
         str(value.name): value.const_value.numpy()
         for value in values
@@ -168,7 +169,7 @@ def _weight_record(weight: PackedWeight) -> dict[str, Any]:
         "block": weight.block,
         "outliers": weight.outliers,
         "channels": 0 if weight.channels is None else weight.channels.numel(),
-        "bytes": weight.nbytes,
+        "bytes": stored(weight).nbytes,
     }
 
 

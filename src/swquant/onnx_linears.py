@@ -66,7 +66,8 @@ def pack_head(model: PreTrainedModel, bits: int, dtype: torch.dtype) -> tuple[st
     block = fit(Group(_HEAD_BLOCK), (weight.shape[0], weight.shape[1]))
     if block is None:
         raise SwquantError(f"{name}: {weight.shape[1]} inputs have no block of 16 or 32; leave --lm-head-bits out")
-    quantized = quantize(weight, block, bits, scale_dtype=dtype)
+    quantized = quantize(weight, block, bits, scale_dtype=torch.float16)  # which a node stores in half its room
+    quantized = replace(quantized, scale=quantized.scale.to(torch.float32))
     rounded = nn.Linear(weight.shape[1], weight.shape[0], bias=head.bias is not None)
     rounded.weight = nn.Parameter(dequantize(quantized, torch.float32), requires_grad=False)
     if head.bias is not None:

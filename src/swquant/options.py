@@ -63,6 +63,9 @@ class CompressOptions:
     refine: str | None = described(
         None, "What rounding is refined with: none, prompt or self; the preset's by default."
     )
+    texts: int = described(
+        16, "Texts of 256 tokens that the model writes itself for --refine self; more are better and take longer."
+    )
     clip: str = described("none", "Cut each block's outliers, then round plainly: z=9, iqr=3, quantile=0.999 or none.")
     restore: bool = described(True, "Keep super weights and outliers exactly, in the sidecar.")
     outliers: float | None = described(
@@ -111,6 +114,12 @@ class CompressOptions:
         if self.refinement != "none" and self.parsed_clip is not None:
             raise SwquantError(
                 f"clip {self.clip} belongs to plain rounding, and --refine {self.refine} decides itself what to cut; use one"
+            )
+        if not 1 <= self.texts <= 256:
+            raise SwquantError(f"texts {self.texts} is outside 1 to 256; 16 is the default, and 64 has helped")
+        if self.texts != CompressOptions.texts and self.refinement != "self":
+            raise SwquantError(
+                f"--texts {self.texts} is what the model writes for --refine self; add it, or --preset best"
             )
         if self.outliers is not None and not 0 <= self.outliers <= 0.1:
             raise SwquantError(f"outliers {self.outliers:g} is outside 0 to 0.1; 0.0005 keeps one weight in 2,000")

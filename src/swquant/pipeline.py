@@ -208,6 +208,7 @@ def _text_of(prepared: Prepared, progress: Progress) -> AbstractContextManager[S
         prepared.checkpoint,
         prepared.found,
         names,
+        texts=options.texts,
         low_memory=prepared.low_memory,
         seed=options.seed,
         progress=progress,

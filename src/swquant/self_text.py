@@ -1,6 +1,6 @@
 """Text that the model writes itself, and what its own text does to its inputs: second-order statistics without data.
 
-Sixteen texts of 256 tokens are sampled at temperature 1, each from BOS or, where the tokenizer has none, from a random token.
+Texts of 256 tokens, sixteen unless asked for more, are sampled at temperature 1, each from BOS or, where the tokenizer has none, from a random token.
 For the weights of a few layers at a time the texts are read once more, and for every input of a linear weight the Gram
 matrix X^T X is summed up. How many at a time is set by memory: Gram matrices of all layers would be larger than the model.
 
@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calibrationless import inverse_factor
+from calibrationless import damping_for, inverse_factor
 from swquant.checkpoint.base import Checkpoint
 from swquant.console import Progress
 from swquant.detection import Found, probed_model, watchable
 
 __all__ = ["SelfText", "self_text", "start_token", "write_text"]
 
-TEXTS, LENGTH = 16, 256
+LENGTH = 256  # tokens of a text
 _GRAM_BYTES = 1 << 30  # Gram matrices in memory at a time
 _BATCH = 4
 
@@ -43,7 +43,7 @@ def write_text(
     seed: int,
     progress: Progress,
     *,
-    texts: int = TEXTS,
+    texts: int,
     length: int = LENGTH,
 ) -> Tensor:
     """int64 [texts, length] sampled from the model; start: the BOS token, or None for random first tokens."""
@@ -86,7 +86,7 @@ class SelfText:
                 inverse = torch.exp2(-exponents.to(torch.float32))
                 gram = gram * inverse * inverse.unsqueeze(1)
             with watchable(self._model):
-                self._last = (known, inverse_factor(gram), gram.diagonal().clone())
+                self._last = (known, inverse_factor(gram, damping_for(self._tokens.numel())), gram.diagonal().clone())
         return self._last[1], self._last[2]
 
     def _key(self, name: str) -> str | None:
@@ -128,10 +128,17 @@ class SelfText:
 
 @contextmanager
 def self_text(
-    checkpoint: Checkpoint, found: Found, names: Sequence[str], *, low_memory: bool, seed: int, progress: Progress
+    checkpoint: Checkpoint,
+    found: Found,
+    names: Sequence[str],
+    *,
+    texts: int,
+    low_memory: bool,
+    seed: int,
+    progress: Progress,
 ) -> Iterator[SelfText]:
     """The model with its own text. names: the stored weights that will be asked for, in that order."""
     with probed_model(checkpoint, low_memory) as model:
         with watchable(model):
-            tokens = write_text(model, start_token(checkpoint, found), seed, progress)
+            tokens = write_text(model, start_token(checkpoint, found), seed, progress, texts=texts)
         yield SelfText(model, found, tokens, names)

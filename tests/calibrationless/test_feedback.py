@@ -10,6 +10,7 @@ from calibrationless import (
     Group,
     Outliers,
     Tile,
+    damping_for,
     dequantize,
     expand,
     feed_back,
@@ -72,6 +73,17 @@ def test_the_layer_s_output_is_closer(block):
     errors = [float(((dequantize(q) - weight) @ x.T).square().sum()) for q in (searched, fed)]
     assert errors[1] < 0.7 * errors[0]
     assert torch.equal(fed.scale, searched.scale)
+
+
+def test_more_tokens_need_less_damping():
+    assert damping_for(4096) == 1
+    assert damping_for(1024) > damping_for(4096) > damping_for(16384) > 0.1
+    gram = inputs(32).T @ inputs(32)
+    for damping in (1.0, 0.125):
+        order, upper = inverse_factor(gram, damping)
+        h = gram[order][:, order] + torch.diag(damping * gram.diagonal()[order] + 0.01 * gram.diagonal().mean())
+        inverse = upper.T @ upper / gram.diagonal().mean()
+        assert torch.allclose(inverse @ h, torch.eye(32), atol=1e-3)
 
 
 def test_threads_change_nothing():

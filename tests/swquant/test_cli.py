@@ -149,6 +149,7 @@ OPTIONS = {
     "--asymmetric": {"symmetric": False},
     "--clip z=3": {"clip": "z=3"},
     "--preset fast": {"preset": "fast"},
+    "--preset best --texts 8": {"preset": "best", "texts": 8},
     "--seed 7": {"seed": 7},
     "--refine none": {"refine": "none"},
     "--no-restore": {"restore": False},

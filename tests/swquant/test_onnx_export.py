@@ -217,8 +217,8 @@ def test_a_tied_embedding_shares_the_heads_codes(graph: str, bits: int, tmp_path
     assert check["largest_difference"] < 1e-4
     assert check["same_tokens"] == check["generated_tokens"]
     model = onnx.load(folder / "model.onnx", load_external_data=False)
-    assert [128, 64] not in [list(item.dims) for item in model.graph.initializer]
-    assert [64, 128] not in [list(item.dims) for item in model.graph.initializer]
+    floats = [sorted(item.dims) for item in model.graph.initializer if item.data_type != onnx.TensorProto.UINT8]
+    assert [64, 128] not in floats
     (codes,) = (item for item in model.graph.initializer if item.name.endswith("lm_head.codes"))
     assert list(codes.dims) == ([128, 2, 16] if bits == 4 else [128, 64])  # for MatMulNBits, for LinearNBits
 

@@ -14,7 +14,7 @@ from swquant.options import CompressOptions, parse_bytes
 OTHER = {
     "bits": 3, "block": "64", "symmetric": False, "clip": "z=9", "restore": False, "outliers": 0.01, "dense": ("q_proj",),
     "strict_block": True, "dtype": "float16", "shard_size": "1GB", "prompt": "Hello.",
-    "preset": "fast", "refine": "none", "seed": 1, "activations": "int8",
+    "preset": "fast", "refine": "none", "texts": 8, "seed": 1, "activations": "int8",
     "activation_scale": "per-tensor", "activation_range": "dynamic", "bits_budget": 5.0,
 }  # fmt: skip
 
@@ -38,9 +38,24 @@ def test_every_option_changes_the_fingerprint() -> None:
     prints = [CompressOptions().fingerprint("source"), CompressOptions().fingerprint("other source")]
     for key, value in OTHER.items():
         needed = {"activations": "int8", "block": "128"} if key.startswith("activation_") else {}
+        needed |= {"preset": "best"} if key == "texts" else {}
         prints.append(CompressOptions(**{**needed, key: value}).fingerprint("source"))
     assert len(set(prints)) == len(prints)
     assert prints[0] == CompressOptions().fingerprint("source")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"texts": 0, "preset": "best"}, "texts 0 is outside 1 to 256"),
+        ({"texts": 257, "refine": "self"}, "texts 257 is outside 1 to 256"),
+        ({"texts": 64}, "is what the model writes for --refine self; add it, or --preset best"),
+    ],
+    ids=str,
+)
+def test_texts_are_those_of_best(given: dict, message: str) -> None:
+    with pytest.raises(SwquantError, match=message):
+        CompressOptions(**given)
 
 
 def test_words_become_what_the_algorithms_take() -> None:

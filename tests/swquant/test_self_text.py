@@ -33,6 +33,16 @@ def test_the_seed_decides_and_nothing_else(tmp_path: Path) -> None:
     assert hashes("c", 1) != first
 
 
+def test_more_texts_are_other_texts(tmp_path: Path) -> None:
+    planted = planted_model("llama", tmp_path / "model")
+    codes = []
+    for texts in (2, 3):
+        out = swquant.compress(planted.folder, tmp_path / str(texts), prompt=PROMPT, preset="best", texts=texts)
+        assert out.manifest["options"]["texts"] == texts
+        codes.append({name: record["sha256"] for name, record in out.manifest["tensors"].items()})
+    assert codes[0] != codes[1]
+
+
 def test_a_super_weight_keeps_its_own_code_without_a_sidecar(tmp_path: Path) -> None:
     planted = planted_model("llama", tmp_path / "model")
     manifest = swquant.compress(

@@ -118,11 +118,13 @@ def export_graph(
     packed, form = common_form(weights)
     if form is not None:
         placer.add_function(form)
+    unused = set(packed)
     for node in [node for node in model.graph if node.op_type == _PLACEHOLDER]:
         name = node.attributes["name"].as_string()
-        placer.replace(node, name, packed.pop(name))
+        placer.replace(node, name, packed[name])
+        unused.discard(name)
     if tied is not None:
-        _share_table(model, placer, *tied, weights[tied[0]])
-    if packed:
-        raise ValueError(f"{next(iter(packed))} is not used by the model")
+        _share_table(model, placer, *tied, packed[tied[0]])
+    if unused:
+        raise ValueError(f"{min(unused)} is not used by the model")
     return model

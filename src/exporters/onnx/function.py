@@ -30,12 +30,13 @@ INPUTS = (
 
 @dataclass(frozen=True)
 class Form:
-    """What all LinearNBits nodes of one file have in common."""
+    """What all LinearNBits nodes of one file have in common. widened: scales are float16 where A is float32."""
 
     stock: bool
     zero_points: bool
     outliers: bool
     channels: bool = False
+    widened: bool = False
 
 
 # A with the channels at zero. Everything but the last line is constant, and folded when a runtime loads the file.
@@ -56,8 +57,11 @@ _STOCK = """
   rest = Constant <value_ints: ints = [-1]> ()
   form = Concat <axis = 0> (grid, rest)
   blocks = Reshape (B, form)
-  product = com.microsoft.MatMulNBits <K: int = @K, N: int = @N, bits: int = @bits, block_size: int = @block_cols, accuracy_level: int = @accuracy_level> ({A}, blocks, scales, {zero_points})
+{widen}  product = com.microsoft.MatMulNBits <K: int = @K, N: int = @N, bits: int = @bits, block_size: int = @block_cols, accuracy_level: int = @accuracy_level> ({A}, blocks, {scales}, {zero_points})
 """
+
+# Of a constant, so the runtime does it once.
+_WIDEN = "  wide_scales = Cast <to = 1> (scales)\n"
 
 _CONSTANTS = """
   K = Constant <value_int: int = @K> ()
@@ -170,10 +174,15 @@ def _product(form: Form) -> str:
         points = _ALL.format(p="z_", count="columns") + _UNPACK.format(p="z_", packed="zero_points") + _ZERO_POINTS
         text = _CONSTANTS + codes + _DECODE + (_COLUMNS + points if form.zero_points else _SYMMETRIC)
         return text + _WEIGHT.format(code="w_code", zero_point="zero_point") + _MULTIPLY
-    zero_points = "zero_points" if form.zero_points else '""'
+    product = _STOCK.format(
+        A="kept" if form.channels else "A",
+        widen=_WIDEN if form.widened else "",
+        scales="wide_scales" if form.widened else "scales",
+        zero_points="zero_points" if form.zero_points else '""',
+    )
     if not form.channels:
-        return _STOCK.format(A="A", zero_points=zero_points)
-    text = _CONSTANTS + _KEEP + _STOCK.format(A="kept", zero_points=zero_points)
+        return product
+    text = _CONSTANTS + _KEEP + product
     text += _UNPACK.format(p="c_", packed="B") + _CHANNEL_SCALES
     text += _UNPACK.format(p="z_", packed="zero_points") if form.zero_points else _SYMMETRIC
     zero_point = "z_code" if form.zero_points else "zero_point"

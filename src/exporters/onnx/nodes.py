@@ -36,6 +36,7 @@ __all__ = [
     "pack_weight",
     "stack",
     "stock_block",
+    "stored",
     "take_rows",
     "with_zero_points",
 ]
@@ -52,7 +53,7 @@ _SMALLEST, _LARGEST = 16, 256  # blocks of MatMulNBits; runtimes before 1.32 ret
 class PackedWeight:
     """A [N, K] weight as the operators take it.
 
-    codes: uint8 [N, blocks * block * bits / 8, rounded up]. scales: [N, blocks], float32 or float16. zero_points: uint8
+    codes: uint8 [N, blocks * block * bits / 8, rounded up]. scales: [N, blocks] of the graph's type, or float16. zero_points: uint8
     [N, ceil(blocks * bits / 8)], None where it is 2^(bits-1) everywhere. rows, cols: int32 [P], sorted; deltas: float32 [P],
     what is missing from the decoded weight at these places; None without outliers. channels: int32 [c], inputs that are
     kept out of the rounding of activations. accuracy_level: 0 multiplies in float, 4 rounds activations to int8.
@@ -178,6 +179,14 @@ def with_zero_points(weight: PackedWeight) -> PackedWeight:
     """The weight with the zero points that it has anyhow."""
     usual = torch.full(weight.scales.shape, 1 << (weight.bits - 1), dtype=torch.uint8)
     return replace(weight, zero_points=_packed_rows(usual, weight.bits))
+
+
+def stored(weight: PackedWeight) -> PackedWeight:
+    """The weight as its node holds it: LinearNBits takes scales in half beside any activations, and where half holds them all
+    exactly (they come from a bfloat16 or float16 checkpoint), that is a tenth of a file of 4 bits saved."""
+    half = weight.scales.to(torch.float16)
+    exact = weight.operator == OPERATOR and torch.equal(half.to(weight.scales.dtype), weight.scales)
+    return replace(weight, scales=half) if exact else weight
 
 
 def stack(weights: Sequence[PackedWeight]) -> PackedWeight:

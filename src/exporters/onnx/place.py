@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from exporters.onnx.function import Form, linear_function
-from exporters.onnx.nodes import DOMAIN, MICROSOFT, OPERATOR, PackedWeight, with_zero_points
+from exporters.onnx.nodes import DOMAIN, MICROSOFT, OPERATOR, PackedWeight, stored, with_zero_points
 
 __all__ = ["Placer", "common_form"]
 
@@ -35,6 +35,7 @@ def common_form(weights: Mapping[str, PackedWeight]) -> tuple[dict[str, PackedWe
         zero_points=any(weight.zero_points is not None for weight in ours.values()),
         outliers=any(weight.outliers for weight in ours.values()),
         channels=any(weight.channels is not None for weight in ours.values()),
+        widened=any(stored(weight).scales.dtype != weight.scales.dtype for weight in ours.values()),
     )
     place, nothing = torch.zeros(1, dtype=torch.int32), torch.zeros(1)
     for name, weight in ours.items():
@@ -45,7 +46,7 @@ def common_form(weights: Mapping[str, PackedWeight]) -> tuple[dict[str, PackedWe
         # MatMulNBits knows the usual zero point; where the function decodes codes itself, it takes what it is given.
         if form.zero_points and weight.zero_points is None and (form.channels or not form.stock):
             weight = with_zero_points(weight)
-        ours[name] = weight
+        ours[name] = stored(weight)
     return {**weights, **ours}, form
 
 
@@ -128,7 +129,9 @@ class Placer:
     def replace_embedding(self, node: onnx_ir.Node, name: str, weight: PackedWeight) -> None:
         """`node`, a Gather of the rows of a float table, becomes one of the codes and scales of `weight`, which the head
         `name` multiplies with: one table for both, and nothing that only newer runtimes have."""
-        ids = node.inputs[1]
+        table, ids = node.inputs
+        assert table is not None
+        assert table.dtype is not None
         assert ids is not None
         assert weight.bits in (4, 8)
         assert weight.zero_points is None
@@ -148,13 +151,13 @@ class Placer:
             halves = [onnx_ir.node("Unsqueeze", [half.outputs[0], last]) for half in (low, high)]
             both = onnx_ir.node("Concat", [half.outputs[0] for half in halves], {"axis": -1})
             nodes += [low, high, *halves, both]
-        dtype = weight.scales.dtype
-        kind = onnx_ir.DataType.FLOAT16 if dtype is torch.float16 else onnx_ir.DataType.FLOAT
+        dtype = torch.float16 if table.dtype is onnx_ir.DataType.FLOAT16 else torch.float32
         codes = onnx_ir.node("Reshape", [nodes[-1].outputs[0], shape("blocks", 0, 0, weight.scales.shape[1], -1)])
-        cast = onnx_ir.node("Cast", [codes.outputs[0]], {"to": kind.value})
+        cast = onnx_ir.node("Cast", [codes.outputs[0]], {"to": table.dtype.value})
         centred = onnx_ir.node("Sub", [cast.outputs[0], number("middle", 1 << (weight.bits - 1), dtype)])
         scales = onnx_ir.node("Gather", [self._constant(f"{name}.scales", weight.scales), ids], {"axis": 0})
-        spread = onnx_ir.node("Unsqueeze", [scales.outputs[0], last])
+        wide = onnx_ir.node("Cast", [scales.outputs[0]], {"to": table.dtype.value})
+        spread = onnx_ir.node("Unsqueeze", [wide.outputs[0], last])
         product = onnx_ir.node("Mul", [centred.outputs[0], spread.outputs[0]])
         rows = onnx_ir.node("Reshape", [product.outputs[0], shape("row", 0, 0, weight.K)])
-        self._put(node, f"{name}.embedding", [*nodes, codes, cast, centred, scales, spread, product, rows])
+        self._put(node, f"{name}.embedding", [*nodes, codes, cast, centred, scales, wide, spread, product, rows])

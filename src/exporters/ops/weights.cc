@@ -232,7 +232,8 @@ Weights read_weights(const ort::Api* api, const ort::KernelInfo* info, ort::Type
   reader.expect(kCodes, codes, ort::kUint8, {weights.outputs, weights.row_bytes});
   weights.codes = static_cast<const uint8_t*>(codes.data);
   const int64_t rows = ceil_divide(weights.outputs, weights.block_rows);
-  weights.scales = reader.floats(kScales, type, {rows, weights.blocks});
+  const bool half = type == ort::kFloat && reader.constant(kScales).type == ort::kFloat16;  // all that most scales need
+  weights.scales = reader.floats(kScales, half ? ort::kFloat16 : type, {rows, weights.blocks});
   if (reader.present(kZeroPoints)) weights.zero_points = read_zero_points(reader, weights, rows);
   for (size_t i = 0; i < weights.scales.size(); ++i) {
     const float zero_point = weights.zero_points.empty() ? weights.default_zero_point() : weights.zero_points[i];

@@ -31,7 +31,7 @@ struct Weights {
   int64_t block_rows, block_cols;  // R, C
   int64_t blocks, row_bytes;       // blocks in a row: ceil(K / C); bytes of a row of codes
   bool int8;                       // accuracy level 4
-  ort::Type type;                  // of A, scales, bias and Y
+  ort::Type type;                  // of A, bias and Y
   const uint8_t* codes;            // [N, row_bytes], the runtime's: valid while the kernel is created
   std::vector<float> scales;       // [ceil(N / R), blocks]
   std::vector<float> zero_points;  // like scales, or empty: 2^(bits-1)

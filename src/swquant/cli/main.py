@@ -109,6 +109,7 @@ def compress(
     ] = CompressOptions.symmetric,
     preset: Annotated[str, typer.Option(help=option_help("preset"))] = CompressOptions.preset,
     refine: Annotated[str | None, typer.Option(help=option_help("refine"), show_default=False)] = None,
+    texts: Annotated[int, typer.Option(metavar="N", help=option_help("texts"))] = CompressOptions.texts,
     clip: Annotated[str, typer.Option(help=option_help("clip"))] = CompressOptions.clip,
     restore: Annotated[
         bool, typer.Option("--restore/--no-restore", help=option_help("restore"))
@@ -153,7 +154,7 @@ def compress(
         form, {"graph": graph, "precision": precision, "accuracy_level": accuracy_level, "lm_head_bits": lm_head_bits}
     )
     options = CompressOptions(
-        bits=bits, block=block, symmetric=symmetric, preset=preset, refine=refine, clip=clip, restore=restore, outliers=outliers, bits_budget=bits_budget, dense=tuple(dense or ()),
+        bits=bits, block=block, symmetric=symmetric, preset=preset, refine=refine, texts=texts, clip=clip, restore=restore, outliers=outliers, bits_budget=bits_budget, dense=tuple(dense or ()),
         strict_block=strict_block, activations=activations, activation_scale=activation_scale, activation_range=activation_range, dtype=dtype, shard_size=shard_size, prompt=prompt, seed=seed,
     )  # fmt: skip
     from swquant.checkpoint.open import open_checkpoint

@@ -167,3 +167,32 @@ def test_a_stock_runtime_masks_once_and_folds_the_weights_of_channels(tmp_path: 
     kinds = [node.op_type for node in onnx_ir.load(tmp_path / "optimized.onnx").graph]
     assert [kinds.count(kind) for kind in ("Mul", "Gather", "MatMulNBits")] == [1, 1, 3]
     assert {*kinds} <= {"Mul", "Gather", "MatMulNBits", "MatMul", "Gemm", "Add"}
+
+
+@pytest.mark.parametrize("level", [0, 4])
+@pytest.mark.parametrize("channels", [None, [5, 77]])
+def test_scales_that_half_holds_are_stored_in_half(level: int, channels: list[int] | None) -> None:
+    """Of LinearNBits only, and with the same results as in float, on our library and on the runtime's own operators."""
+    dense, x = torch.randn(2, N, K, generator=GENERATOR), torch.randn(3, K, generator=GENERATOR).numpy()
+    kept = Outliers.at(dense[0], torch.tensor([1, 7]), torch.tensor([77, 0]))
+    taken = None if channels is None else torch.tensor(channels, dtype=torch.int32)
+    exact, inexact = (
+        quantize(dense[0], parse_block("32"), 4, scale_dtype=dtype) for dtype in (torch.float16, torch.float32)
+    )
+    weights = {
+        "exact": replace(pack_weight(exact, kept, torch.float32), channels=taken),
+        "inexact": replace(pack_weight(inexact, kept, torch.float32), channels=taken),
+        "plain": pack_weight(quantize(dense[1], parse_block("32"), 4, scale_dtype=torch.float16), None, torch.float32),
+    }
+    initializers = build(weights, level).graph.initializers
+    found = {name: initializers[f"{name}.scales"].dtype for name in weights}
+    wide = onnx_ir.DataType.FLOAT
+    assert found == {"exact": onnx_ir.DataType.FLOAT16, "inexact": wide, "plain": wide}
+    expected = run({name: weight for name, weight in weights.items() if name != "exact"}, level, x)
+    for library in {None, library_path()}:
+        first, *others = run(weights, level, x, library)
+        decoded = restore(dequantize(replace(exact, scale=exact.scale.float())), kept).numpy()
+        if level == 0:
+            assert np.abs(first - x @ decoded.T).max() < 1e-5 * np.abs(first).max()
+        for ours, theirs in zip(others, expected, strict=True):
+            assert np.abs(ours - theirs).max() <= (0 if library is None else 0.02) * np.abs(theirs).max()

@@ -13,7 +13,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_nbits import VARIANTS, Case, assert_close, bfloat_model, dequantize, random_case, reference, run, session
+from linear_nbits import (
+    VARIANTS,
+    Case,
+    assert_close,
+    attributes,
+    bfloat_model,
+    dequantize,
+    initializers,
+    one_node,
+    random_case,
+    reference,
+    run,
+    session,
+)
 
 # rows and columns of a block; the last means one of the whole tensor
 BLOCKS = [(1, 16), (1, 32), (1, 64), (1, 128), (1, 300), (1, 10**6), (4, 32), (3, 5), (1, 1), (10**6, 10**6)]
@@ -129,6 +142,28 @@ def test_any_rank(library: Path, shape: tuple[int, ...], level: int, variant: st
         y = run(library, case, a)
     assert y.shape == (*shape[:-1], 40)
     assert_close(y.reshape(-1, 40), reference(case, a.reshape(-1, 96)))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("rows", [1, 7, 8, 64, 65, 130])
+def test_many_outliers(library: Path, rows: int, variant: str) -> None:
+    """From eight rows on they are multiplied with many rows at a time."""
+    case = random_case(generator(rows), bits=4, rows=50, cols=300, block_cols=32, outliers=700, bias=True)
+    a = generator(rows, "a").normal(size=(rows, 300)).astype(np.float32)
+    with instruction_set(variant):
+        assert_close(run(library, case, a), reference(case, a))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("level", [0, 4])
+def test_scales_in_half_beside_float_activations(library: Path, level: int, variant: str) -> None:
+    case = random_case(generator(level), bits=4, rows=40, cols=96, block_cols=32, outliers=9, channels=2, level=level)
+    narrow = replace(case, scales=case.scales.astype(np.float16))
+    wide = replace(case, scales=narrow.scales.astype(np.float32))
+    a = generator(level, "a").normal(size=(3, 96)).astype(np.float32)
+    model = one_node(initializers(narrow), attributes(narrow), a.dtype)
+    with instruction_set(variant):
+        assert np.array_equal(session(library, model).run(None, {"A": a})[0], run(library, wide, a))
 
 
 @pytest.mark.parametrize("level", [0, 4])

@@ -17,6 +17,7 @@ constexpr int64_t kRows = 64;     // rows of A that a task multiplies with all o
 constexpr int64_t kPanel = kPiece;  // columns that are dequantized at a time: 16 KiB
 constexpr int64_t kTask = 1 << 17;  // multiplications below which a thread is not worth waking
 constexpr int64_t kTasks = 64;      // per strip: enough for every thread, few enough to cost nothing
+constexpr int64_t kAcross = 8;      // rows of A from which an outlier is multiplied with all of them at a time
 
 struct Outlier {
   int32_t lane, col;
@@ -42,7 +43,8 @@ struct Linear::State {
   void decode_channels();
   void read(const void* a, int64_t row, float* to, float* plain) const;
   void tile(const void* a, const float* floats, int64_t stride, const int8_t* q, const PieceScale* scales,
-            int64_t group, int64_t m, int64_t rows, float* panel, float* y) const;
+            const float* across, int64_t group, int64_t m, int64_t rows, float* panel, float* y) const;
+  void add_outliers(const void* a, const float* across, int64_t group, int64_t m, int64_t rows, float* y) const;
   void run(const ort::KernelContext* context, const void* a, int64_t rows, void* y) const;
 };
 
@@ -57,7 +59,12 @@ Linear::State::State(const ort::Api* api, const ort::KernelInfo* info, ort::Type
     outliers.push_back({row % kGroup, weights.outlier_cols[i], weights.outlier_deltas[i]});
     ++first_outlier[static_cast<size_t>(row / kGroup + 1)];
   }
-  for (size_t group = 1; group < first_outlier.size(); ++group) first_outlier[group] += first_outlier[group - 1];
+  for (size_t group = 1; group < first_outlier.size(); ++group) {
+    first_outlier[group] += first_outlier[group - 1];
+    // By column: a sum that is added to again and again would wait for itself every time.
+    std::stable_sort(outliers.begin() + first_outlier[group - 1], outliers.begin() + first_outlier[group],
+                     [](const Outlier& one, const Outlier& other) { return one.col < other.col; });
+  }
   if (int8) channels = weights.channels;  // in float32 arithmetic they change nothing
   decode_channels();
   if (!weights.bias.empty()) {
@@ -101,9 +108,39 @@ void Linear::State::read(const void* a, int64_t row, float* to, float* plain) co
   }
 }
 
+// The outliers of a group to y[rows][16], for rows m … of A. across: these rows by column, [K][kRows], if there are many.
+void Linear::State::add_outliers(const void* a, const float* across, int64_t group, int64_t m, int64_t rows, float* y) const {
+  const Outlier* first = outliers.data() + first_outlier[static_cast<size_t>(group)];
+  const Outlier* end = outliers.data() + first_outlier[static_cast<size_t>(group + 1)];
+  if (first == end) return;
+  if (across) {
+    alignas(64) float sums[kGroup][kRows] = {};
+    for (const Outlier* outlier = first; outlier != end; ++outlier) {
+      const float* x = across + outlier->col * kRows;
+      float* sum = sums[outlier->lane];
+      for (int64_t i = 0; i < kRows; ++i) sum[i] += x[i] * outlier->delta;
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int r = 0; r < kGroup; ++r) y[i * kGroup + r] += sums[r][i];
+    }
+    return;
+  }
+  for (int64_t i = 0; i < rows; ++i, y += kGroup) {
+    const int64_t at = (m + i) * layout.inputs;
+    if (type == ort::kFloat) {
+      const float* x = static_cast<const float*>(a) + at;
+      for (const Outlier* outlier = first; outlier != end; ++outlier) y[outlier->lane] += x[outlier->col] * outlier->delta;
+    } else {
+      for (const Outlier* outlier = first; outlier != end; ++outlier) {
+        y[outlier->lane] += load(type, a, at + outlier->col) * outlier->delta;
+      }
+    }
+  }
+}
+
 // y[rows][16] of one group, for rows m … of A.
 void Linear::State::tile(const void* a, const float* floats, int64_t stride, const int8_t* q, const PieceScale* scales,
-                         int64_t group, int64_t m, int64_t rows, float* panel, float* y) const {
+                         const float* across, int64_t group, int64_t m, int64_t rows, float* panel, float* y) const {
   const auto pieces = static_cast<int64_t>(layout.pieces.size());
   if (int8) {
     kernels->multiply_int8(layout, group, q + m * layout.padded, scales + m * pieces, rows, y);
@@ -122,20 +159,13 @@ void Linear::State::tile(const void* a, const float* floats, int64_t stride, con
       first = last;
     }
   }
+  add_outliers(a, across, group, m, rows, y);
   const float* extra = channel_weights.get() + group * static_cast<int64_t>(channels.size()) * kGroup;
   for (int64_t i = 0; i < rows; ++i, y += kGroup) {
     const int64_t at = (m + i) * layout.inputs;
     for (size_t c = 0; c < channels.size(); ++c) {
       const float x = load(type, a, at + channels[c]);
       for (int r = 0; r < kGroup; ++r) y[r] += x * extra[static_cast<int64_t>(c) * kGroup + r];
-    }
-    const Outlier* outlier = outliers.data() + first_outlier[static_cast<size_t>(group)];
-    const Outlier* end = outliers.data() + first_outlier[static_cast<size_t>(group + 1)];
-    if (type == ort::kFloat) {
-      const float* x = static_cast<const float*>(a) + at;
-      for (; outlier != end; ++outlier) y[outlier->lane] += x[outlier->col] * outlier->delta;
-    } else {
-      for (; outlier != end; ++outlier) y[outlier->lane] += load(type, a, at + outlier->col) * outlier->delta;
     }
     if (bias) {
       for (int r = 0; r < kGroup; ++r) y[r] += bias[static_cast<size_t>(group * kGroup + r)];
@@ -192,13 +222,27 @@ void Linear::State::run(const ort::KernelContext* context, const void* a, int64_
       }
     });
   }
+  const bool many = rows >= kAcross && !outliers.empty();
+  Buffer<float> across = allocate<float>(many ? strips * layout.inputs * kRows : 0);
+  if (many) {
+    const int64_t share = std::max(ceil_divide(kTask / 8, kRows), ceil_divide(layout.inputs, kTasks));  // columns
+    const int64_t shares = ceil_divide(layout.inputs, share);
+    parallel(api, context, strips * shares, [&](int64_t task) {
+      const int64_t m = task / shares * kRows, count = std::min(kRows, rows - m), begin = task % shares * share;
+      for (int64_t k = begin; k < std::min(layout.inputs, begin + share); ++k) {
+        float* to = across.get() + (m / kRows * layout.inputs + k) * kRows;
+        for (int64_t i = 0; i < kRows; ++i) to[i] = i < count ? load(type, a, (m + i) * layout.inputs + k) : 0.0f;
+      }
+    });
+  }
   const float* source = direct ? static_cast<const float*>(a) : floats.get();
   parallel(api, context, chunks * strips, [&](int64_t task) {
     alignas(64) float panel[kPanel * kGroup], tile_y[kRows * kGroup];
     const int64_t m = task / chunks * kRows, count = std::min(kRows, rows - m);
     const int64_t begin = task % chunks * per_task, end = std::min(layout.groups, begin + per_task);
     for (int64_t group = begin; group < end; ++group) {
-      tile(a, source, stride, q.get(), piece_scales, group, m, count, panel, tile_y);
+      const float* strip = many ? across.get() + m / kRows * layout.inputs * kRows : nullptr;
+      tile(a, source, stride, q.get(), piece_scales, strip, group, m, count, panel, tile_y);
       const int64_t n = group * kGroup;
       const auto width = static_cast<int>(std::min<int64_t>(kGroup, layout.outputs - n));
       for (int64_t i = 0; i < count; ++i) {
