@@ -65,7 +65,7 @@ WARMUP = 3  # calls that are not counted
 
 
 # Outliers that bring our file to the size of the builder's, whose scales are float32.
-OUTLIERS = {"smollm2": 0.006, "gemma": 0.015}
+OUTLIERS = {"smollm2": 0.0073, "gemma": 0.015}
 BASE = 1  # of ENTRIES: the builder's int4, beside which all others are put
 
 

@@ -44,6 +44,12 @@ __device__ __forceinline__ To bit_cast(From from) {
   return to;
 }
 
+__device__ __forceinline__ float sum_of_warp(float value) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  return value;
+}
+
 // A code in the lowest bits of 2^23 as a float adds its value: cheaper than a conversion.
 __device__ __forceinline__ float code_of(uint32_t code) { return bit_cast<float>(code | 0x4b000000u) - 8388608.0f; }
 
@@ -157,6 +163,33 @@ struct alignas(8) Pairs {  // a piece of a row of A
   uint32_t words[2];
 };
 
+// What a lane needs of a quad beside A: its chunks of two rows, and their scales and zero points; two spans share one.
+template <typename T, int kBits>
+struct Quad {
+  static constexpr int kScales = kPieces<kBits> / 2;
+  Chunk chunk[2];
+  T scale[kScales][2], zero_point[kScales][2];
+};
+
+template <typename T, int kBits, bool kZeroPoints>
+__device__ __forceinline__ Quad<T, kBits> load_quad(const Weights<T>& weights, const Chunk* const (&codes)[2],
+                                                    const int64_t (&scales)[2], int32_t quad) {
+  Quad<T, kBits> loaded;
+#pragma unroll
+  for (int u = 0; u < 2; ++u) loaded.chunk[u] = codes[u][4 * quad];  // 128-bit loads
+#pragma unroll
+  for (int g = 0; g < Quad<T, kBits>::kScales; ++g) {
+    const int32_t k = (quad * kPieces<kBits> + 2 * g) * kSpan, last = weights.inputs - kSpan;
+    const int32_t block = (k < last ? k : last) >> weights.block_shift;
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      loaded.scale[g][u] = weights.scales[scales[u] + block];
+      if (kZeroPoints) loaded.zero_point[g][u] = weights.zero_points[scales[u] + block];
+    }
+  }
+  return loaded;
+}
+
 // For weights of the usual kind, see is_usual.
 template <typename T, int kBits, int kTiles, bool kZeroPoints>
 __global__ void __launch_bounds__(kWarp* kMostWarps, kTiles == 1 ? 2 : 1)
@@ -166,17 +199,6 @@ __global__ void __launch_bounds__(kWarp* kMostWarps, kTiles == 1 ? 2 : 1)
   const int32_t warps = static_cast<int32_t>(blockDim.x) / kWarp;
   const int32_t quarter = lane % 4, row = lane / 4;  // of the matrix product: which columns a lane brings, and whose
   const int32_t n = static_cast<int32_t>(blockIdx.x) * kTileOutputs;
-  // Outliers and bias first: theirs are three loads in a row, which the other warps' work hides.
-  for (auto i = static_cast<int32_t>(threadIdx.x); i < kTileOutputs * rows; i += static_cast<int32_t>(blockDim.x)) {
-    const int32_t m = i / kTileOutputs, of = n + i % kTileOutputs;
-    if (of >= weights.outputs) continue;
-    float sum = weights.bias ? to_float(weights.bias[of]) : 0.0f;
-    for (int32_t o = weights.first_outlier[of]; o < weights.first_outlier[of + 1]; ++o) {
-      const float x = to_float(a[static_cast<int64_t>(m) * weights.inputs + weights.outlier_cols[o]]);
-      sum = multiply_add(x, weights.outlier_deltas[o], sum);
-    }
-    rest[i % kTileOutputs][m] = sum;
-  }
   // Rows past the last output or the last row of A: another is read in their place, and never written. So no load waits
   // for a comparison. Columns past the last one have codes that are their zero point.
   const Chunk* codes[2];
@@ -194,22 +216,25 @@ __global__ void __launch_bounds__(kWarp* kMostWarps, kTiles == 1 ? 2 : 1)
     from[t] = a + static_cast<int64_t>(m) * weights.inputs + quarter * kPiece;
   }
   float sums[kTiles][4] = {};
-  constexpr int kScales = kPieces<kBits> / 2;  // of a row of a quad: two spans share one
   const int32_t last = weights.inputs - kSpan;
-  for (int32_t quad = warp; quad * 4 < weights.chunks; quad += warps) {  // the same for the whole warp
-    const Chunk chunk[2] = {codes[0][4 * quad], codes[1][4 * quad]};     // 128-bit loads
-    T scale[kScales][2], zero_point[kScales][2];
-#pragma unroll
-    for (int g = 0; g < kScales; ++g) {
-      const int32_t k = (quad * kPieces<kBits> + 2 * g) * kSpan, block = (k < last ? k : last) >> weights.block_shift;
-#pragma unroll
-      for (int u = 0; u < 2; ++u) {
-        scale[g][u] = weights.scales[scales[u] + block];
-        if (kZeroPoints) zero_point[g][u] = weights.zero_points[scales[u] + block];
+  Quad<T, kBits> now = load_quad<T, kBits, kZeroPoints>(weights, codes, scales, warp);
+  // While it is on its way: a warp adds up the outliers of an output, whose loads wait for each other.
+  for (int32_t output = warp; output < kTileOutputs && n + output < weights.outputs; output += warps) {
+    const int32_t first = weights.first_outlier[n + output], end = weights.first_outlier[n + output + 1];
+    const float bias = weights.bias ? to_float(weights.bias[n + output]) : 0.0f;
+    for (int32_t m = 0; m < rows; ++m) {
+      float sum = 0.0f;
+      for (int32_t o = first + lane; o < end; o += kWarp) {
+        const float x = to_float(a[static_cast<int64_t>(m) * weights.inputs + weights.outlier_cols[o]]);
+        sum = multiply_add(x, weights.outlier_deltas[o], sum);
       }
+      if (first < end) sum = sum_of_warp(sum);
+      if (lane == 0) rest[output][m] = sum + bias;
     }
+  }
+  for (int32_t quad = warp; quad * 4 < weights.chunks;) {  // the same for the whole warp
 #pragma unroll
-    for (int g = 0; g < kScales; ++g) {
+    for (int g = 0; g < Quad<T, kBits>::kScales; ++g) {
       Pairs right[kTiles][2];
       uint32_t left[2][4];  // of each span k in pairs: both rows' first, both rows' second
 #pragma unroll
@@ -220,8 +245,8 @@ __global__ void __launch_bounds__(kWarp* kMostWarps, kTiles == 1 ? 2 : 1)
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
           const int bit = bit_of(kBits, 2 * g + s, p / 2 * 2), u = p % 2;
-          const uint32_t pair = chunk[u].words[bit / 32] >> bit % 32 & kMask<kBits> * 0x10001u;
-          left[s][p] = offset_pair<T, kBits>(pair, base_of<T, kBits>(kZeroPoints ? to_float(zero_point[g][u]) : weights.zero_point));
+          const uint32_t pair = now.chunk[u].words[bit / 32] >> bit % 32 & kMask<kBits> * 0x10001u;
+          left[s][p] = offset_pair<T, kBits>(pair, base_of<T, kBits>(kZeroPoints ? to_float(now.zero_point[g][u]) : weights.zero_point));
         }
       }
 #pragma unroll
@@ -230,9 +255,11 @@ __global__ void __launch_bounds__(kWarp* kMostWarps, kTiles == 1 ? 2 : 1)
 #pragma unroll
         for (int s = 0; s < 2; ++s) multiply<T>(left[s], right[t][s].words, products);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) sums[t][e] = multiply_add(to_float(scale[g][e / 2]), products[e], sums[t][e]);
+        for (int e = 0; e < 4; ++e) sums[t][e] = multiply_add(to_float(now.scale[g][e / 2]), products[e], sums[t][e]);
       }
     }
+    quad += warps;
+    if (quad * 4 < weights.chunks) now = load_quad<T, kBits, kZeroPoints>(weights, codes, scales, quad);
   }
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) {
@@ -338,10 +365,7 @@ __global__ void __launch_bounds__(kWarp* kRowWarps) linear_rows(Weights<T> weigh
     const float bias = weights.bias ? to_float(weights.bias[n + r]) : 0.0f;
 #pragma unroll
     for (int m = 0; m < kRows; ++m) {
-#pragma unroll
-      for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-        sums[r][m] += __shfl_xor_sync(0xffffffffu, sums[r][m], offset);
-      }
+      sums[r][m] = sum_of_warp(sums[r][m]);
       if (lane == 0 && m < rows) y[static_cast<int64_t>(m) * weights.outputs + n + r] = from_float<T>(sums[r][m] + bias);
     }
   }

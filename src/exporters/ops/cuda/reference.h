@@ -28,6 +28,25 @@ float reference_weight(const Weights<T>& weights, int bits, int32_t n, int32_t k
 template <typename T>
 float reference_bias(const Weights<T>& weights, int32_t n) { return weights.bias ? to_float(weights.bias[n]) : 0.0f; }
 
+// What the lanes of a warp make of their sums together: pairs, pairs of pairs, ….
+inline float sum_of_lanes(const float (&lanes)[kWarp]) {
+  float sums[kWarp];
+  std::memcpy(sums, lanes, sizeof sums);
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    for (int lane = 0; lane < offset; ++lane) sums[lane] += sums[lane + offset];
+  }
+  return sums[0];
+}
+
+// Lane by lane, the outliers of row n are added to what the lanes have.
+template <typename T>
+void add_outliers(const Weights<T>& weights, const T* a, int32_t n, float (&lanes)[kWarp]) {
+  for (int32_t o = weights.first_outlier[n]; o < weights.first_outlier[n + 1]; ++o) {
+    float& sum = lanes[(o - weights.first_outlier[n]) % kWarp];
+    sum = multiply_add(to_float(a[weights.outlier_cols[o]]), weights.outlier_deltas[o], sum);
+  }
+}
+
 // linear_rows: each lane of a warp adds the columns of its chunks and its share of the outliers, then lanes meet pairwise.
 template <typename T>
 float reference_by_lanes(const Weights<T>& weights, int bits, const T* a, int32_t n) {
@@ -43,16 +62,8 @@ float reference_by_lanes(const Weights<T>& weights, int bits, const T* a, int32_
       }
     }
   }
-  for (int32_t o = weights.first_outlier[n]; o < weights.first_outlier[n + 1]; ++o) {
-    float& sum = lanes[(o - weights.first_outlier[n]) % kWarp];
-    sum = multiply_add(to_float(a[weights.outlier_cols[o]]), weights.outlier_deltas[o], sum);
-  }
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    float before[kWarp];
-    std::memcpy(before, lanes, sizeof lanes);
-    for (int lane = 0; lane < kWarp; ++lane) lanes[lane] = before[lane] + before[lane ^ offset];
-  }
-  return lanes[0] + reference_bias(weights, n);
+  add_outliers(weights, a, n, lanes);
+  return sum_of_lanes(lanes) + reference_bias(weights, n);
 }
 
 // linear_tiles: each warp adds the columns of every `warps`-th quad, those of two spans before they are scaled; in a span, the
@@ -72,10 +83,9 @@ float reference_by_tiles(const Weights<T>& weights, int bits, const T* a, int32_
     float& part = parts[static_cast<size_t>(start / quad % warps)];
     part = multiply_add(scale_of(weights, at), product, part);
   }
-  float sum = reference_bias(weights, n);
-  for (int32_t o = weights.first_outlier[n]; o < weights.first_outlier[n + 1]; ++o) {
-    sum = multiply_add(to_float(a[weights.outlier_cols[o]]), weights.outlier_deltas[o], sum);
-  }
+  float lanes[kWarp] = {};
+  add_outliers(weights, a, n, lanes);
+  float sum = sum_of_lanes(lanes) + reference_bias(weights, n);
   for (float part : parts) sum += part;
   return sum;
 }
