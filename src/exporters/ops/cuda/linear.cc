@@ -1,5 +1,6 @@
-// A few rows of A go through one launch. More of them go through dequantize and the runtime's own Gemm, which a
-// kernel may call on the stream that it was given. Accuracy level 4 is for CPUs: here sums are float32, so channels have nothing to correct.
+// A few rows of A go through one launch. More of them go through dequantize and the runtime's own Gemm, which a kernel may
+// call on the stream that it was given. Accuracy level 4 is for CPUs: here sums are float32, so channels have nothing to
+// correct.
 #include "linear.h"
 
 #include <algorithm>
