@@ -2,7 +2,7 @@
 
     python benchmarks/runtimes.py [--versions 1.20.1 1.27.0 1.31.1 1.32.0]
 
-A small random llama is compressed to 4 and to 3 bits with a hundredth of its weights as outliers and exported from both
+A small random llama is compressed to 4 and to 3 bits in bfloat16, with a hundredth of its weights as outliers, and exported from both
 graphs at both accuracy levels. Every version of the runtime is installed into a folder of its own and opens every file
 twice: as it is, which runs the function, and with the operator library. Printed is the largest difference of a logit from
 the torch model, over a prompt and eight more tokens through the cache, as a share of the range of all logits.
@@ -62,7 +62,9 @@ def make_files(work: Path) -> None:
     prompt = " ".join(f"t{3 + 11 * index % 120}" for index in range(10))
     for bits in (4, 3):
         checkpoint = work / f"w{bits}"
-        swquant.compress(work / "model", checkpoint, bits=bits, block="32", outliers=0.01, prompt=prompt)
+        swquant.compress(
+            work / "model", checkpoint, bits=bits, block="32", outliers=0.01, dtype="bfloat16", prompt=prompt
+        )
         with CompressedCheckpoint(checkpoint, unrounded=True) as opened, torch.no_grad():
             model = build_model(opened, torch.float32)
             ids = torch.arange(2, 14).unsqueeze(0)
