@@ -205,7 +205,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         beside |= {key: row[f"{key}_beside"] for key in ("decode", "prefill")}
         cells = [row["entry"]]
         for key, digits, unit in (("decode", 1, 1), ("prefill", 0, 1), ("kl", 4, 1), ("bytes", 1, 1e6)):
-            cells += [f"{row[key] / unit:.{digits}f}", f"{beside[key]:.2f}"]
+            cells += [f"{row[key] / unit:.{digits}f}", f"{beside[key]:.{3 if key in ('kl', 'bytes') else 2}f}"]
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
