@@ -24,7 +24,7 @@ test-gpu:
 	$(PYTHON) -m venv $(VENV)-gpu
 	SWQUANT_CUDA=on $(VENV)-gpu/bin/python -m pip install --quiet -c constraints.txt -e ".[gpu]" pytest hypothesis
 	SWQUANT_CUDA=on $(VENV)-gpu/bin/python -m exporters.ops.build
-	$(VENV)-gpu/bin/python -m pytest -m gpu
+	$(VENV)-gpu/bin/python -m pytest -m gpu tests/exporters/ops tests/swquant/test_onnx_gpu.py
 
 style: $(VENV)/dev
 	$(BIN)/ruff check .
