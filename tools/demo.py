@@ -32,7 +32,11 @@ def main() -> None:
     run("compress", str(model), str(out), "--bits", "4", "--block", "128")
     run("inspect", str(out))
     run("export", str(out), str(graph), "--graph", "genai", "--accuracy-level", "4", "--lm-head-bits", "8")
-    versions = {"Original": model, "Compressed to 4 bits": out, "The same in ONNX Runtime": graph}
+    versions = {
+        "Original": model,
+        "Compressed to 4 bits": out,
+        "In ONNX Runtime, activations and output head in 8 bits": graph,
+    }
     for title, source in versions.items():
         print(f"\n== {title} ==", end="")
         run("generate", str(source), PROMPT, "--tokens", "32")
