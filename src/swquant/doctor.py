@@ -67,7 +67,7 @@ def _operators() -> dict[str, Any]:
 
 
 def _provider() -> str | None:
-    """What ONNX Runtime runs models on here; None where it is not installed."""
+    """What ONNX Runtime runs models on here; None where it or onnx is not installed."""
     try:
         from swquant.ort import first_provider
 

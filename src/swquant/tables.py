@@ -325,7 +325,9 @@ def show_doctor(console: Console, report: Mapping[str, Any]) -> None:
         table.add_row(name, version or absent)
     show_table(console, table)
     console.print(f"Devices: {'; '.join(report['devices']) or 'none, without torch'}", markup=False)
-    console.print(f"ONNX Runtime runs on: {report['provider'] or 'nothing, not installed'}", markup=False)
+    console.print(
+        f"ONNX Runtime runs on: {report['provider'] or 'unknown, without onnxruntime and onnx'}", markup=False
+    )
     operators = report["operators"]
     console.print(f"Operator library: {operators['library'] or 'none'}", markup=False, soft_wrap=True)
     if operators["problem"]:

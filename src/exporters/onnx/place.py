@@ -30,15 +30,16 @@ def common_form(weights: Mapping[str, PackedWeight]) -> tuple[dict[str, PackedWe
     ours = {name: weight for name, weight in weights.items() if weight.operator == OPERATOR}
     if not ours:
         return dict(weights), None
+    narrow = {name: stored(weight) for name, weight in ours.items()}
     form = Form(
         stock=all(weight.stock for weight in ours.values()),
         zero_points=any(weight.zero_points is not None for weight in ours.values()),
         outliers=any(weight.outliers for weight in ours.values()),
         channels=any(weight.channels is not None for weight in ours.values()),
-        widened=any(stored(weight).scales.dtype != weight.scales.dtype for weight in ours.values()),
+        widened=any(narrow[name].scales.dtype != weight.scales.dtype for name, weight in ours.items()),
     )
     place, nothing = torch.zeros(1, dtype=torch.int32), torch.zeros(1)
-    for name, weight in ours.items():
+    for name, weight in narrow.items():
         if form.outliers and not weight.outliers:
             weight = replace(weight, rows=place, cols=place, deltas=nothing)
         if form.channels and weight.channels is None:
@@ -46,7 +47,7 @@ def common_form(weights: Mapping[str, PackedWeight]) -> tuple[dict[str, PackedWe
         # MatMulNBits knows the usual zero point; where the function decodes codes itself, it takes what it is given.
         if form.zero_points and weight.zero_points is None and (form.channels or not form.stock):
             weight = with_zero_points(weight)
-        ours[name] = stored(weight)
+        ours[name] = weight
     return {**weights, **ours}, form
 
 

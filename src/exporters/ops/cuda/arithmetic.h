@@ -115,6 +115,16 @@ SWQUANT_BOTH int bit_of(int bits, int i, int j) {
   return at / in_word * 32 + at % 2 * 16 + at % in_word / 2 * bits;
 }
 
+// Where column k of a row lies: its chunk, and the first bit of its code there. What first_column and bit_of say, backwards.
+struct Place {
+  int32_t chunk;
+  int bit;
+};
+SWQUANT_BOTH Place place_of(int bits, int32_t k) {
+  const int32_t quad = 512 / bits;  // columns
+  return {k / quad * 4 + k % kSpan / kPiece, bit_of(bits, k % quad / kSpan, k % kPiece)};
+}
+
 // For Weights: how far to shift a column for its block, or -1; and whether a zero point is a code.
 inline int32_t shift_of(int64_t block_cols, int64_t inputs) {
   if (block_cols >= inputs) return 31;

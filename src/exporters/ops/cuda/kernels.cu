@@ -265,11 +265,11 @@ __global__ void dequantize(Weights<T> weights, T* out) {
   __syncthreads();
   const int32_t first = weights.first_outlier[n], last = weights.first_outlier[n + 1];
   for (int32_t o = first + static_cast<int32_t>(threadIdx.x); o < last; o += static_cast<int32_t>(blockDim.x)) {
-    const int32_t k = weights.outlier_cols[o], quad = kSpan * kPieces<kBits>;  // columns
-    const int bit = bit_of(kBits, k % quad / kSpan, k % kPiece);
-    const uint32_t word = codes[k / quad * 4 + k % kSpan / kPiece].words[bit / 32];
+    const int32_t k = weights.outlier_cols[o];
+    const Place place = place_of(kBits, k);
+    const uint32_t word = codes[place.chunk].words[place.bit / 32];
     const int64_t at = scales + k / weights.block_cols;
-    const float w = decode(code_of(word >> bit % 32 & kMask<kBits>), zero_point_of(weights, at), scale_of(weights, at));
+    const float w = decode(code_of(word >> place.bit % 32 & kMask<kBits>), zero_point_of(weights, at), scale_of(weights, at));
     to[k] = from_float<T>(w + weights.outlier_deltas[o]);
   }
 }

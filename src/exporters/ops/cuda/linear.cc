@@ -76,23 +76,18 @@ int bits_stored(int bits) { return bits == 2 ? 2 : bits <= 4 ? 4 : 8; }
 
 // The rows' codes of 2, 4 or 8 bits as lanes read them. Columns past the last one have the zero point for a code, if it is one.
 std::vector<Chunk> chunks_of(const swquant::Weights& weights, int stored, int32_t chunks) {
-  const int32_t pieces = 128 / stored / kPiece;
   std::vector<Chunk> result(static_cast<size_t>(weights.outputs * chunks), Chunk{});
-  std::vector<uint8_t> row(static_cast<size_t>(chunks) * static_cast<size_t>(pieces * kPiece));
+  std::vector<uint8_t> row(static_cast<size_t>(chunks) * static_cast<size_t>(128 / stored));
   for (int64_t n = 0; n < weights.outputs; ++n) {
     unpack_row(weights.codes + n * weights.row_bytes, weights.row_bytes, weights.bits, weights.inputs, row.data());
     const int64_t last_block = (n / weights.block_rows + 1) * weights.blocks - 1;
     const float zero_point = weights.zero_points.empty() ? weights.default_zero_point() : weights.zero_points[static_cast<size_t>(last_block)];
     const uint8_t padding = is_code(zero_point, stored) ? static_cast<uint8_t>(zero_point) : 0;
     std::fill(row.begin() + weights.inputs, row.end(), padding);
-    for (int32_t c = 0; c < chunks; ++c) {
-      Chunk& chunk = result[static_cast<size_t>(n * chunks + c)];
-      for (int i = 0; i < pieces; ++i) {
-        for (int j = 0; j < kPiece; ++j) {
-          const int bit = bit_of(stored, i, j);
-          chunk.words[bit / 32] |= static_cast<uint32_t>(row[static_cast<size_t>(first_column(pieces, c, i) + j)]) << (bit % 32);
-        }
-      }
+    for (size_t k = 0; k < row.size(); ++k) {
+      const Place place = place_of(stored, static_cast<int32_t>(k));
+      Chunk& chunk = result[static_cast<size_t>(n * chunks + place.chunk)];
+      chunk.words[place.bit / 32] |= static_cast<uint32_t>(row[k]) << (place.bit % 32);
     }
   }
   return result;
@@ -173,6 +168,7 @@ struct Linear::State {
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "no device");
     matrix_units = type == ort::kFloat16 || (type == ort::kBfloat16 && major >= 8);
     swquant::check(api, ort::CreateMemoryInfo(api, kMemory, 0, device, ort::kOnDevice, &memory.object));
+    if (!kHasGemm && type != ort::kFloat) return;
     // All of them: an operator made this way does not know its defaults.
     const int64_t no = 0, yes = 1;
     const float one = 1.0f;
@@ -184,7 +180,6 @@ struct Linear::State {
     swquant::check(api, ort::CreateOpAttribute(api, "beta", &one, 1, ort::kFloatAttribute, &beta.object));
     const ort::OpAttribute* attributes[] = {straight.object, transposed.object, alpha.object, beta.object};
     const char* name = "T";
-    if (!kHasGemm && type != ort::kFloat) return;
     swquant::check(api, ort::CreateOp(api, info, "Gemm", "", 13, &name, &type, 1, attributes, 4, bias ? 3 : 2, 1, &gemm.object));
   }
 };

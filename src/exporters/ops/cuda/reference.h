@@ -13,10 +13,9 @@ int64_t block_at(const Weights<T>& weights, int32_t n, int32_t k) {
 
 template <typename T>
 float reference_code(const Weights<T>& weights, int bits, int32_t n, int32_t k) {
-  const int32_t quad = 512 / bits;  // columns
-  const int32_t i = k % quad / kSpan, c = k / quad * 4 + k % kSpan / kPiece, bit = bit_of(bits, i, k % kPiece);
-  const uint32_t word = weights.codes[static_cast<int64_t>(n) * weights.chunks + c].words[bit / 32];
-  return static_cast<float>(word >> (bit % 32) & ((1u << bits) - 1));
+  const Place place = place_of(bits, k);
+  const uint32_t word = weights.codes[static_cast<int64_t>(n) * weights.chunks + place.chunk].words[place.bit / 32];
+  return static_cast<float>(word >> (place.bit % 32) & ((1u << bits) - 1));
 }
 
 template <typename T>
