@@ -33,11 +33,11 @@ from grid import break_and_check
 from machine import describe
 from torch import Tensor, nn
 
-from swquant.checkpoint.base import Checkpoint
-from swquant.checkpoint.open import open_checkpoint
-from swquant.detection import find_super_weights
-from swquant.evaluation import Windows, fit_window, make_windows, perplexity_of, score_window, window_logits
-from swquant.models import build_model
+from swquant.checkpoints.base import Checkpoint
+from swquant.checkpoints.open import open_checkpoint
+from swquant.detect.pipeline import find_super_weights
+from swquant.evaluate.pipeline import Windows, fit_window, make_windows, perplexity_of, score_window, window_logits
+from swquant.models.loading import build_model
 
 DATA = Path(__file__).parent.parent / "data"
 # Text -> (file, tokens per window, windows by model): a token of a large vocabulary takes longer.
@@ -193,8 +193,8 @@ def runtime_dynamic(subject: Subject, checkpoint: Checkpoint) -> Iterator[Any]:
     from onnxruntime.quantization import quantize_dynamic
 
     from exporters.onnx.write import MODEL, save
-    from swquant.onnx_graph import dynamo_graph
-    from swquant.onnx_model import OnnxModel
+    from swquant.export.onnx.graph import dynamo_graph
+    from swquant.models.onnx_model import OnnxModel
 
     with tempfile.TemporaryDirectory(prefix="swquant-activations-") as scratch:
         folder = Path(scratch) / "float"

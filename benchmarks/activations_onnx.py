@@ -37,9 +37,9 @@ from torch import Tensor
 
 import swquant
 from exporters.json_file import read_json
-from swquant.checkpoint.open import open_checkpoint
-from swquant.evaluation import make_windows, window_logits
-from swquant.manifest import MANIFEST, write_manifest
+from swquant.checkpoints.manifest import MANIFEST, write_manifest
+from swquant.checkpoints.open import open_checkpoint
+from swquant.evaluate.pipeline import make_windows, window_logits
 
 VARIANTS = ("level 0", "level 4, plain", "level 4, kept")
 # Level 0 on a stock runtime is left out: its kernel for the head's 8 bits in float takes minutes.

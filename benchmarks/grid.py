@@ -28,9 +28,9 @@ from torch import Tensor
 
 from exporters.json_file import write_json
 from exporters.safetensors_file import SafetensorsWriter
-from swquant.checkpoint.base import Checkpoint
-from swquant.checkpoint.open import open_checkpoint
-from swquant.models import build_model
+from swquant.checkpoints.base import Checkpoint
+from swquant.checkpoints.open import open_checkpoint
+from swquant.models.loading import build_model
 
 __all__ = ["Permutations", "break_grid", "largest_difference", "write_folder"]
 

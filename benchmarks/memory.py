@@ -48,12 +48,15 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from calibrationless import Detection
 from exporters.safetensors_file import SafetensorsWriter
-from swquant.architecture import describe
-from swquant.checkpoint.open import open_checkpoint
-from swquant.detection import Found, find_super_weights
-from swquant.options import DEFAULT_PROMPT, CompressOptions
-from swquant.pipeline import Prepared, write
-from swquant.plan import make_plan
+from swquant.checkpoints.open import open_checkpoint
+from swquant.compress.options import CompressOptions
+from swquant.compress.pipeline import write
+from swquant.compress.plan import make_plan
+from swquant.compress.writing import Prepared
+from swquant.detect.found import Found
+from swquant.detect.pipeline import find_super_weights
+from swquant.detect.prompt import DEFAULT_PROMPT
+from swquant.models.architecture import describe
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, VOCABULARY = 3072, 8192, 28, 24, 8, 32_000
 SHARD = 10**9

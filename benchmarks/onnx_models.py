@@ -48,12 +48,12 @@ import swquant
 from exporters.json_file import read_json
 from exporters.onnx.genai import fix_cache_shapes
 from exporters.onnx.write import MODEL, save
-from swquant.checkpoint.open import open_checkpoint
-from swquant.evaluation import Score, make_windows, score_window, window_logits
-from swquant.models import build_model
-from swquant.onnx_graph import adapt_config
-from swquant.onnx_model import OnnxModel
-from swquant.ort import open_session
+from swquant.checkpoints.open import open_checkpoint
+from swquant.evaluate.pipeline import Score, make_windows, score_window, window_logits
+from swquant.export.onnx.graph import adapt_config
+from swquant.models.loading import build_model
+from swquant.models.onnx_model import OnnxModel
+from swquant.models.runtime import open_session
 
 TEXT = Path(__file__).parent.parent / "data/wikitext2-excerpt.txt"
 WINDOW, PAST, PROMPT = 128, 32, 64

@@ -45,11 +45,11 @@ from peers import METHODS, Cell, Method, Original, missing, open_original, versi
 from quality_report import draw, print_tables
 from torch import Tensor
 
-from swquant.evaluation import Windows, fit_window, make_windows, perplexity_of, score_window, window_logits
-from swquant.models import build_model
+from swquant.evaluate.pipeline import Windows, fit_window, make_windows, perplexity_of, score_window, window_logits
+from swquant.models.loading import build_model
 
 DATA = Path(__file__).parent.parent / "data"
-SOURCES = Path(__file__).parent.parent / "src"
+SOURCES = Path(__file__).parent.parent
 # What decides how swquant rounds a weight.
 ROUNDING = ("calibrationless/*.py", *(f"swquant/{name}.py" for name in ("plan", "pipeline", "folding", "self_text")))
 CHOICES = list(dict.fromkeys(str(cell) for method in METHODS for cell in method.cells))

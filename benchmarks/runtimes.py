@@ -26,10 +26,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import swquant
 from exporters.errors import SwquantError, first_line
-from swquant.checkpoint.compressed import CompressedCheckpoint
-from swquant.models import build_model
-from swquant.onnx_model import OnnxModel
-from swquant.ort import open_session
+from swquant.checkpoints.compressed import CompressedCheckpoint
+from swquant.models.loading import build_model
+from swquant.models.onnx_model import OnnxModel
+from swquant.models.runtime import open_session
 
 VERSIONS = ("1.20.1", "1.27.0", "1.31.1", "1.32.0")
 VOCABULARY, TOKENS = 128, 8

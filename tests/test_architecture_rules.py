@@ -9,24 +9,54 @@ from pathlib import Path
 
 import pytest
 
-SOURCES = Path(__file__).parent.parent / "src"
-# src/optimum is no package of ours: one file, where optimum-cli looks for commands.
-MODULES = sorted(path for path in SOURCES.rglob("*.py") if "optimum" not in path.parts)
-MAX_LINES = 400
+ROOT = Path(__file__).parent.parent
 # calibrationless <- exporters <- swquant
 MAY_IMPORT_OF_OURS = {
     "calibrationless": {"calibrationless"},
     "exporters": {"calibrationless", "exporters"},
     "swquant": {"calibrationless", "exporters", "swquant"},
 }
+MODULES = sorted(path for package in MAY_IMPORT_OF_OURS for path in (ROOT / package).rglob("*.py"))
+# The floors of swquant/, the lowest first: a room (a folder, or a file at its root) imports from floors below its own only.
+LAYERS = (
+    {"checkpoints", "declared", "drawing", "interrupts", "progress", "units", "version"},
+    {"models", "output"},
+    {"detect", "doctor", "evaluate", "ort"},
+    {"compress"},
+    {"export", "study"},
+    {"api", "terminal"},
+    {"cli"},
+    {"__init__", "__main__"},
+)
+MAX_LINES = 400
+MAX_FUNCTION = 60
 
 
 def module_id(path: Path) -> str:
-    return path.relative_to(SOURCES).as_posix()
+    return path.relative_to(ROOT).as_posix()
 
 
 def package(path: Path) -> str:
-    return path.relative_to(SOURCES).parts[0]
+    return path.relative_to(ROOT).parts[0]
+
+
+def room(path: Path) -> str:
+    """The folder or file of swquant/ that a module belongs to."""
+    return path.relative_to(ROOT / "swquant").parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[Path]:
+    """The modules of ours that a module imports, wherever in it, also for type checking only."""
+    found: set[Path] = set()
+    for node in walk(path, ast.ImportFrom | ast.Import):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            names = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            place = ROOT.joinpath(*name.split("."))
+            found |= {file for file in (place.with_suffix(".py"), place / "__init__.py") if file in MODULES}
+    return found
 
 
 def imported(path: Path) -> set[str]:
@@ -52,7 +82,8 @@ def of_package(name: str) -> list[Path]:
 
 
 def test_there_are_three_packages() -> None:
-    assert {package(path) for path in MODULES} == set(MAY_IMPORT_OF_OURS)
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert {package(path) for path in MODULES} == set(MAY_IMPORT_OF_OURS) == folders
 
 
 @pytest.mark.parametrize("name", MAY_IMPORT_OF_OURS)
@@ -60,6 +91,45 @@ def test_imports_go_to_the_left_only(name: str) -> None:
     for path in of_package(name):
         ours = imported(path) & set(MAY_IMPORT_OF_OURS)
         assert ours <= MAY_IMPORT_OF_OURS[name], module_id(path)
+
+
+def test_every_room_of_swquant_has_a_floor() -> None:
+    named = [name for layer in LAYERS for name in layer]
+    assert len(named) == len(set(named))
+    assert set(named) == {room(path) for path in of_package("swquant")}
+
+
+def test_imports_inside_swquant_go_down_only() -> None:
+    floor = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+    upwards = [
+        f"{module_id(path)} imports {module_id(other)}"
+        for path in of_package("swquant")
+        for other in imports(path)
+        if package(other) == "swquant"
+        and room(other) not in (room(path), "__init__")
+        and floor[room(other)] >= floor[room(path)]
+    ]
+    assert upwards == []
+
+
+def test_only_the_face_itself_and_main_import_the_face() -> None:
+    face = ROOT / "swquant/__init__.py"
+    assert [module_id(path) for path in MODULES if face in imports(path) and path != face] == []
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = {path: imports(path) for path in MODULES}
+    done: set[Path] = set()
+
+    def visit(path: Path, trail: tuple[Path, ...]) -> None:
+        assert path not in trail, " -> ".join(map(module_id, (*trail[trail.index(path) :], path)))
+        if path not in done:
+            for other in sorted(graph[path]):
+                visit(other, (*trail, path))
+            done.add(path)
+
+    for path in MODULES:
+        visit(path, ())
 
 
 def test_calibrationless_needs_nothing_but_torch() -> None:
@@ -84,16 +154,20 @@ def test_exporters_know_no_models_and_no_terminal() -> None:
 
 def test_help_does_not_wait_for_torch() -> None:
     """Whatever the command line imports at the top is waited for by `swquant --help`."""
-    for path in [*sorted((SOURCES / "swquant/cli").glob("*.py")), SOURCES / "swquant/options.py"]:
+    seen: set[Path] = set()
+    waiting = [path for path in sorted((ROOT / "swquant/cli").glob("*.py")) if path.name != "optimum_command.py"]
+    while waiting:
+        path = waiting.pop()
+        if path in seen:
+            continue
+        seen.add(path)
         top = ast.parse(path.read_text()).body
         names = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
-        names |= {str(node.module) for node in top if isinstance(node, ast.ImportFrom)}
-        assert not {name.partition(".")[0] for name in names} & {
-            "torch",
-            "transformers",
-            "calibrationless",
-            "matplotlib",
-        }
+        modules = {str(node.module) for node in top if isinstance(node, ast.ImportFrom)}
+        heavy = {name.partition(".")[0] for name in names | modules}
+        assert not heavy & {"torch", "transformers", "calibrationless", "matplotlib", "pydantic"}, module_id(path)
+        places = (ROOT.joinpath(*module.split(".")).with_suffix(".py") for module in modules)
+        waiting += [place for place in places if place in MODULES]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_id)
@@ -101,6 +175,16 @@ def test_a_module_is_short_and_says_what_it_is(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) <= MAX_LINES
     assert ast.get_docstring(ast.parse(text))
+
+
+def test_functions_are_short() -> None:
+    """Longest where torch's exporter dictates: see docs/architecture.md."""
+    functions = [
+        (node.end_lineno - node.lineno + 1, f"{module_id(path)}:{node.name}")
+        for path in MODULES
+        for node in walk(path, ast.FunctionDef)
+    ]
+    assert [name for length, name in functions if length >= MAX_FUNCTION] == []
 
 
 def walk(path: Path, kind: type) -> Iterator:

@@ -27,7 +27,7 @@ from conftest import Ran, plant, save_model, save_tokenizer, tiny_model
 
 import swquant
 from swquant.cli import app
-from swquant.options import CompressOptions
+from swquant.compress.options import CompressOptions
 
 PROJECT = Path(__file__).parent.parent
 DOCUMENTS = (PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md")))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 import sysconfig
-from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
@@ -19,12 +18,11 @@ class OperatorsHook(BuildHookInterface):
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        source = Path(self.root) / "src"
-        sys.path.insert(0, str(source))
+        sys.path.insert(0, self.root)
         try:
             from exporters.ops.build import BuildError, build_library
         finally:
-            sys.path.remove(str(source))
+            sys.path.remove(self.root)
         try:
             library = build_library()
         except BuildError as error:

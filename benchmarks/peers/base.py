@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from swquant.architecture import describe
-from swquant.checkpoint.base import Checkpoint
-from swquant.checkpoint.open import open_checkpoint
-from swquant.evaluation import make_windows
-from swquant.models import build_model
+from swquant.checkpoints.base import Checkpoint
+from swquant.checkpoints.open import open_checkpoint
+from swquant.evaluate.pipeline import make_windows
+from swquant.models.architecture import describe
+from swquant.models.loading import build_model
 
 __all__ = [
     "CELLS",

@@ -16,8 +16,8 @@ import torch
 import swquant
 from exporters.sidecar import SIDECAR
 from peers.base import Cell, Method, Original, Outcome
-from swquant.checkpoint.open import open_checkpoint
-from swquant.options import PRESETS
+from swquant.checkpoints.open import open_checkpoint
+from swquant.compress.options import PRESETS
 
 __all__ = ["METHODS", "MIN_MAX"]
 

@@ -22,7 +22,7 @@ from torch import Tensor
 import swquant
 from calibrationless import Block, QuantizedTensor, dequantize, fit, parse_block, quantize, restore, worst
 from peers.base import Cell, Method, Original, Outcome, Rounded, gather
-from swquant.detection import Found
+from swquant.detect.found import Found
 
 __all__ = ["METHODS", "SIZES", "VARIANTS"]
 

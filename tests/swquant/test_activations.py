@@ -15,10 +15,10 @@ import swquant
 from calibrationless import activation_codes, activation_scale, massive_channels
 from exporters.errors import SwquantError
 from exporters.json_file import read_json
-from swquant.activations import RoundedLinear
-from swquant.checkpoint.compressed import CompressedCheckpoint
-from swquant.manifest import MANIFEST, write_manifest
-from swquant.options import CompressOptions
+from swquant.checkpoints.compressed import CompressedCheckpoint
+from swquant.checkpoints.manifest import MANIFEST, write_manifest
+from swquant.compress.options import CompressOptions
+from swquant.models.rounded_inputs import RoundedLinear
 
 _FEW, _MORE = ("llama", "gemma3", "mixtral"), ("mistral", "qwen3", "olmo2", "phi3", "gpt_neox", "opt", "qwen3_moe")
 FAMILIES = [*_FEW, *(pytest.param(family, marks=pytest.mark.slow) for family in _MORE)]
@@ -290,7 +290,7 @@ def test_a_model_without_super_weight_is_rounded_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [8, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_onnx_graph_keeps_the_channels_that_the_checkpoint_names(bits: int, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    from swquant.onnx_model import OnnxModel
+    from swquant.models.onnx_model import OnnxModel
 
     model = tiny_model("llama", num_hidden_layers=3)
     plant(model)

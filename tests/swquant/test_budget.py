@@ -11,11 +11,11 @@ from conftest import PROMPT, Ran, planted_model, save_model, tiny_model
 
 import swquant
 from exporters.errors import SwquantError
-from swquant.budget import fused_groups, sensitivities
-from swquant.checkpoint.open import open_checkpoint
-from swquant.console import silent
-from swquant.detection import find_super_weights
-from swquant.options import CompressOptions
+from swquant.checkpoints.open import open_checkpoint
+from swquant.compress.budget import fused_groups, sensitivities
+from swquant.compress.options import CompressOptions
+from swquant.detect.pipeline import find_super_weights
+from swquant.progress import silent
 
 OPTIONS = {"block": "16", "prompt": PROMPT}
 

@@ -13,7 +13,7 @@ from conftest import VOCABULARY, plant, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import swquant
-from swquant.checkpoint.open import open_checkpoint
+from swquant.checkpoints.open import open_checkpoint
 
 GGUF_NAMES = {
     "self_attn.q_proj": "attn_q",

@@ -21,7 +21,8 @@ from rich.console import Console
 
 import swquant
 from swquant.cli import app
-from swquant.options import CompressOptions
+from swquant.compress import writing
+from swquant.compress.options import CompressOptions
 
 Cli = Callable[..., Ran]
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
@@ -412,7 +413,7 @@ def test_an_operating_system_error_is_one_line(cli: Cli, compressed: Path, monke
     def refuse(_: Path) -> list[str]:
         raise PermissionError(13, "Permission denied", "model.safetensors")
 
-    monkeypatch.setattr("swquant.verification.verify", refuse)
+    monkeypatch.setattr("swquant.output.verification.verify", refuse)
     assert one_line(cli("verify", compressed)) == "error: model.safetensors: Permission denied"
 
 
@@ -422,7 +423,7 @@ def test_interrupting_is_exit_code_130_and_leaves_nothing(
     def interrupt(*_: object) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("swquant.pipeline.round_weight", interrupt)
+    monkeypatch.setattr(writing, "round_weight", interrupt)
     ran = cli("compress", planted_llama.folder, tmp_path / "out", "--prompt", PROMPT)
     assert ran.code == 130
     assert ran.err.splitlines()[-1] == "interrupted; nothing half-written was left behind"
@@ -459,7 +460,7 @@ def test_a_terminal_gets_bars_and_colours(
         console = Console(
             stderr=name == "err", highlight=False, force_terminal=True, width=80, color_system="truecolor"
         )
-        monkeypatch.setattr(f"swquant.cli.common.{name}", console)
+        monkeypatch.setattr(f"swquant.cli.shared.{name}", console)
         monkeypatch.setattr(sys.modules["swquant.cli.main"], name, console)
     out = tmp_path / "out"
     ran = cli("compress", planted_llama.folder, out, "--prompt", PROMPT)

@@ -10,8 +10,9 @@ import pytest
 from conftest import PROMPT, Planted, Ran
 
 import swquant
-from swquant.checkpoint.open import open_checkpoint
-from swquant.directory import PUBLISHED, Published, published_for
+from swquant.checkpoints.open import open_checkpoint
+from swquant.detect import pipeline
+from swquant.detect.published import PUBLISHED, Published, published_for
 
 TINY = ("llama", 6, 64, 128, 128)
 LISTED = Published("Tiny", TINY, ((1, 37, 101), (3, 5, 7)))
@@ -29,7 +30,7 @@ def test_a_listed_shape_is_recognized_and_no_other(planted_llama: Planted) -> No
 def test_detect_compares_with_what_is_published(
     cli: Callable[..., Ran], planted_llama: Planted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("swquant.detection.published_for", lambda checkpoint: published_for(checkpoint, [LISTED]))
+    monkeypatch.setattr(pipeline, "published_for", lambda checkpoint: published_for(checkpoint, [LISTED]))
     assert swquant.detect(planted_llama.folder, PROMPT).published == (LISTED,)
     out = cli("detect", planted_llama.folder, "--prompt", PROMPT).out
     assert "Published for Tiny, which has this shape; 1 of 2 found here:" in out

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import swquant
-from swquant.checkpoint.open import open_checkpoint
-from swquant.evaluation import make_windows
+from swquant.checkpoints.open import open_checkpoint
+from swquant.evaluate.pipeline import make_windows
 
 # Not t0…, t1… and t3…: the special tokens t0, t1 and t3 are cut out of longer words, too.
 WORDS = torch.tensor([index for index in range(VOCABULARY) if str(index)[0] not in "013"])

@@ -10,10 +10,11 @@ from conftest import PROMPT, Planted, planted_model, save_model, tiny_model
 from safetensors.torch import load_file
 
 import swquant
-from swquant.checkpoint.open import open_checkpoint
-from swquant.detection import Found, find_super_weights
-from swquant.folding import fold_columns, fold_gain
-from swquant.models import build_model
+from swquant.checkpoints.open import open_checkpoint
+from swquant.detect.folds import fold_columns, fold_gain
+from swquant.detect.found import Found
+from swquant.detect.pipeline import find_super_weights
+from swquant.models.loading import build_model
 
 # Norms of one layer that can be scaled; a mixture's second norm is read by its router, too.
 FOLDABLE = {"llama": 2, "mistral": 2, "qwen3": 2, "phi3": 2, "gemma3": 2, "mixtral": 1, "qwen3_moe": 1, "opt": 2}

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import swquant
 from exporters.sidecar import SIDECAR, SidecarReader
-from swquant.checkpoint.compressed import CompressedCheckpoint
+from swquant.checkpoints.compressed import CompressedCheckpoint
 
 LOADABLE = ("llama", "qwen3", "phi3", "gemma3", "mixtral", "qwen3_moe", "opt")
 TOKENS = torch.tensor([[int(word[1:]) for word in PROMPT.split()]])

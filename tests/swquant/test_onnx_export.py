@@ -14,10 +14,11 @@ import torch
 from conftest import PROMPT, Ran, save_model, tiny_model
 
 import swquant
-from swquant.checkpoint.compressed import CompressedCheckpoint
-from swquant.models import build_model
-from swquant.onnx_graph import adapt_config
-from swquant.onnx_model import OnnxModel
+from swquant.checkpoints.compressed import CompressedCheckpoint
+from swquant.export.onnx import pipeline
+from swquant.export.onnx.graph import adapt_config
+from swquant.models.loading import build_model
+from swquant.models.onnx_model import OnnxModel
 
 pytest.importorskip("onnxruntime")
 Cli = Callable[..., Ran]
@@ -155,7 +156,7 @@ def test_an_interrupted_export_leaves_nothing(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("swquant.onnx_export.make_reference", interrupt)
+    monkeypatch.setattr(pipeline, "make_reference", interrupt)
     with pytest.raises(KeyboardInterrupt):
         swquant.compress(checkpoint.parent / "model", tmp_path / "folder", format="onnx", **SETTINGS)
     assert list(tmp_path.iterdir()) == []
@@ -288,7 +289,7 @@ def test_a_wrong_export_is_not_written(
     scales = graph.graph.initializers[name].const_value.numpy().copy()
     scales[0, 0] *= 1.5
     graph.graph.initializers[name].const_value = onnx_ir.tensor(scales, name=name)
-    monkeypatch.setattr("swquant.onnx_export.dynamo_graph", lambda *_: graph)
+    monkeypatch.setattr(pipeline, "dynamo_graph", lambda *_: graph)
     with pytest.raises(swquant.SwquantError, match=r"differs from the checkpoint by .* nothing was written"):
         swquant.export(checkpoint, tmp_path / "onnx")
     assert list(tmp_path.iterdir()) == []

@@ -9,8 +9,8 @@ import pytest
 from conftest import PROMPT, save_model, tiny_model
 
 import swquant
-from swquant.onnx_model import OnnxModel
-from swquant.ort import first_provider, open_session
+from swquant.models.onnx_model import OnnxModel
+from swquant.models.runtime import first_provider, open_session
 
 pytest.importorskip("onnxruntime")
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import swquant
-from swquant.checkpoint.compressed import CompressedCheckpoint
-from swquant.models import build_model
-from swquant.onnx_model import OnnxModel
-from swquant.ort import library_path, open_session
+from swquant.checkpoints.compressed import CompressedCheckpoint
+from swquant.models.loading import build_model
+from swquant.models.onnx_model import OnnxModel
+from swquant.models.runtime import library_path, open_session
 
 pytest.importorskip("onnxruntime")
 PROJECT = Path(__file__).parents[2]

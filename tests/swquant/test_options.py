@@ -9,7 +9,8 @@ import torch
 
 from calibrationless import Clip, Tile
 from exporters.errors import SwquantError
-from swquant.options import CompressOptions, parse_bytes
+from swquant.compress.options import CompressOptions
+from swquant.units import parse_bytes
 
 OTHER = {
     "bits": 3, "block": "64", "symmetric": False, "clip": "z=9", "restore": False, "outliers": 0.01, "dense": ("q_proj",),

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import swquant
 from calibrationless import QuantizedTensor, expand, parse_block, parse_clip, quantize, to_blocks
 from exporters.sidecar import SIDECAR, SidecarReader
-from swquant.checkpoint.compressed import CompressedCheckpoint
+from swquant.checkpoints.compressed import CompressedCheckpoint
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -20,14 +20,15 @@ from conftest import PROMPT, Planted, save_model, tiny_model
 import swquant
 from exporters.safetensors_file import SafetensorsWriter
 from exporters.sidecar import SidecarWriter
-from swquant.checkpoint.open import open_checkpoint
-from swquant.checkpoint.safetensors import SafetensorsCheckpoint
-from swquant.console import Progress
-from swquant.options import CompressOptions
-from swquant.pipeline import compress_checkpoint
+from swquant.checkpoints.open import open_checkpoint
+from swquant.checkpoints.safetensors import SafetensorsCheckpoint
+from swquant.compress import pipeline, writing
+from swquant.compress.options import CompressOptions
+from swquant.compress.pipeline import compress_checkpoint
+from swquant.progress import Progress
 
 MAIN = [sys.executable, "-c", "from swquant.cli import main; main()"]
-SOURCES = Path(__file__).parents[2] / "src"
+SOURCES = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(SOURCES), "HF_HUB_OFFLINE": "1"}
 
 
@@ -56,11 +57,11 @@ MOMENTS = [
     (SidecarWriter, "write", 1),
     (SidecarWriter, "finish", 1),
     (SafetensorsCheckpoint, "save_companions", 1),
-    (sys.modules["swquant.pipeline"], "write_json", 1),
-    (sys.modules["swquant.pipeline"], "write_json", 2),
-    (sys.modules["swquant.pipeline"], "write_manifest", 1),
-    (sys.modules["swquant.pipeline"], "verify", 1),
-    (sys.modules["swquant.pipeline"], "replace", 1),
+    (writing, "write_json", 1),
+    (writing, "write_json", 2),
+    (writing, "write_manifest", 1),
+    (pipeline, "verify", 1),
+    (pipeline, "replace", 1),
 ]
 
 

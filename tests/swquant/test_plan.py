@@ -11,11 +11,12 @@ from conftest import PROMPT, Planted, planted_model, save_model, tiny_model
 
 from calibrationless import Group, SuperWeight
 from exporters.errors import SwquantError
-from swquant.architecture import describe
-from swquant.checkpoint.open import open_checkpoint
-from swquant.options import CompressOptions
-from swquant.pipeline import prepare, write
-from swquant.plan import MAX_BLOCK_WITH_SUPER_WEIGHT, Plan, TensorPlan, make_plan
+from swquant.checkpoints.open import open_checkpoint
+from swquant.compress.choice import MAX_BLOCK_WITH_SUPER_WEIGHT
+from swquant.compress.options import CompressOptions
+from swquant.compress.pipeline import prepare, write
+from swquant.compress.plan import Plan, TensorPlan, make_plan
+from swquant.models.architecture import describe
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 

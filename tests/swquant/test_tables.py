@@ -14,8 +14,10 @@ from conftest import PROMPT, Planted, Ran
 from rich.console import Console
 
 import swquant
-from swquant.evaluation import Evaluation
-from swquant.tables import show_detection, show_evaluation, show_manifest
+from swquant.evaluate.pipeline import Evaluation
+from swquant.terminal.detection import show_detection
+from swquant.terminal.evaluation import show_evaluation
+from swquant.terminal.manifest import show_manifest
 
 WEIGHT = {
     "name": "model.layers.47.mlp.experts.127.down_proj.weight", "role": "companion", "layer": 47, "row": 25633, "col": 112817,

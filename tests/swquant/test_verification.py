@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import swquant
 from exporters.sidecar import SIDECAR
-from swquant.report import REPORT
+from swquant.compress.report import REPORT
 
 MANIFEST = "swquant/manifest.json"
 FILES = (

@@ -11,7 +11,7 @@ from study_world import PROMPT, WINDOW, WINDOWS, World, make_world
 
 import swquant
 from exporters.errors import SwquantError
-from swquant.options import StudyOptions
+from swquant.study.options import StudyOptions
 
 OPTIONS: dict[str, Any] = {"prompt": PROMPT, "window": WINDOW, "limit": WINDOWS, "only": ("identify",)}
 

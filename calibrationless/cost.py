@@ -1,0 +1,153 @@
+"""What rounding cost, and which weights it cost most.
+
+`measure` compares a weight with what its codes decode to; `worst` names the weights with the largest error, the
+candidates for the sidecar. Both give the same answer for any number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calibrationless.blocks import element_position, to_blocks
+from calibrationless.patches import Outliers
+from calibrationless.pieces import for_pieces, row_sum
+from calibrationless.quantized import QuantizedTensor, decode_blocks
+from calibrationless.search import block_importance
+
+__all__ = ["WeightError", "measure", "worst"]
+
+
+@dataclass(frozen=True)
+class WeightError:
+    """Of one weight tensor. relative: ||w - q|| / ||w|| (0 for a tensor of zeros). largest: max |w - q|.
+    output: the same ratio with every input channel weighted by its energy, the expected error of the layer's output
+    (None where no energy is known)."""
+
+    relative: float
+    largest: float
+    output: float | None = None
+
+
+def measure(
+    weight: Tensor,
+    quantized: QuantizedTensor,
+    restored: Outliers | None = None,
+    importance: Tensor | None = None,
+) -> WeightError:
+    """Error of `quantized` as a stand-in for the [out, in] weight, `restored` weights counting as exact.
+
+    importance: float [in], the energy of every input channel."""
+    original = to_blocks(weight, quantized.block)
+    codes = to_blocks(quantized.codes, quantized.block)
+    exact = None
+    if restored is not None and len(restored):
+        exact = _mask(restored.rows.long(), restored.cols.long(), quantized)
+
+    pattern = None if importance is None else block_importance(importance, quantized.block, quantized.shape)
+
+    def work(piece: slice) -> Tensor:
+        """float64 [5]: sums of squared errors and weights, largest error, both sums weighted by importance."""
+        difference = decode_blocks(quantized, codes[piece], piece).sub_(original[piece])
+        if exact is not None:
+            difference.masked_fill_(exact[piece], 0.0)
+        largest = difference.abs_().max().double()
+        error = _sum(difference.square_())
+        weighted = [torch.zeros((), dtype=torch.float64)] * 2
+        if pattern is not None:
+            weighted[0] = _sum(difference.mul_(_rows(pattern, piece)))
+        weights = torch.square(original[piece].to(torch.float32), out=difference)  # fresh memory costs more than this
+        total = _sum(weights)
+        if pattern is not None:
+            weighted[1] = _sum(weights.mul_(_rows(pattern, piece)))
+        return torch.stack([error, total, largest, *weighted])
+
+    parts = torch.stack(for_pieces(work, *original.shape))
+    error, total, _, weighted_error, weighted_total = parts.sum(dim=0).tolist()
+    return WeightError(
+        relative=_ratio(error, total),
+        largest=float(parts[:, 2].max()),
+        output=None if pattern is None else _ratio(weighted_error, weighted_total),
+    )
+
+
+def _ratio(error: float, total: float) -> float:
+    return (error / total) ** 0.5 if total else 0.0
+
+
+def _rows(pattern: Tensor, piece: slice) -> Tensor:
+    """Importance [blocks of the piece, elements] from one period of it; a view where one row serves all."""
+    if pattern.shape[0] == 1:
+        return pattern
+    return pattern[torch.arange(piece.start, piece.stop) % pattern.shape[0]]
+
+
+def _mask(rows: Tensor, cols: Tensor, quantized: QuantizedTensor) -> Tensor:
+    """bool [blocks, elements], True at the given positions."""
+    mask = torch.zeros(quantized.shape, dtype=torch.bool)
+    mask[rows, cols] = True
+    return to_blocks(mask, quantized.block)
+
+
+def _sum(matrix: Tensor) -> Tensor:
+    """float64 scalar."""
+    return row_sum(matrix.view(1, -1)).squeeze()
+
+
+def worst(
+    weight: Tensor,
+    quantized: QuantizedTensor,
+    count: int,
+    *,
+    always: Sequence[tuple[int, int]] = (),
+    importance: Tensor | None = None,
+) -> Outliers:
+    """The `count` weights with the largest rounding error; of equal ones, those that come first.
+
+    importance: float [in]; with it, the largest importance * error^2. always: (row, col) of weights that come before all others, however well they are rounded.
+    Two passes over the pieces, so that a large tensor's errors never stand in memory together: one counts how many
+    errors fall into each bucket, the other collects the few that can be among the largest.
+    """
+    original = to_blocks(weight, quantized.block)
+    codes = to_blocks(quantized.codes, quantized.block)
+    count = max(0, min(count, weight.numel()))
+    first = None
+    if always:
+        always_rows, always_cols = torch.tensor(always).T
+        first = _mask(always_rows, always_cols, quantized)
+
+    pattern = None if importance is None else block_importance(importance, quantized.block, quantized.shape).sqrt_()
+
+    def errors(piece: slice) -> Tensor:
+        difference = decode_blocks(quantized, codes[piece], piece).sub_(original[piece]).abs_()
+        if pattern is not None:
+            difference.mul_(_rows(pattern, piece))
+        return (difference if first is None else difference.masked_fill_(first[piece], torch.inf)).flatten()
+
+    def histogram(piece: slice) -> Tensor:
+        return torch.bincount(_bucket(errors(piece)), minlength=_BUCKETS)
+
+    at_least = torch.stack(for_pieces(histogram, *original.shape)).sum(dim=0).flip(0).cumsum(dim=0).flip(0)
+    lowest = int((at_least >= count).sum()) - 1  # the highest bucket with `count` errors in it and above
+
+    def candidates(piece: slice) -> tuple[Tensor, Tensor]:
+        found = errors(piece)
+        index = torch.nonzero(_bucket(found) >= lowest).flatten()
+        return found[index], index + piece.start * original.shape[1]
+
+    values, indices = map(torch.cat, zip(*for_pieces(candidates, *original.shape), strict=True))
+    rows, cols = element_position(indices, quantized.block, quantized.shape)
+    order = torch.argsort(rows * weight.shape[1] + cols)
+    order = order[torch.argsort(values[order], descending=True, stable=True)][:count]
+    return Outliers.at(weight, rows[order], cols[order])
+
+
+_BUCKETS = 1 << 13
+
+
+def _bucket(errors: Tensor) -> Tensor:
+    """Non-negative floats have the order of their bits read as integers; the upper ones number the buckets."""
+    return errors.view(torch.int32) >> 18

@@ -1,0 +1,103 @@
+"""Error feedback: what rounding one column gets wrong, the columns after it make up for (GPTQ, arXiv:2210.17323).
+
+Rounding to the nearest is best for each weight alone. The output of a layer is a sum, though, and where two input channels move
+together, an error in the first can be cancelled by a change of the second. The Gram matrix of the inputs, G = X^T X, says
+how they move together. Column after column is rounded, and its error is spread over the columns not yet rounded,
+
+    w[rest] -= (w[j] - rounded) / U[j, j] * U[j, rest]        with  U^T U = inverse(G + damping)
+
+Scales are not fed back: they are searched beforehand with the diagonal of G as importance, and stay. Columns that matter go
+first, when there is most left to make up for their errors; each keeps the scale of its own block, so the stored codes look
+like any others. Outliers are chosen beforehand, too, and count as exact.
+
+G comes from few tokens here (some thousands that the model wrote itself). Damping keeps what is noise off the diagonal from
+being believed: at 4,096 tokens it is as strong as the diagonal itself, and falls as there are more. With the usual hundredth
+of the mean, the result is worse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from calibrationless.blocks import expand
+from calibrationless.patches import Outliers
+from calibrationless.pieces import for_pieces
+from calibrationless.quantized import QuantizedTensor
+
+__all__ = ["damping_for", "feed_back", "inverse_factor"]
+
+_LAZY = 128  # columns whose feedback is collected before it goes to the rest, as one product
+_OF_MEAN = 0.01
+
+
+def damping_for(tokens: int) -> float:
+    """How much of the diagonal to add to a Gram matrix of so many tokens. Tried on two models at 4,096 to 16,384."""
+    return float((4096 / tokens) ** 1.5)
+
+
+def inverse_factor(gram: Tensor, damping: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(order int64 [in], U float32 [in, in] upper triangular) of a Gram matrix [in, in], columns in that order.
+
+    The order is by falling diagonal. damping: the share of the diagonal that is added to it. Raises ValueError where the matrix is not finite.
+    """
+    if not bool(torch.isfinite(gram).all()):
+        raise ValueError("the Gram matrix of the inputs is not finite")
+    diagonal = gram.diagonal().to(torch.float32)
+    order = diagonal.argsort(descending=True, stable=True)
+    h = gram.to(torch.float32)[order][:, order]
+    mean = float(diagonal.mean()) or 1.0
+    h.diagonal().add_(damping * diagonal[order] + _OF_MEAN * mean)
+    lower = torch.linalg.cholesky(h / mean)
+    inverse = torch.cholesky_inverse(lower)
+    return order, torch.linalg.cholesky(inverse, upper=True)
+
+
+def feed_back(
+    weight: Tensor, quantized: QuantizedTensor, factor: tuple[Tensor, Tensor], kept: Outliers | None = None
+) -> QuantizedTensor:
+    """`quantized` with other codes: rounded column by column, with feedback. Scales and zero points stay.
+
+    weight: [out, in]; factor: from `inverse_factor`; kept: weights that the loader restores exactly.
+    Rows do not depend on each other, and results not on the number of threads.
+    """
+    order, upper = factor
+    scale = expand(quantized.scale.to(torch.float32), quantized.block, quantized.shape)
+    middle = float(1 << (quantized.bits - 1))
+    zero = None
+    if quantized.zero_point is not None:
+        zero = expand(quantized.zero_point, quantized.block, quantized.shape)
+    exact = torch.zeros(quantized.shape, dtype=torch.bool)
+    if kept is not None:
+        exact[kept.rows.long(), kept.cols.long()] = True
+    codes = quantized.codes.clone()
+    top = float((1 << quantized.bits) - 1)
+
+    def work(piece: slice) -> None:
+        w = weight[piece].to(torch.float32)[:, order].T.contiguous()  # [in, rows]: a column is a row here
+        original, is_exact = w.clone(), exact[piece][:, order].T
+        steps = scale[piece][:, order].T.contiguous()
+        zeros = torch.full_like(steps, middle) if zero is None else zero[piece][:, order].T.to(torch.float32)
+        found = torch.empty_like(w)
+        errors = torch.empty(_LAZY, w.shape[1])
+        for start in range(0, len(order), _LAZY):
+            stop = min(start + _LAZY, len(order))
+            for j in range(start, stop):
+                code = torch.div(w[j], steps[j]).round_().add_(zeros[j]).clamp_(0, top)
+                found[j] = code
+                value = torch.where(is_exact[j], original[j], (code - zeros[j]) * steps[j])
+                error = (w[j] - value) / upper[j, j]
+                errors[j - start] = error
+                if j + 1 < stop:
+                    w[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
+            if stop < len(order):
+                w[stop:].addmm_(upper[start:stop, stop:].T, errors[: stop - start], alpha=-1)
+        # An outlier's own code is that of its own value, for loaders that do not restore it.
+        plain = torch.div(original, steps).round_().add_(zeros).clamp_(0, top)
+        found = torch.where(is_exact, plain, found)
+        codes[piece] = codes[piece].index_copy(1, order, found.T.to(torch.int16).to(torch.uint8))
+
+    for_pieces(work, *quantized.shape)
+    return replace(quantized, codes=codes)

@@ -1,0 +1,97 @@
+"""The two things a compressed weight is made of: rounded codes, and outliers kept exactly.
+
+`QuantizedTensor` is the canonical object of the house. Rounding produces it, every exporter
+translates from it, every reader rebuilds it. Its codes are unsigned for every scheme, so packing never
+has to know whether a scheme is symmetric:
+
+    weight = (codes - zero_point) * scale          zero_point = 2^(bits-1) where none is stored
+
+`Outliers` are single weights with their original values; `restore` puts them back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calibrationless.blocks import Block, from_blocks, scale_shape, to_blocks
+from calibrationless.pieces import for_pieces
+
+__all__ = ["MAX_BITS", "MIN_BITS", "QuantizedTensor", "check_bits", "dequantize"]
+
+MIN_BITS, MAX_BITS = 2, 8
+
+
+def check_bits(bits: int) -> None:
+    """Raise ValueError unless `bits` is a width that codes can have (2 to 8)."""
+    if not MIN_BITS <= bits <= MAX_BITS:
+        raise ValueError(f"bits {bits} is outside {MIN_BITS} to {MAX_BITS}; use 4 for size or 8 for fidelity")
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A [out, in] weight rounded to `bits`.
+
+    codes: uint8 [out, in], each in 0 .. 2^bits - 1.
+    scale: float, `scale_shape(block, shape)`; negative where a block's largest magnitude is positive.
+    zero_point: uint8 like scale, or None for symmetric schemes (then it is 2^(bits-1) everywhere).
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    block: Block
+    bits: int
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        if self.zero_point is not None and self.zero_point.shape != self.scale.shape:
+            raise ValueError(
+                f"zero_point {list(self.zero_point.shape)} is not shaped like scale {list(self.scale.shape)}"
+            )
+        expected = scale_shape(self.block, self.shape)
+        if tuple(self.scale.shape) != expected:
+            raise ValueError(
+                f"scale has shape {list(self.scale.shape)}, block {self.block} of a {list(self.shape)} weight "
+                f"needs {list(expected)}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.codes.shape[0], self.codes.shape[1])
+
+    @property
+    def symmetric(self) -> bool:
+        return self.zero_point is None
+
+
+def decode_blocks(quantized: QuantizedTensor, codes: Tensor, piece: slice) -> Tensor:
+    """float32 values of some blocks: codes uint8 [blocks, elements], `piece` their place among all blocks.
+
+    The product is rounded once, to the scale's dtype, exactly as compressed-tensors does.
+    """
+    scale = quantized.scale.reshape(-1, 1)[piece]
+    values = codes.to(torch.float32)
+    if quantized.zero_point is None:
+        values.sub_(1 << (quantized.bits - 1))
+    else:
+        values.sub_(quantized.zero_point.reshape(-1, 1)[piece])
+    values.mul_(scale)
+    return values if scale.dtype is torch.float32 else values.to(scale.dtype).to(torch.float32)
+
+
+def dequantize(quantized: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
+    """[out, in] weight that the codes stand for, in the scale's dtype, equal to a stock loader's bit for bit.
+
+    `dtype` casts the result.
+    """
+    codes = to_blocks(quantized.codes, quantized.block)
+    weight = torch.empty(codes.shape, dtype=dtype or quantized.scale.dtype)
+
+    def work(piece: slice) -> None:
+        weight[piece] = decode_blocks(quantized, codes[piece], piece)
+
+    for_pieces(work, *codes.shape)
+    return from_blocks(weight, quantized.block, quantized.shape)

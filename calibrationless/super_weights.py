@@ -1,0 +1,264 @@
+"""Detection: from what one prompt showed to a list of super weights, with the evidence for each.
+
+A super weight writes one enormous value, the *super activation*, into one channel of the residual
+stream at one token, where it stays for many layers. Every threshold below is relative, because
+magnitudes differ by a factor of a thousand between models (SmolLM2: 24,000; Gemma: 3,000; OLMo: 40):
+
+    spike         the largest output of a layer's down projection is at least 20 times the median
+                  of its token, and so is the input behind it
+    written       the residual stream changes at that channel by at least half of what it then
+                  holds, and by a tenth of the most that channel ever holds
+    stands out    the new value is at least 20 times the median of its token
+    stays         it keeps half its size and its sign at that token for a quarter of the layers
+                  that follow (at least one)
+    share         single terms x[col] * W[row, col] that make at least 10 % of the output
+
+What passes is a *creator*, if the channel held less than a quarter of the value before; an *amplifier* if
+it held more. Lesser terms of the same output are *companions*. Terms that take the value away again in
+a late layer are *cancellers*: their outputs spike just as high, which is what fools a fixed threshold,
+and pruning them hardly matters.
+
+Then the found weights are left out and the prompt runs again, until no new spike appears: a second super
+weight can hide behind the first. Last, each is left out alone and the change of the model's predictions
+is its score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from calibrationless.records import LinearRecord, Probe, Scalar
+
+__all__ = ["Detection", "LayerSpike", "SuperActivation", "SuperWeight", "detect"]
+
+SPIKE = 20.0
+WRITTEN = 0.5
+OF_CHANNEL = 0.1
+STAYS = 0.25
+SHARE = 0.1
+NEW = 0.25
+ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class SuperWeight:
+    """One scalar and why it is on the list.
+
+    name, row, col: the weight `name`[row = output channel, col = input channel], `value` its value.
+    role: creator, companion, amplifier or canceller.
+    input, output: the activation x[col] that meets it and the output y[row] that it dominates.
+    share: part of y[row] that is x[col] * value. residual: what channel `row` then holds.
+    kl: mean KL divergence, in nats, of the predictions on the prompt when it is left out.
+    loss: change of the mean cross entropy of the prompt's own tokens, in nats.
+    """
+
+    name: str
+    layer: int
+    row: int
+    col: int
+    value: float
+    role: str
+    token: int
+    input: float
+    output: float
+    share: float
+    residual: float
+    kl: float = 0.0
+    loss: float = 0.0
+
+    @property
+    def scalar(self) -> Scalar:
+        return Scalar(self.name, self.row, self.col)
+
+
+@dataclass(frozen=True)
+class SuperActivation:
+    """A channel of the residual stream that holds one enormous value.
+
+    born, gone: the layer that writes it and the layer after which less than half is left (None: it
+    reaches the end). magnitudes: |value| of the channel when it enters layer 0, and after each layer.
+    """
+
+    channel: int
+    token: int
+    value: float
+    born: int
+    gone: int | None
+    magnitudes: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class LayerSpike:
+    """Largest |input| and |output| of a layer's down projections: a point of the paper's Figure 3."""
+
+    layer: int
+    name: str
+    input: float
+    input_channel: int
+    output: float
+    output_channel: int
+
+
+@dataclass(frozen=True)
+class Detection:
+    """super_weights: creators, then amplifiers, then companions, each by layer. cancellers: for information.
+
+    probe: what the first pass saw, for what comes after detection (None in one made by hand).
+    """
+
+    super_weights: tuple[SuperWeight, ...] = ()
+    cancellers: tuple[SuperWeight, ...] = ()
+    super_activations: tuple[SuperActivation, ...] = ()
+    layers: tuple[LayerSpike, ...] = ()
+    rounds: int = 0
+    probe: Probe | None = field(default=None, compare=False, repr=False)
+
+
+def _reach(probe: Probe, channel: int) -> float:
+    """The most that a channel of the residual stream ever holds."""
+    return max(abs(float(state.values[channel])) for state in probe.residual[1:])
+
+
+def _stays(probe: Probe, layer: int, channel: int, token: int, value: float) -> int:
+    """Number of layers after `layer` through which the channel keeps half of `value` at that token."""
+    kept = 0
+    for state in probe.residual[layer + 2 :]:
+        if int(state.tokens[channel]) != token or float(state.values[channel]) / value < 0.5:
+            break
+        kept += 1
+    return kept
+
+
+def _terms(
+    name: str, layer: int, record: LinearRecord, token: int, residual: float, role: str, lesser: str
+) -> list[SuperWeight]:
+    return [
+        SuperWeight(
+            name=name,
+            layer=layer,
+            row=record.output.channel,
+            col=term.col,
+            value=term.weight,
+            role=role if index == 0 else lesser,
+            token=token,
+            input=term.input,
+            output=record.output.value,
+            share=term.share,
+            residual=residual,
+        )
+        for index, term in enumerate(record.contributions)
+        if term.share >= SHARE
+    ]
+
+
+def _find(
+    probe: Probe, downs: Mapping[str, int], reach: Mapping[int, float]
+) -> tuple[list[SuperWeight], list[SuperWeight]]:
+    """(creators and their kin, cancellers) of one pass. reach: what channels held in an earlier pass."""
+    made: list[SuperWeight] = []
+    undone: list[SuperWeight] = []
+    depth = len(probe.residual) - 1
+    for name, layer in downs.items():
+        record = probe.linears.get(name)
+        if record is None or record.output.ratio < SPIKE or record.input.ratio < SPIKE:
+            continue
+        channel = record.output.channel
+        entering, leaving = probe.residual[layer], probe.residual[layer + 1]
+        token = int(leaving.tokens[channel])
+        held, after = float(entering.values[channel]), float(leaving.values[channel])
+        before = held if int(entering.tokens[channel]) == token else 0.0
+        enough = OF_CHANNEL * max(_reach(probe, channel), reach.get(channel, 0.0))
+        if abs(after) >= abs(held):
+            written = abs(after - before) >= max(WRITTEN * abs(after), enough)
+            stands_out = abs(after) >= SPIKE * float(leaving.medians[token])
+            needed = max(1, int(STAYS * (depth - 1 - layer)))
+            if written and stands_out and _stays(probe, layer, channel, token, after) >= needed:
+                role = "creator" if abs(before) < NEW * abs(after) else "amplifier"
+                made += _terms(name, layer, record, token, after, role, "companion")
+        elif abs(held) - abs(after) >= enough and record.output.value * held < 0:
+            undone += _terms(name, layer, record, token, after, "canceller", "canceller")
+    return made, undone
+
+
+def _activation(probe: Probe, weight: SuperWeight) -> SuperActivation:
+    values = [float(state.values[weight.row]) for state in probe.residual]
+    peak = max(values[weight.layer + 1 :], key=abs)
+    top = values.index(peak)
+    gone = next((i - 1 for i in range(top + 1, len(values)) if abs(values[i]) < 0.5 * abs(peak)), None)
+    return SuperActivation(weight.row, weight.token, peak, weight.layer, gone, tuple(map(abs, values)))
+
+
+def _spikes(probe: Probe, downs: Mapping[str, int]) -> tuple[LayerSpike, ...]:
+    best: dict[int, LayerSpike] = {}
+    for name, layer in downs.items():
+        record = probe.linears.get(name)
+        if record is None:  # an expert that no token visited
+            continue
+        spike = LayerSpike(
+            layer, name, abs(record.input.value), record.input.channel, abs(record.output.value), record.output.channel
+        )
+        if layer not in best or spike.output > best[layer].output:
+            best[layer] = spike
+    return tuple(best[layer] for layer in sorted(best))
+
+
+def _score(base: Tensor, pruned: Tensor, tokens: Tensor) -> tuple[float, float]:
+    """(mean KL divergence, change of mean cross entropy) of logits [tokens, vocabulary]."""
+    before, after = base.log_softmax(dim=-1), pruned.log_softmax(dim=-1)
+    kl = float((before.exp() * (before - after)).sum(dim=-1).mean())
+    if len(tokens) < 2:
+        return max(kl, 0.0), 0.0
+    target = tokens[1:].unsqueeze(1)
+    return max(kl, 0.0), float((before[:-1].gather(1, target) - after[:-1].gather(1, target)).mean())
+
+
+def detect(run: Callable[[Sequence[Scalar], bool], Probe], downs: Mapping[str, int], tokens: Tensor) -> Detection:
+    """Find the super weights of a model.
+
+    run: `run(prune, record)` is one probe of the prompt with some weights left out (see `run_probe`).
+    downs: name of every watched down projection -> its layer. tokens: int64 [tokens], the prompt.
+    Raises ValueError where the model's output is not finite: nothing can be concluded from it.
+    """
+    base = run((), True)
+    if not bool(torch.isfinite(base.logits).all()):
+        raise ValueError("the model's output on the prompt is NaN or infinite")
+    found, cancellers = _find(base, downs, {})
+    reach = {weight.row: _reach(base, weight.row) for weight in found}
+    ignored = {weight.scalar for weight in cancellers}
+    signs = {weight.row: weight.residual > 0 for weight in found}
+    rounds = 1
+    while found and rounds < ROUNDS:
+        probe = run([weight.scalar for weight in found], True)
+        rounds += 1
+        known = ignored | {weight.scalar for weight in found}
+        new = [
+            replace(weight, role="companion")
+            for weight in _find(probe, downs, reach)[0]
+            # Without a super activation, the layers that used to cancel it write its mirror image.
+            if weight.scalar not in known and signs.get(weight.row) == (weight.residual > 0)
+        ]
+        if not new:
+            break
+        found += new
+    scored = []
+    for weight in found:
+        kl, loss = _score(base.logits, run([weight.scalar], False).logits, tokens)
+        scored.append(replace(weight, kl=kl, loss=loss))
+    activations: dict[int, SuperActivation] = {}
+    for weight in found:
+        if weight.role in ("creator", "amplifier"):
+            activations.setdefault(weight.row, _activation(base, weight))
+    order = {"creator": 0, "amplifier": 1, "companion": 2}
+    scored.sort(key=lambda weight: (order[weight.role], weight.layer, -weight.share, weight.row, weight.col))
+    return Detection(
+        super_weights=tuple(scored),
+        cancellers=tuple(weight for weight in cancellers if weight.row in activations),
+        super_activations=tuple(activations.values()),
+        layers=_spikes(base, downs),
+        rounds=rounds,
+        probe=base,
+    )

@@ -1,0 +1,78 @@
+"""swquant: compress large language models without calibration data.
+
+    import swquant
+
+    found = swquant.detect("model")                      # super weights, from one prompt
+    result = swquant.compress("model", "model-w4-b128")  # 4-bit checkpoint, super weights kept
+    model = swquant.load(result.path)                    # a transformers model, every outlier restored
+
+Names are loaded when they are first used: `swquant --help` should not wait for torch. A verb is a function here and a
+folder beside this file; the function has the name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from swquant.version import __version__
+
+if TYPE_CHECKING:
+    from exporters.errors import SwquantError
+    from swquant.api import compress, detect, evaluate, export, generate, inspect, load, study, verify
+    from swquant.compress.options import CompressOptions
+    from swquant.export.onnx.options import ExportOptions
+    from swquant.study.options import StudyOptions
+
+_HOMES = {
+    "compress": "swquant.api",
+    "detect": "swquant.api",
+    "evaluate": "swquant.api",
+    "export": "swquant.api",
+    "generate": "swquant.api",
+    "inspect": "swquant.api",
+    "load": "swquant.api",
+    "study": "swquant.api",
+    "verify": "swquant.api",
+    "CompressOptions": "swquant.compress.options",
+    "ExportOptions": "swquant.export.onnx.options",
+    "StudyOptions": "swquant.study.options",
+    "SwquantError": "exporters.errors",
+}
+
+__all__ = [
+    "CompressOptions",
+    "ExportOptions",
+    "StudyOptions",
+    "SwquantError",
+    "__version__",
+    "compress",
+    "detect",
+    "evaluate",
+    "export",
+    "generate",
+    "inspect",
+    "load",
+    "study",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'swquant' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+class _Face(ModuleType):
+    """Whoever imports `swquant.detect.found` first makes Python bind the folder `detect` to this module's name: it must stay
+    the function."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Face

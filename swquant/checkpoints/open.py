@@ -1,0 +1,71 @@
+"""`open_checkpoint`: from what a user types to a checkpoint.
+
+a folder with swquant/manifest.json   CompressedCheckpoint; OnnxCheckpoint where it has model.onnx, too
+a folder with config.json             SafetensorsCheckpoint
+a file that ends in .gguf             GgufCheckpoint
+OWNER/NAME                            fetched from the hub (safetensors only), then a folder
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from exporters.errors import SwquantError, first_line
+from swquant.checkpoints.base import Checkpoint
+from swquant.checkpoints.compressed import CompressedCheckpoint
+from swquant.checkpoints.gguf import GgufCheckpoint
+from swquant.checkpoints.manifest import MANIFEST
+from swquant.checkpoints.onnx import GRAPH, OnnxCheckpoint
+from swquant.checkpoints.safetensors import COMPANIONS, SafetensorsCheckpoint
+
+__all__ = ["open_checkpoint"]
+
+
+def open_checkpoint(
+    model: str | os.PathLike[str],
+    *,
+    restored: bool = True,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Checkpoint:
+    """Open a folder, a .gguf file or a hub id. Raises SwquantError with the remedy for anything else.
+
+    restored: for a compressed checkpoint, whether outliers are laid back while reading.
+    """
+    path = Path(model)
+    if os.path.isfile(path):  # unlike Path.is_file, no error for a name that is too long
+        if path.suffix.lower() != ".gguf":
+            raise SwquantError(
+                f"{path.name}: neither a folder nor a .gguf file; give the folder that holds config.json"
+            )
+        return GgufCheckpoint(path)
+    if os.path.isdir(path):
+        if (path / MANIFEST).is_file() and (path / GRAPH).is_file():
+            return OnnxCheckpoint(path, restored=restored, trust_remote_code=trust_remote_code)
+        if (path / MANIFEST).is_file():
+            return CompressedCheckpoint(path, restored=restored, trust_remote_code=trust_remote_code)
+        if not any(path.iterdir()):
+            raise SwquantError(
+                f"{model}: the folder is empty; give a folder saved by save_pretrained(), or a .gguf file"
+            )
+        return SafetensorsCheckpoint(path, trust_remote_code=trust_remote_code)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+        folder = _fetch(str(model), revision)
+        return SafetensorsCheckpoint(folder, name=str(model).rpartition("/")[2], trust_remote_code=trust_remote_code)
+    raise SwquantError(f"{model}: no such folder or file that can be read, and not a hub id (OWNER/NAME)")
+
+
+def _fetch(repository: str, revision: str | None) -> Path:
+    """A hub repository's folder on this machine. Only safetensors and text files are fetched, never pickle."""
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.json", *COMPANIONS]
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises a zoo of network and HTTP errors
+        raise SwquantError(
+            f"{repository}: not a folder here, and the hub did not give it ({first_line(error)}); check the name and the network, "
+            "or give a local folder"
+        ) from None

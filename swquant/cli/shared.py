@@ -1,0 +1,89 @@
+"""What all commands share: the consoles, the arguments that several of them take, and JSON output."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from exporters.errors import SwquantError
+from swquant.compress.options import CompressOptions
+from swquant.declared import option_help
+
+if TYPE_CHECKING:
+    from swquant.progress import Progress
+
+__all__ = [
+    "CheckpointArgument",
+    "JsonOption",
+    "LowMemoryOption",
+    "ModelArgument",
+    "PromptOption",
+    "RestoreOption",
+    "SourceArgument",
+    "TrustOption",
+    "err",
+    "make_progress",
+    "out",
+    "print_json",
+    "text_of",
+]
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+SourceArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A Hugging Face folder, a .gguf file or a hub id (OWNER/NAME).", show_default=False
+    ),
+]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A Hugging Face folder, a .gguf file, a hub id (OWNER/NAME) or a compressed checkpoint.",
+        show_default=False,
+    ),
+]
+CheckpointArgument = Annotated[
+    Path, typer.Argument(metavar="OUT", help="A folder made by `swquant compress`.", show_default=False)
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+LowMemoryOption = Annotated[
+    bool, typer.Option("--low-memory", help="Probe with one layer's weights in memory at a time.")
+]
+PromptOption = Annotated[str, typer.Option("--prompt", help=option_help("prompt", CompressOptions))]
+RestoreOption = Annotated[
+    bool,
+    typer.Option("--restore/--no-restore", help="Lay the sidecar's outliers back, or see what a stock loader sees."),
+]
+
+
+def make_progress(as_json: bool) -> Progress:
+    """What reports progress on stderr; with --json nothing does."""
+    from swquant.progress import Progress
+    from swquant.terminal.console import Terminal
+
+    return Progress() if as_json else Terminal(err)
+
+
+def text_of(path: Path) -> str:
+    """The text of a file given by the user."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SwquantError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise SwquantError(f"{path}: not UTF-8 text; give a plain text file") from None
+
+
+def print_json(content: Any) -> None:
+    """One document on stdout, for machines: whatever the width of the terminal, nothing wraps it."""
+    sys.stdout.write(json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    sys.stdout.flush()  # a reader that went away is noticed here, not when Python ends

@@ -1,0 +1,154 @@
+"""The block of a tensor, or why it stays dense."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from calibrationless import Block, Flat, Group, Tile, block_elements, fit
+from exporters import compressed_tensors
+from exporters.errors import SwquantError
+from swquant.checkpoints.base import Checkpoint, Stored
+from swquant.compress.options import CompressOptions
+from swquant.models.architecture import Architecture, LinearWeight
+
+__all__ = ["check_patterns", "choose_block", "dense_dtype", "expert_block"]
+
+# Weights in a block that may hold a super weight, at 4 bits: beyond a few hundred, the step that represents it rounds all its
+# neighbours to zero. Each further bit halves the step and doubles the limit.
+MAX_BLOCK_WITH_SUPER_WEIGHT = 512
+
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def matches(pattern: str, name: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) if "*" in pattern else pattern in name
+
+
+def check_patterns(patterns: Sequence[str], names: Iterable[str]) -> None:
+    """Raise SwquantError for a --dense pattern that matches nothing."""
+    known = tuple(names)
+    for pattern in patterns:
+        if not any(matches(pattern, name) for name in known):
+            raise SwquantError(f"--dense {pattern!r} matches no tensor; names look like {known[len(known) // 2]}")
+
+
+def dense_dtype(checkpoint: Checkpoint, stored: Stored, options: CompressOptions) -> torch.dtype:
+    """What a tensor's unrounded values, or its scales, are stored as. GGUF values are decoded to float32, which nobody
+    wants on disk; others keep their dtype unless an option says otherwise."""
+    if stored.dtype not in _FLOATS:
+        return stored.dtype
+    return options.parsed_dtype or (torch.bfloat16 if checkpoint.kind == "gguf" else stored.dtype)
+
+
+def choose_block(
+    name: str,
+    stored: Stored,
+    linear: LinearWeight | None,
+    points: Sequence[tuple[int, int]],
+    architecture: Architecture,
+    options: CompressOptions,
+) -> Block | str:
+    """The block of a tensor, or why it stays dense."""
+    if linear is None:
+        return architecture.dense.get(name, "unknown")
+    if pattern := next((pattern for pattern in options.dense if matches(pattern, name)), None):
+        return f"--dense {pattern}"
+    if stored.dtype not in _FLOATS:
+        return f"stored as {str(stored.dtype).removeprefix('torch.')}"
+    if linear.kind == "conv1d":
+        return "Conv1D, which compressed-tensors cannot pack (it knows nn.Linear)"
+    if linear.kind == "custom":
+        return "a linear layer with a forward of its own, which stock loaders cannot decode"
+    if linear.kind == "fused":
+        return "experts fused in one 3-D tensor: compressed-tensors has no name for a slice"
+    shape = (stored.shape[0], stored.shape[1])
+    block = fit(options.parsed_block, shape)
+    if block is None or (options.strict_block and block != options.parsed_block):
+        problem = f"block {options.block_name} does not divide {_dimension(options.parsed_block, shape)} of {name}"
+        if options.strict_block:
+            raise SwquantError(f"{problem}; use {remedy(options.parsed_block, shape)}")
+        return f"{problem} and no power of two from 16 does"
+    if compressed_tensors.express(block, shape) is None:
+        raise SwquantError(
+            f"block {block} straddles the rows of {name} {list(shape)}, which compressed-tensors cannot store; "
+            f"use {remedy(Group(128), shape)}, or a flat block that is a multiple of {shape[1]}"
+        )
+    if points and block_elements(block, shape) > _limit(options):
+        return (
+            f"holds a super weight, which a block of {block_elements(block, shape)} weights cannot represent for loaders "
+            f"that ignore the sidecar (limit {_limit(options)})"
+        )
+    return block
+
+
+def _limit(options: CompressOptions) -> int:
+    return MAX_BLOCK_WITH_SUPER_WEIGHT << max(0, options.bits - 4)
+
+
+_EXPERTS = "transformers loads a mixture only if all its experts are packed with one symmetric scheme"
+
+
+def expert_block(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    found: Mapping[str, Sequence[tuple[int, int]]],
+    options: CompressOptions,
+) -> Block | None:
+    """The one block that all experts share, None where there are no experts. Raises SwquantError where there cannot be one:
+    a checkpoint whose experts are partly dense does not load."""
+    names = [name for name, linear in architecture.weights.items() if linear.kind == "expert"]
+    if not names:
+        return None
+    if not options.symmetric:
+        raise SwquantError(f"{_EXPERTS}; use --symmetric")
+    for pattern in options.dense:
+        if matched := next((name for name in names if matches(pattern, name)), None):
+            raise SwquantError(f"--dense {pattern} matches {matched}, but {_EXPERTS}; give a narrower pattern")
+    if odd := next((name for name in names if checkpoint.tensors[name].dtype not in _FLOATS), None):
+        raise SwquantError(
+            f"{odd} is stored as {checkpoint.tensors[odd].dtype}, but {_EXPERTS}; convert it to bfloat16"
+        )
+    shapes = [(checkpoint.tensors[name].shape[0], checkpoint.tensors[name].shape[1]) for name in names]
+    common = (math.gcd(*(out for out, _ in shapes)), math.gcd(*(inputs for _, inputs in shapes)))
+    block = fit(options.parsed_block, common)
+    carried = {compressed_tensors.express(block, shape) for shape in shapes} if block else {None}
+    if block is None or len(carried) > 1 or None in carried:
+        raise SwquantError(
+            f"block {options.block_name} cannot be the same for experts of {common[1]} common inputs, but {_EXPERTS}; "
+            f"use {remedy(options.parsed_block, common)}"
+        )
+    if options.strict_block and block != options.parsed_block:
+        raise SwquantError(
+            f"block {options.block_name} does not divide {names[0]}; use {remedy(options.parsed_block, common)}"
+        )
+    for name, shape in zip(names, shapes, strict=True):
+        if found.get(name) and block_elements(block, shape) > _limit(options):
+            raise SwquantError(
+                f"{name} holds a super weight, which a block of {block_elements(block, shape)} weights cannot represent, but "
+                f"{_EXPERTS}; use a block of at most {_limit(options)} weights, for example --block 128"
+            )
+    return block
+
+
+def _dimension(block: Block, shape: tuple[int, int]) -> str:
+    match block:
+        case Flat():
+            return f"the {shape[0] * shape[1]} weights"
+        case Tile():
+            return f"shape {list(shape)}"
+        case _:
+            return f"in_features {shape[1]}"
+
+
+def remedy(block: Block, shape: tuple[int, int]) -> str:
+    """Sizes near the one asked for that do divide the inputs, and `channel`."""
+    size = block.cols if isinstance(block, Tile) else getattr(block, "size", 128)
+    divisors = [number for number in range(16, shape[1] + 1) if shape[1] % number == 0]
+    below = [number for number in divisors if number <= size][-1:]
+    above = [number for number in divisors if number > size][:1]
+    return ", ".join(map(str, below + above)) + (" or channel" if below + above else "channel")

@@ -1,0 +1,201 @@
+"""The options of `compress`, declared once: the command line shows these texts, the manifest records these values.
+
+An option's fingerprint, together with the source's, identifies a result: equal fingerprints, equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from exporters.errors import SwquantError
+from swquant.declared import described
+from swquant.detect.prompt import DEFAULT_PROMPT
+from swquant.units import parse_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+    from calibrationless import Block, Clip
+
+__all__ = ["PRESETS", "CompressOptions"]
+
+# What each preset refines the rounding with.
+PRESETS = {"fast": "none", "balanced": "prompt", "best": "self"}
+
+
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+_ACTIVATIONS = {
+    "activations": ("none", "int8"),
+    "activation_scale": ("per-token", "per-tensor"),
+    "activation_range": ("dynamic", "static"),
+}
+
+
+@dataclass(frozen=True)
+class CompressOptions:
+    """What `compress` can be told. Raises SwquantError for values that make no sense, alone or together."""
+
+    bits: int = described(4, "Bits per weight, 2 to 8. vLLM's kernels take 4 and 8.")
+    block: str | None = described(
+        None,
+        "Weights that share a scale: 128, 64x64, channel, tensor or flat:512; 128, or channel for 8 bits and int8 activations.",
+    )
+    symmetric: bool = described(True, "Signed-maximum scale without zero point, or min/max with one.")
+    preset: str = described(
+        "balanced",
+        "fast (rounding alone), balanced (scales searched with one prompt) or best (with text the model writes).",
+    )
+    refine: str | None = described(
+        None, "What rounding is refined with: none, prompt or self; the preset's by default."
+    )
+    texts: int = described(
+        16, "Texts of 256 tokens that the model writes itself for --refine self; more are better and take longer."
+    )
+    clip: str = described("none", "Cut each block's outliers, then round plainly: z=9, iqr=3, quantile=0.999 or none.")
+    restore: bool = described(True, "Keep super weights and outliers exactly, in the sidecar.")
+    outliers: float | None = described(
+        None, "Fraction of each tensor kept in the sidecar, by the error it costs; 0.0005, or 0 with --refine none."
+    )
+    bits_budget: float | None = described(
+        None,
+        "Stored bits per weight, on average: each tensor gets bits by what rounding it does to the model's own text.",
+    )
+    dense: tuple[str, ...] = described(
+        (), "Leave tensors whose name contains PATTERN (or matches a * glob) alone; repeatable."
+    )
+    strict_block: bool = described(
+        False, "Fail where the block does not divide a tensor, instead of taking a smaller one."
+    )
+    activations: str = described("none", "Round the inputs of every compressed linear layer, too: none or int8.")
+    activation_scale: str | None = described(
+        None, "Activations that share a scale: per-token or, coarser, per-tensor; per-token, or per-tensor if static."
+    )
+    activation_range: str | None = described(
+        None, "Where their scale comes from: dynamic (each input's own) or static (the one prompt); dynamic."
+    )
+    dtype: str = described("auto", "Of dense tensors and scales: auto (the source's), bfloat16, float16 or float32.")
+    shard_size: str = described("5GB", "Largest size of one file of weights.")
+    prompt: str = described(DEFAULT_PROMPT, "The one prompt that detection runs.")
+    seed: int = described(
+        0, "Of the text that the model writes for --refine self and --bits-budget; nothing else is random."
+    )
+
+    def __post_init__(self) -> None:
+        from calibrationless import check_bits  # here, not above: `swquant --help` must not wait for torch
+
+        try:
+            check_bits(self.bits)
+            self.parsed_block, self.parsed_clip  # noqa: B018 - raise on nonsense now, not after the probe
+        except ValueError as error:
+            raise SwquantError(str(error)) from None
+        if self.bits_budget is not None and self.bits != CompressOptions.bits:
+            raise SwquantError(
+                f"bits {self.bits} and a budget of {self.bits_budget:g} bits per weight contradict each other; give one of them"
+            )
+        if self.preset not in PRESETS:
+            raise SwquantError(f"preset {self.preset!r} is not one of: {', '.join(PRESETS)}")
+        if self.refine is not None and self.refine not in PRESETS.values():
+            raise SwquantError(f"refine {self.refine!r} is not one of: {', '.join(PRESETS.values())}")
+        if self.refinement != "none" and self.parsed_clip is not None:
+            raise SwquantError(
+                f"clip {self.clip} belongs to plain rounding, and --refine {self.refine} decides itself what to cut; use one"
+            )
+        if not 1 <= self.texts <= 256:
+            raise SwquantError(f"texts {self.texts} is outside 1 to 256; 16 is the default, and 64 has helped")
+        if self.texts != CompressOptions.texts and self.refinement != "self":
+            raise SwquantError(
+                f"--texts {self.texts} is what the model writes for --refine self; add it, or --preset best"
+            )
+        if self.outliers is not None and not 0 <= self.outliers <= 0.1:
+            raise SwquantError(f"outliers {self.outliers:g} is outside 0 to 0.1; 0.0005 keeps one weight in 2,000")
+        if self.outliers and not self.restore:
+            raise SwquantError("--outliers needs the sidecar that --no-restore leaves out; use one of the two")
+        self._check_activations()
+        if self.dtype != "auto" and self.dtype not in _DTYPES:
+            raise SwquantError(f"dtype {self.dtype!r} is not one of: auto, {', '.join(_DTYPES)}")
+        if any(not pattern for pattern in self.dense):
+            raise SwquantError("an empty --dense pattern would match every tensor; name a part of a tensor's name")
+        if parse_bytes(self.shard_size) < 1_000_000:
+            raise SwquantError(f"shard size {self.shard_size} is below 1MB; the usual size is 5GB")
+
+    def _check_activations(self) -> None:
+        for name, known in _ACTIVATIONS.items():
+            if (value := getattr(self, name)) is not None and value not in known:
+                flag = "--" + name.replace("_", "-")
+                raise SwquantError(f"{flag} {value!r} is not one of: {', '.join(known)}")
+        for name in ("activation_scale", "activation_range"):
+            if self.activations == "none" and getattr(self, name) is not None:
+                flag = "--" + name.replace("_", "-")
+                raise SwquantError(
+                    f"{flag} {getattr(self, name)} says how activations are rounded, and they are not; add --activations int8"
+                )
+        if (self.activation_scale, self.activation_range) == ("per-token", "static"):
+            raise SwquantError(
+                "--activation-scale per-token cannot be static: no prompt holds the tokens to come; "
+                "use --activation-scale per-tensor or --activation-range dynamic"
+            )
+
+    @property
+    def block_name(self) -> str:
+        """The block as it is typed. Integer products of 8-bit codes want one scale for a whole row of weights."""
+        return self.block or ("channel" if self.bits == 8 and self.activations == "int8" else "128")
+
+    @property
+    def per_token(self) -> bool:
+        """Whether every token of rounded activations has a scale of its own."""
+        return (self.activation_scale or ("per-tensor" if self.static else "per-token")) == "per-token"
+
+    @property
+    def static(self) -> bool:
+        """Whether the scale of activations is that of the one prompt."""
+        return self.activation_range == "static"
+
+    @property
+    def refinement(self) -> str:
+        """none, prompt or self: what the rounding is refined with. A rule for clipping is one of plain rounding, so it chooses that."""
+        return self.refine or ("none" if self.parsed_clip else PRESETS[self.preset])
+
+    @property
+    def outlier_fraction(self) -> float:
+        """Of each tensor, beside its super weights."""
+        if self.outliers is not None:
+            return self.outliers
+        return 0.0005 if self.restore and self.refinement != "none" else 0.0
+
+    @property
+    def parsed_block(self) -> Block:
+        from calibrationless import parse_block
+
+        return parse_block(self.block_name)
+
+    @property
+    def parsed_clip(self) -> Clip | None:
+        from calibrationless import parse_clip
+
+        return parse_clip(self.clip)
+
+    @property
+    def parsed_dtype(self) -> torch.dtype | None:
+        import torch
+
+        return getattr(torch, self.dtype) if self.dtype in _DTYPES else None
+
+    @property
+    def suffix(self) -> str:
+        """What is appended to a model's name for the default OUT: `-w4-b128`, `-w8a8-bchannel`."""
+        bits = self.bits if self.bits_budget is None else f"{self.bits_budget:g}"
+        activations = "a8" if self.activations == "int8" else ""
+        return f"-w{bits}{activations}-b{self.block_name}".replace(":", "")
+
+    def as_dict(self) -> dict[str, Any]:
+        values = {**asdict(self), "block": self.block_name}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    def fingerprint(self, source: str) -> str:
+        """sha256 over the source's fingerprint and every option."""
+        return hashlib.sha256(json.dumps([source, self.as_dict()], sort_keys=True).encode()).hexdigest()

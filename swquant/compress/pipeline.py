@@ -1,0 +1,95 @@
+"""`compress`, from end to end: the only module that knows the order of things.
+
+    open -> probe and detect -> plan -> per tensor: read, round, pack, write -> sidecar, config, report, manifest -> verify -> rename
+
+Everything is written into a hidden folder beside OUT, verified there, and renamed as the last act. Whatever
+happens before that, OUT does not exist (or, with overwrite, is still the old one).
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exporters.errors import SwquantError
+from swquant.checkpoints.base import Checkpoint
+from swquant.compress.budget import bits_within
+from swquant.compress.options import CompressOptions
+from swquant.compress.plan import Plan, make_plan
+from swquant.compress.writing import Prepared, write_all
+from swquant.detect.pipeline import find_super_weights
+from swquant.output.destination import check_destination, check_space, no_space, replace, unfinished
+from swquant.output.verification import verify
+from swquant.progress import Progress, silent
+
+__all__ = ["Compressed", "compress_checkpoint", "prepare", "write"]
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A finished checkpoint and its manifest."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+
+def prepare(
+    checkpoint: Checkpoint, options: CompressOptions, *, low_memory: bool = False, progress: Progress = silent
+) -> Prepared:
+    """Probe and plan; writes nothing."""
+    if checkpoint.kind == "swquant":
+        raise SwquantError(f"{checkpoint.name}: already compressed; start from the original model")
+    with progress.step(f"Probing {checkpoint.name} with one prompt"):
+        found = find_super_weights(
+            checkpoint, options.prompt, low_memory=low_memory, folds=options.refinement != "none"
+        )
+
+    def plan_with(bits: Mapping[str, int]) -> Plan:
+        return make_plan(checkpoint, found.architecture, found.detection.super_weights, options, found.folds, bits)
+
+    bits: Mapping[str, int] = {}
+    if options.bits_budget is not None:
+        bits = bits_within(checkpoint, found, options, plan_with, low_memory=low_memory, progress=progress)
+    plan = plan_with(bits)
+    return Prepared(checkpoint, found, plan, low_memory)
+
+
+def compress_checkpoint(
+    checkpoint: Checkpoint,
+    out: Path,
+    options: CompressOptions,
+    *,
+    overwrite: bool = False,
+    low_memory: bool = False,
+    progress: Progress = silent,
+) -> Compressed:
+    """Probe, plan and write. Raises SwquantError for everything the user can mend."""
+    check_destination(out, overwrite, checkpoint)
+    return write(
+        prepare(checkpoint, options, low_memory=low_memory, progress=progress),
+        out,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def write(prepared: Prepared, out: Path, *, overwrite: bool = False, progress: Progress = silent) -> Compressed:
+    """Carry out a plan. `out` appears whole or not at all."""
+    check_destination(out, overwrite, prepared.checkpoint)
+    check_space(out, prepared.plan.nbytes)
+    try:
+        with unfinished(out) as folder:
+            manifest = write_all(prepared, folder, progress)
+            with progress.step("Verifying every byte"):
+                problems = verify(folder)
+            if problems:
+                raise SwquantError(f"{out}: the result does not verify ({problems[0]}); is the disk sound?")
+            replace(folder, out, overwrite)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise no_space(out, prepared.plan.nbytes) from None
+        raise SwquantError(f"{error.filename or out}: cannot be written ({error.strerror}); give another OUT") from None
+    return Compressed(out, manifest)

@@ -1,0 +1,141 @@
+"""`swquant/report.html` of a compressed checkpoint: what is in it, for whoever opens the folder in a year.
+
+The study's page, shorter: it says what detection found and what rounding cost, from numbers that `compress` has anyway. It
+depends on nothing but the result, so equal checkpoints have equal reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from swquant.compress.loaders import loader_table
+from swquant.detect.section import describe
+from swquant.drawing.charts import draw
+from swquant.drawing.page import facts, page, section_html
+from swquant.drawing.section import Cell, Chart, Section, Series, Table
+from swquant.units import human_bytes
+from swquant.version import __version__
+
+if TYPE_CHECKING:
+    from swquant.compress.options import CompressOptions
+    from swquant.compress.plan import Plan
+    from swquant.detect.found import Found
+
+__all__ = ["REPORT", "checkpoint_report"]
+
+REPORT = "swquant/report.html"
+_WORST = 10
+
+
+def checkpoint_report(name: str, found: Found, plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page. name: of the source. records: the manifest's of every tensor."""
+    options = plan.options
+    bits = options.bits if options.bits_budget is None else "own bits for each tensor"
+    pairs = (
+        ("source", name),
+        ("weights", f"{human_bytes(plan.source_bytes)} became {human_bytes(plan.nbytes)}"),
+        ("bits per quantized weight", f"{plan.bits_per_weight:.3f}"),
+        ("bits, block", f"{bits}, {options.block_name}, {'symmetric' if options.symmetric else 'asymmetric'}"),
+        (
+            "scales searched with",
+            {"none": "nothing", "prompt": "the one prompt"}.get(options.refinement, options.refinement),
+        ),
+        ("clipped", options.clip),
+        ("activations", _activations(options)),
+        ("kept exactly", f"super weights and {options.outlier_fraction:.2%} more" if options.restore else "nothing"),
+        *((f"loads in {loader}", verdict) for loader, verdict in loader_table(plan).items()),
+        ("made with", f"swquant {__version__}"),
+    )
+    lead = (
+        "A compressed checkpoint. Nothing here was measured on text: swquant eval compares it with the original, swquant study "
+        "makes the experiments of the paper, swquant inspect and manifest.json hold every detail.",
+    )
+    sections = (describe(found), _rounding(found, plan, records), _tensors(records))
+    drawn = {chart.name: draw(chart) for section in sections for chart in section.charts}
+    return page(f"{name}, compressed", lead, [facts(pairs), *(section_html(section, drawn) for section in sections)])
+
+
+def _activations(options: CompressOptions) -> str:
+    if options.activations == "none":
+        return "float"
+    scale = "one scale per token" if options.per_token else "one scale per tensor"
+    where = "the one prompt's" if options.static else "each input's own"
+    return f"{options.activations}, {scale}, {where}{', massive channels in float' if options.restore else ''}"
+
+
+def _rounding(found: Found, plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> Section:
+    errors = {name: float(record["relative_error"]) for name, record in records.items() if "relative_error" in record}
+    by_layer: dict[int, list[float]] = {}
+    for name, error in errors.items():
+        by_layer.setdefault(found.architecture.weights[name].layer, []).append(error)
+    layers = tuple(map(float, sorted(by_layer)))
+    values = [by_layer[layer] for layer in sorted(by_layer)]
+    chart = Chart(
+        name="rounding",
+        title="Relative error of the rounded tensors",
+        alt="Median and largest relative error of the rounded tensors of every layer.",
+        xlabel="layer",
+        ylabel="||w - q|| / ||w||",
+        series=(
+            Series("median of the layer", layers, tuple(map(median, values))),
+            Series("largest", layers, tuple(map(max, values))),
+        ),
+    )
+    worst = sorted(errors, key=lambda name: -errors[name])[:_WORST]
+    kept = sum(int(record.get("outliers", 0)) for record in records.values())
+    return Section(
+        name="rounding",
+        title="What rounding changed",
+        paper="",
+        finding=(
+            f"{len(errors)} tensors were rounded, with a median relative error of {median(errors.values()):.3g}; {kept:,} weights "
+            f"are kept exactly in the sidecar."
+        ),
+        charts=(chart,),
+        tables=(
+            Table(
+                "worst",
+                "The tensors with the largest relative errors.",
+                ("tensor", "stored as", "relative error", "largest error", "weights in the sidecar"),
+                tuple(_worst_row(name, records[name]) for name in worst),
+            ),
+            Table(
+                "safety",
+                "Super weights in rounded tensors, and what a loader sees that ignores the sidecar.",
+                ("tensor", "[row, col]", "value", "without sidecar"),
+                tuple(
+                    (name, f"[{point['row']}, {point['col']}]", float(point["value"]), float(point["without_sidecar"]))
+                    for name, record in records.items()
+                    for point in record.get("super_weights", ())
+                ),
+            ),
+        ),
+        notes=plan.notes,
+    )
+
+
+def _worst_row(name: str, record: Mapping[str, Any]) -> tuple[Cell, ...]:
+    return name, record["stored_as"], record["relative_error"], record["largest_error"], record["outliers"]
+
+
+def _tensors(records: Mapping[str, Mapping[str, Any]]) -> Section:
+    kinds: dict[str, list[int]] = {}
+    for record in records.values():
+        kinds.setdefault(record.get("stored_as") or f"dense: {record['dense']}", []).append(int(record["bytes"]))
+    dense = sum(len(sizes) for kind, sizes in kinds.items() if kind.startswith("dense: "))
+    return Section(
+        name="tensors",
+        title="How tensors are stored",
+        paper="",
+        finding=f"{len(records)} tensors, {dense} of them dense.",
+        tables=(
+            Table(
+                "schemes",
+                "One row per scheme, and per reason for staying dense.",
+                ("stored as", "tensors", "size"),
+                tuple((kind, len(sizes), human_bytes(sum(sizes))) for kind, sizes in kinds.items()),
+            ),
+        ),
+    )

@@ -1,0 +1,136 @@
+"""Detection on a checkpoint: bring up the model, run the prompt, ask `calibrationless.detect`.
+
+The pass runs in float32 on one thread. Ten tokens cost little, and the evidence in the manifest is then the
+same on any number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from calibrationless import Probe, Scalar, detect, run_probe
+from exporters.errors import SwquantError
+from swquant.checkpoints.base import Checkpoint
+from swquant.detect.folds import find_folds
+from swquant.detect.found import Found
+from swquant.detect.prompt import DEFAULT_PROMPT
+from swquant.detect.published import published_for
+from swquant.models.architecture import Architecture, describe
+from swquant.models.loading import build_model, offloaded_model, quiet
+from swquant.models.memory import fits_in_memory
+
+__all__ = ["find_super_weights", "probed_model", "prompt_tokens", "run_text", "watchable"]
+
+# Evidence needs one short prompt; a longer one costs memory and finds the same.
+MAX_PROMPT_TOKENS = 512
+
+
+def prompt_tokens(checkpoint: Checkpoint, prompt: str) -> tuple[int, ...]:
+    """Token ids of the prompt with the special tokens the tokenizer adds by itself. Super activations sit on the first
+    token, whichever that is. Raises SwquantError for an empty or overlong prompt."""
+    with quiet():
+        ids = checkpoint.tokenizer()(prompt)["input_ids"]
+    if not 1 <= len(ids) <= MAX_PROMPT_TOKENS:
+        raise SwquantError(f"the prompt has {len(ids)} tokens; give 1 to {MAX_PROMPT_TOKENS} (about 10 are enough)")
+    return tuple(ids)
+
+
+@contextmanager
+def probed_model(checkpoint: Checkpoint, low_memory: bool) -> Iterator[PreTrainedModel]:
+    """The model in float32, its weights left in their files where they do not fit in memory or `low_memory` asks for it."""
+    if low_memory or (checkpoint.kind == "safetensors" and not fits_in_memory(checkpoint, torch.float32)):
+        with offloaded_model(checkpoint, torch.float32) as model:
+            yield model
+    else:
+        yield build_model(checkpoint, torch.float32)
+
+
+@contextmanager
+def watchable(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model runs on one thread, and its experts one after the other, as plain products: the fused kernels cannot
+    be watched."""
+    threads, experts = torch.get_num_threads(), getattr(model.config, "_experts_implementation", None)
+    torch.set_num_threads(1)
+    model.config._experts_implementation = "eager"
+    try:
+        yield
+    finally:
+        model.config._experts_implementation = experts
+        torch.set_num_threads(threads)
+
+
+def run_text(model: PreTrainedModel, architecture: Architecture, tokens: torch.Tensor, **options: Any) -> Probe:
+    """One pass of int64 [texts, tokens]. options: those of `run_probe`. Its logits are [texts, tokens, vocabulary]."""
+    return run_probe(
+        model,
+        lambda: model(input_ids=tokens, use_cache=False).logits,
+        architecture.watches,
+        architecture.layers,
+        **options,
+    )
+
+
+def find_super_weights(
+    checkpoint: Checkpoint,
+    prompt: str = DEFAULT_PROMPT,
+    *,
+    low_memory: bool = False,
+    model: PreTrainedModel | None = None,
+    folds: bool = False,
+) -> Found:
+    """Find the super weights of a checkpoint with forward passes of one prompt.
+
+    low_memory: keep one module's weights in memory at a time (chosen by itself for models that take more than half of
+    the free memory in float32). model: the checkpoint's model in float32, where it is in memory anyway. folds: also find out
+    which norms can take over a scaling of weights.
+    Raises SwquantError where the prompt, the tokenizer or the weights are unusable.
+    """
+    ids = prompt_tokens(checkpoint, prompt)
+    architecture = describe(checkpoint)
+    tokens = torch.tensor(ids)
+    with ExitStack() as stack:
+        if model is None:
+            model = stack.enter_context(probed_model(checkpoint, low_memory))
+        probed = model
+        stack.enter_context(watchable(probed))
+        vocabulary = probed.get_input_embeddings().get_parameter("weight").shape[0]
+        if max(ids) >= vocabulary:
+            raise SwquantError(
+                f"{checkpoint.name}: the tokenizer produced token {max(ids)}, the model knows 0 to {vocabulary - 1}; "
+                "the tokenizer belongs to another model"
+            )
+
+        def run(
+            prune: Sequence[Scalar] = (), record: bool = False, scales: Mapping[str, torch.Tensor] | None = None
+        ) -> Probe:
+            probe = run_text(probed, architecture, tokens.unsqueeze(0), prune=prune, scales=scales, record=record)
+            return replace(probe, logits=probe.logits[0])
+
+        try:
+            detection = detect(run, architecture.downs, tokens)
+        except ValueError as error:
+            raise SwquantError(f"{checkpoint.name}: {error}; check the weights (NaN, Inf) and the prompt") from None
+        assert detection.probe is not None
+        foldable = (
+            find_folds(checkpoint, architecture, detection.probe, lambda scales: run(scales=scales).logits)
+            if folds
+            else ()
+        )
+    unseen = [
+        watch.name
+        for watch in architecture.watches
+        if watch.expert is None and watch.name not in detection.probe.linears
+    ]
+    if unseen:
+        raise SwquantError(
+            f"{checkpoint.name}: the probe did not see the product of {unseen[0]} (of {len(unseen)}); "
+            "this architecture multiplies in a way that swquant does not know"
+        )
+    words = tuple(checkpoint.tokenizer().convert_ids_to_tokens(list(ids)))
+    return Found(detection, architecture, prompt, ids, words, foldable, published_for(checkpoint))

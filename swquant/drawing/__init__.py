@@ -1,0 +1,1 @@
+"""Tables, charts and pages as plain data, and how they are drawn. No model, no verb."""

@@ -1,0 +1,1 @@
+"""`eval` and `generate`: a model run on text."""

@@ -1,0 +1,242 @@
+"""Perplexity of a model on a text and, against the original, KL divergence and top-1 agreement.
+
+The protocol, in full, because perplexities with different ones do not compare:
+
+- The text is tokenized once, as it stands, without special tokens. `<unk>` in WikiText is left as the text that it is.
+- It is cut into windows of `window` tokens that do not overlap; the last one may be shorter.
+- If the tokenizer by itself begins a text with a BOS token, every window does too; then all tokens of a window are
+  predicted, otherwise all but its first.
+- Perplexity is exp of the mean negative log-likelihood over all predicted tokens of all windows.
+- KL(original || model) and agreement of the most likely token are means over the same positions.
+- Everything is computed in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from exporters.errors import SwquantError
+from swquant.checkpoints.base import Checkpoint
+from swquant.checkpoints.onnx import OnnxCheckpoint
+from swquant.models.loading import quiet, running_model
+from swquant.models.onnx_model import OnnxModel
+from swquant.progress import Progress, silent
+
+__all__ = [
+    "Evaluation",
+    "Score",
+    "Windows",
+    "evaluate_model",
+    "fit_window",
+    "generate_text",
+    "make_windows",
+    "perplexity_of",
+    "runnable_model",
+    "score_window",
+    "window_logits",
+]
+
+# Rows of logits whose log-softmax is held at a time: 256 rows of 262,144 words take 268 MB.
+_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """tokens: predicted positions. kl (nats) and top1 (0 to 1) are None without an original to compare with."""
+
+    perplexity: float
+    tokens: int
+    windows: int
+    kl: float | None = None
+    top1: float | None = None
+    original_perplexity: float | None = None
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token ids cut as described above. bos: the id that every window begins with, None if there is none."""
+
+    ids: tuple[Tensor, ...]
+    bos: int | None
+
+    @property
+    def predicted(self) -> int:
+        return sum(len(ids) - (self.bos is None) for ids in self.ids)
+
+    def same_as(self, other: Windows) -> bool:
+        return self.bos == other.bos and [ids.tolist() for ids in self.ids] == [ids.tolist() for ids in other.ids]
+
+
+def make_windows(checkpoint: Checkpoint, text: str, window: int, limit: int | None = None) -> Windows:
+    """Cut a text. limit: at most so many windows. Raises SwquantError for a text too short to predict anything."""
+    if window < 2:
+        raise SwquantError(f"a window of {window} tokens predicts nothing; use 2048, or what the model takes")
+    if limit is not None and limit < 1:
+        raise SwquantError(f"a limit of {limit} windows leaves nothing to evaluate; give 1 or more, or none")
+    tokenizer = checkpoint.tokenizer()
+    with quiet():
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        with_special = tokenizer("a")["input_ids"]
+    bos = tokenizer.bos_token_id
+    if bos is None or not with_special or with_special[0] != bos:
+        bos = None
+    pieces = [torch.tensor(ids[start : start + window]) for start in range(0, len(ids), window)]
+    pieces = [piece for piece in pieces[:limit] if len(piece) > (bos is None)]
+    if not pieces:
+        raise SwquantError(f"the text has {len(ids)} tokens, too few to predict any; give a longer one")
+    return Windows(tuple(pieces), bos)
+
+
+def fit_window(checkpoint: Checkpoint, window: int) -> int:
+    """`window`, or as many tokens as the model takes with one more in front."""
+    config = checkpoint.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 30
+    return min(window, int(context) - 1)
+
+
+def runnable_model(checkpoint: Checkpoint) -> PreTrainedModel | OnnxModel:
+    """The model in float32; an ONNX graph in what it was exported for."""
+    if isinstance(checkpoint, OnnxCheckpoint):
+        return OnnxModel.open(checkpoint.graph, checkpoint.config, checkpoint.end_tokens)
+    return running_model(checkpoint, torch.float32)
+
+
+def window_logits(model: PreTrainedModel | OnnxModel, ids: Tensor, bos: int | None) -> tuple[Tensor, Tensor]:
+    """(logits [n, vocabulary], targets int64 [n]) of one window."""
+    inputs = ids if bos is None else torch.cat([torch.tensor([bos]), ids])
+    logits = model(input_ids=inputs.unsqueeze(0), use_cache=False).logits[0, :-1]
+    return logits, inputs[1:]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sums over the predicted tokens of one window, which add up to an `Evaluation`.
+
+    nll: negative log-likelihood. kl: KL(original || model). agree: how often both have the same most likely token.
+    """
+
+    tokens: int
+    nll: float
+    kl: float = 0.0
+    agree: int = 0
+
+
+def score_window(logits: Tensor, targets: Tensor, reference: Tensor | None = None, mass: Tensor | None = None) -> Score:
+    """Score one window. logits, reference: [n, vocabulary] of the model and of the original; targets: int64 [n].
+
+    Without a reference kl and agree are 0. mass: float64 [vocabulary], to which the predicted probabilities are added.
+    """
+    nll = kl = 0.0
+    agree = 0
+    for start in range(0, len(targets), _ROWS):
+        piece = slice(start, start + _ROWS)
+        ours = _log_softmax(logits[piece])
+        nll -= float(ours.gather(1, targets[piece].unsqueeze(1)).sum(dtype=torch.float64))
+        if mass is not None:
+            mass += ours.exp().sum(dim=0, dtype=torch.float64)
+        if reference is not None:
+            theirs = _log_softmax(reference[piece])
+            agree += int((ours.argmax(dim=-1) == theirs.argmax(dim=-1)).sum())
+            # In place: fresh memory for each of the steps would cost more than the steps.
+            divergence = torch.sub(theirs, ours, out=ours).mul_(theirs.exp_())
+            kl += float(divergence.sum(dim=-1).clamp_(min=0).sum(dtype=torch.float64))
+    return Score(len(targets), nll, kl, agree)
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return logits.to(torch.float32).log_softmax(dim=-1)
+
+
+def evaluate_model(
+    checkpoint: Checkpoint,
+    text: str,
+    against: Checkpoint | None = None,
+    *,
+    window: int = 2048,
+    limit: int | None = None,
+    progress: Progress = silent,
+) -> Evaluation:
+    """Evaluate a checkpoint on a text. Raises SwquantError where text, tokenizer or vocabulary do not fit.
+
+    window: tokens per window, BOS aside; cut to what the model takes. limit: evaluate only so many windows.
+    """
+    window = fit_window(checkpoint, window)
+    windows = make_windows(checkpoint, text, window, limit)
+    if against is not None:
+        other = make_windows(against, text, window, limit)
+        if not windows.same_as(other):
+            raise SwquantError(
+                f"{checkpoint.name} and {against.name} tokenize the text differently; compare with the original"
+            )
+    scores: list[Score] = []
+    originals: list[Score] = []
+    with ExitStack() as stack, torch.no_grad():
+        with progress.step(f"Loading {checkpoint.name}"):
+            model = runnable_model(checkpoint)
+        original: PreTrainedModel | OnnxModel | None = None
+        if against is not None:
+            with progress.step(f"Loading {against.name}"):
+                original = runnable_model(against)
+            if original.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
+                raise SwquantError(
+                    f"{checkpoint.name} and {against.name} have different vocabularies; compare with the original"
+                )
+        bar = stack.enter_context(progress.tokens("Evaluating", windows.predicted))
+        for ids in windows.ids:
+            logits, targets = window_logits(model, ids, windows.bos)
+            reference = None
+            if original is not None:
+                reference, _ = window_logits(original, ids, windows.bos)
+                originals.append(score_window(reference, targets))
+            scores.append(score_window(logits, targets, reference))
+            bar.advance("", len(targets))
+    count = windows.predicted
+    for evaluated, of in ((checkpoint, scores), (against, originals)):
+        if evaluated is not None and not math.isfinite(sum(score.nll for score in of)):
+            raise SwquantError(
+                f"{evaluated.name}: the model's output is NaN or infinite on this text; its weights are damaged"
+            )
+    return Evaluation(
+        perplexity=perplexity_of(sum(score.nll for score in scores) / count),
+        tokens=count,
+        windows=len(windows.ids),
+        kl=sum(score.kl for score in scores) / count if originals else None,
+        top1=sum(score.agree for score in scores) / count if originals else None,
+        original_perplexity=perplexity_of(sum(score.nll for score in originals) / count) if originals else None,
+    )
+
+
+def perplexity_of(loss: float) -> float:
+    """exp that gives infinity instead of an error: a destroyed model has a loss of thousands."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def generate_text(
+    checkpoint: Checkpoint, prompt: str, *, tokens: int = 40, on_token: Callable[[str], None] | None = None
+) -> str:
+    """Continue a prompt greedily by at most `tokens` tokens. Returns prompt and continuation."""
+    if tokens < 1:
+        raise SwquantError(f"{tokens} tokens are nothing to generate; give 1 or more")
+    tokenizer = checkpoint.tokenizer()
+    with quiet():
+        model: Any = runnable_model(checkpoint)
+        inputs = tokenizer(prompt, return_tensors="pt")
+        if inputs["input_ids"].shape[1] == 0:
+            raise SwquantError("the prompt is empty; give some words to continue")
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        output = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=pad,
+        )
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))

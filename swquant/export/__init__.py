@@ -1,0 +1,1 @@
+"""`export`: a compressed checkpoint in the formats of other runtimes. `formats` lists them."""

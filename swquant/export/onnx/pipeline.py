@@ -1,0 +1,202 @@
+"""`export`, from end to end: a compressed checkpoint becomes an ONNX folder.
+
+    open -> torch model and its answers -> pack -> graph -> write -> run and compare -> manifest -> rename
+
+As with `compress`, everything happens in a hidden folder beside OUT, which appears under its name when it is complete and
+gives the same answers as the checkpoint. `compress --format onnx` is both: the checkpoint lives in the hidden folder.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir
+import torch
+
+from exporters.json_file import write_json
+from exporters.onnx.nodes import DOMAIN, OPERATOR, PackedWeight, stored
+from exporters.onnx.write import count_operators, save, weight_bytes
+from swquant.checkpoints.compressed import CompressedCheckpoint
+from swquant.checkpoints.manifest import write_manifest
+from swquant.compress.pipeline import write
+from swquant.compress.writing import Prepared
+from swquant.export.onnx.check import Reference, check_export, make_reference
+from swquant.export.onnx.graph import dynamo_graph, genai_graph, save_for_builder
+from swquant.export.onnx.linears import at_level_4, channels_of, pack_head, pack_weights, unsupported, watch_peaks
+from swquant.export.onnx.options import ExportOptions
+from swquant.models.loading import build_model
+from swquant.output.destination import check_destination, check_space, replace, unfinished
+from swquant.output.verification import file_table
+from swquant.progress import Progress, silent
+from swquant.version import __version__
+
+__all__ = ["Exported", "check_plan", "export_checkpoint", "write_exported"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A finished ONNX folder and its manifest."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+
+def export_checkpoint(
+    checkpoint: CompressedCheckpoint,
+    out: Path,
+    options: ExportOptions,
+    *,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Exported:
+    """Export a checkpoint that was opened with unrounded=True. `out` appears whole or not at all. Raises SwquantError."""
+    check_destination(out, overwrite, checkpoint)
+    options = options.resolved(checkpoint.manifest.get("activations") is not None)
+    with unfinished(out) as folder, tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as scratch:
+        traced = _trace(checkpoint, options, Path(scratch), progress)
+        with progress.step("Writing"):
+            check_space(out, weight_bytes(traced.graph))
+            save(traced.graph, folder)
+            checkpoint.save_companions(folder)
+            write_json(folder / "config.json", _config(checkpoint, options))
+            if (configuration := Path(scratch) / "graph/genai_config.json").is_file():
+                shutil.copyfile(configuration, folder / configuration.name)
+        with progress.step("Running it beside the checkpoint"):
+            check = check_export(folder, _deltas(traced.graph), checkpoint.config, traced.reference, options)
+        manifest = _write_manifest(checkpoint, folder, options, traced, check)
+        replace(folder, out, overwrite)
+    return Exported(out, manifest)
+
+
+def check_plan(prepared: Prepared) -> None:
+    """Raise SwquantError where what is planned could be compressed but not exported, before hours are spent on it."""
+    for tensor in prepared.plan.quantized:
+        if prepared.found.architecture.weights[tensor.name].kind != "linear":
+            raise unsupported(prepared.checkpoint.name, tensor.name)
+
+
+def write_exported(
+    prepared: Prepared, out: Path, options: ExportOptions, *, overwrite: bool = False, progress: Progress = silent
+) -> Exported:
+    """Carry out a plan and export the result; the checkpoint between the two is not kept. `out` appears whole or not at all.
+    Raises SwquantError."""
+    source = prepared.checkpoint
+    check_destination(out, overwrite, source)
+    check_plan(prepared)
+    with unfinished(out) as scratch:
+        folder = scratch / f"{source.name[:40]}{prepared.plan.options.suffix}"
+        write(prepared, folder, progress=progress)
+        with CompressedCheckpoint(folder, unrounded=True, trust_remote_code=source.trust_remote_code) as checkpoint:
+            return export_checkpoint(checkpoint, out, options, overwrite=overwrite, progress=progress)
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """What is left of the torch model: the graph, its packed weights, and its answers."""
+
+    graph: onnx_ir.Model
+    weights: Mapping[str, PackedWeight]
+    reference: Reference
+
+
+def _trace(checkpoint: CompressedCheckpoint, options: ExportOptions, scratch: Path, progress: Progress) -> _Traced:
+    dtype = torch.float16 if options.precision == "fp16" else torch.float32
+    prompt = tuple(checkpoint.manifest["detection"]["token_ids"])
+    with progress.step(f"Loading {checkpoint.name}"):
+        model = build_model(checkpoint, torch.float32)
+        weights = pack_weights(checkpoint, model, dtype)
+        head = model.get_output_embeddings().weight.detach()
+        if options.graph == "genai":
+            save_for_builder(model, scratch / "model")
+            checkpoint.save_companions(scratch / "model")
+        head_name, tied = "lm_head", False
+        if options.lm_head_bits:
+            head_name, weights_of_head, tied = pack_head(model, options.lm_head_bits, dtype)
+            weights[head_name] = weights_of_head
+        with watch_peaks(model, weights) as peaks:
+            reference = make_reference(model, prompt)
+        if options.accuracy_level:
+            weights = at_level_4(weights, peaks, channels_of(checkpoint))
+    with progress.step("Tracing the graph"):
+        if options.graph == "genai":
+
+            def dense(name: str) -> torch.Tensor:
+                return head if name == head_name else model.get_submodule(name).weight.detach()  # type: ignore[operator]
+
+            graph = genai_graph(
+                scratch / "model",
+                scratch / "graph",
+                weights,
+                dense,
+                head_name,
+                checkpoint.name,
+                half=dtype is torch.float16,
+            )
+        else:
+            model = model.half() if dtype is torch.float16 else model
+            graph = dynamo_graph(model, weights, checkpoint.name, head_name if tied else None)
+    return _Traced(graph, weights, reference)
+
+
+def _config(checkpoint: CompressedCheckpoint, options: ExportOptions) -> dict[str, Any]:
+    """The original's configuration: the weights are in the graph, so nothing of how they are quantized is left in it."""
+    left_out = ("quantization_config", "swquant", "torch_dtype")
+    config = {key: value for key, value in checkpoint.raw_config.items() if key not in left_out}
+    return {**config, "dtype": "float16" if options.precision == "fp16" else "float32"}
+
+
+def _deltas(graph: onnx_ir.Model) -> dict[str, np.ndarray]:
+    """The initializers that hold the outliers of LinearNBits nodes."""
+    nodes = [node for node in graph.graph if (node.domain, node.op_type) == (DOMAIN, OPERATOR)]
+    values = [node.inputs[6] for node in nodes if len(node.inputs) > 6]
+    return {
+        str(value.name): value.const_value.numpy()
+        for value in values
+        if value is not None and value.const_value is not None
+    }
+
+
+def _weight_record(weight: PackedWeight) -> dict[str, Any]:
+    return {
+        "shape": [weight.N, weight.K],
+        "operator": weight.operator,
+        "bits": weight.bits,
+        "block": weight.block,
+        "outliers": weight.outliers,
+        "channels": 0 if weight.channels is None else weight.channels.numel(),
+        "bytes": stored(weight).nbytes,
+    }
+
+
+def _write_manifest(
+    checkpoint: CompressedCheckpoint,
+    folder: Path,
+    options: ExportOptions,
+    traced: _Traced,
+    check: Mapping[str, Any],
+) -> dict[str, Any]:
+    (folder / "swquant").mkdir()
+    files = file_table(folder)
+    return write_manifest(
+        folder,
+        {
+            "kind": "onnx",
+            "swquant": __version__,
+            "source": {"name": checkpoint.name, "kind": checkpoint.kind, "fingerprint": checkpoint.fingerprint},
+            "options": options.as_dict(),
+            "compression": {key: checkpoint.manifest[key] for key in ("source", "options")},
+            "detection": checkpoint.manifest["detection"],
+            "check": dict(check),
+            "operators": count_operators(traced.graph),
+            "weights": {name: _weight_record(weight) for name, weight in traced.weights.items()},
+            "totals": {"bytes": sum(record["bytes"] for record in files.values())},
+            "tensors": {},
+            "files": files,
+        },
+    )

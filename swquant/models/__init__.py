@@ -1,0 +1,1 @@
+"""A checkpoint brought to life: what its modules are, transformers or ONNX Runtime that run it."""

@@ -1,0 +1,106 @@
+"""From a checkpoint to a running transformers model, in memory or with one layer's weights at a time.
+
+Both ways go through `from_pretrained`, so conversions (fused experts, renamed layers, tied embeddings) are
+transformers' own, and a weight that is missing is an error, never a random number.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from exporters.errors import SwquantError, first_line
+from swquant.checkpoints.base import Checkpoint
+from swquant.checkpoints.compressed import CompressedCheckpoint
+from swquant.interrupts import sigterm_interrupts
+from swquant.models.architecture import describe, empty_model
+from swquant.models.rounded_inputs import round_inputs
+
+__all__ = ["build_model", "offloaded_model", "quiet", "running_model"]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no warnings from transformers or accelerate: what matters, swquant says itself."""
+    verbosity = transformers.logging.get_verbosity()
+    accelerate = logging.getLogger("accelerate")
+    level = accelerate.level
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    accelerate.setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        accelerate.setLevel(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _load(checkpoint: Checkpoint, folder: str | None, **options: Any) -> PreTrainedModel:
+    """from_pretrained, which leaves random numbers where a weight is missing or has another shape: here both are errors."""
+    model_class: Any = type(empty_model(checkpoint))
+    try:
+        model, info = model_class.from_pretrained(
+            folder, **options, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except Exception as error:  # transformers raises nearly everything here
+        raise SwquantError(
+            f"{checkpoint.name}: transformers cannot load these weights ({first_line(error)}); fetch the model again"
+        ) from None
+    problem = next((f"lacks {name}" for name in sorted(info["missing_keys"])), None)
+    for name, stored, wanted in sorted(info["mismatched_keys"]):
+        problem = problem or f"has the shape {list(stored)} for {name}, the model {list(wanted)}"
+    if problem:
+        raise SwquantError(f"{checkpoint.name}: the checkpoint {problem}; config.json belongs to another model")
+    return model.eval()
+
+
+def build_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: str = "cpu") -> PreTrainedModel:
+    """The model with all weights in memory, as `dtype` (its own if None). Raises SwquantError where weights are missing."""
+    with quiet():
+        state = {name: checkpoint.read(name) for name in checkpoint.tensors}
+        # transformers wraps .to() in a way mypy cannot follow, hence Any.
+        model: Any = _load(checkpoint, None, config=checkpoint.config, state_dict=state, dtype=dtype or "auto")
+    return model.to(device)
+
+
+def running_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: str = "cpu") -> PreTrainedModel:
+    """The model as it is to be run: `build_model`, with activations rounded where the checkpoint says so."""
+    model = build_model(checkpoint, dtype, device)
+    if isinstance(checkpoint, CompressedCheckpoint) and checkpoint.manifest.get("activations"):
+        return round_inputs(model, checkpoint.manifest, describe(checkpoint), restored=checkpoint.restored)
+    return model
+
+
+@contextmanager
+def offloaded_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[PreTrainedModel]:
+    """The model with its weights left in the safetensors files, read module by module as the forward pass needs them.
+
+    Weights that transformers converts while loading (fused experts) are rewritten into a temporary folder.
+    """
+    if checkpoint.kind != "safetensors":
+        raise SwquantError(
+            f"{checkpoint.name}: a {checkpoint.kind} model must fit in memory; convert it to safetensors first"
+        )
+    with sigterm_interrupts(), tempfile.TemporaryDirectory(prefix="swquant-offload-") as folder, quiet():
+        yield _load(
+            checkpoint,
+            os.fspath(checkpoint.folder),
+            dtype=dtype,
+            device_map={"": "disk"},
+            offload_folder=folder,
+            trust_remote_code=checkpoint.trust_remote_code,
+        )

@@ -1,0 +1,73 @@
+"""A detection as a person sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from swquant.terminal.table import make_table, number, short_name, show_table
+
+__all__ = ["show_detection", "weights_table"]
+
+
+def weights_table(title: str, weights: Iterable[Mapping[str, Any]], scored: bool) -> Table:
+    """Super weights or cancellers with their evidence; scored: with what pruning each would do."""
+    numbers = ("value", "input", "output", "share", *(["KL if\npruned"] if scored else []))
+    table = make_table(
+        title, ("role", "left"), ("weight", "left"), ("row, col", "left"), *((key, "right") for key in numbers)
+    )
+    for weight in weights:
+        table.add_row(
+            weight["role"],
+            short_name(weight["name"]),
+            f"{weight['row']}, {weight['col']}",
+            f"{weight['value']:.3g}",
+            number(weight["input"]),
+            number(weight["output"]),
+            f"{weight['share']:.0%}",
+            *([f"{weight['kl']:.3g}"] if scored else []),
+        )
+    return table
+
+
+def show_detection(console: Console, name: str, record: Mapping[str, Any]) -> None:
+    """Super weights with their evidence, cancellers, super activations, and the published coordinates if there are any."""
+    weights = record["super_weights"]
+    if not weights:
+        console.print(f"{escape(name)} has no super weight on this prompt.")
+        for peak in sorted(record["layers"], key=lambda item: -item["output"])[:1]:
+            console.print(
+                f"The largest output of a down projection is {number(peak['output'])} (layer {peak['layer']}, channel "
+                f"{peak['output_channel']})."
+            )
+    else:
+        show_table(console, weights_table(f"Super weights of {escape(name)}", weights, scored=True))
+    if record["cancellers"]:
+        title = "Cancellers, which take the super activation away"
+        show_table(console, weights_table(title, record["cancellers"], scored=False))
+    if record["super_activations"]:
+        table = make_table(
+            "Super activations",
+            ("channel", "right"),
+            ("token", "left"),
+            ("largest value", "right"),
+            ("written by layer", "right"),
+            ("until layer", "right"),
+        )
+        for item in record["super_activations"]:
+            token = f"{item['token']} {escape(repr(record['tokens'][item['token']]))}"
+            until = "the end" if item["gone"] is None else str(item["gone"])
+            table.add_row(str(item["channel"]), token, number(item["value"]), str(item["born"]), until)
+        show_table(console, table)
+    for entry in record["published"]:
+        found = {(weight["layer"], weight["row"], weight["col"]) for weight in weights}
+        listed = [tuple(point) for point in entry["coordinates"]]
+        same = sum(point in found for point in listed)
+        console.print(f"Published for {entry['model']}, which has this shape; {same} of {len(listed)} found here:")
+        for layer, row, col in listed:
+            verdict = "found" if (layer, row, col) in found else "not found"
+            console.print(f"  layer {layer} [{row}, {col}]  {verdict}", markup=False)
