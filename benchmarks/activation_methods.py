@@ -8,7 +8,7 @@
                    s = max|X|^0.5 / max|W|^0.5, for the linears that read a norm, as in its implementation for llama;
                    max|X| from a calibration text, max|W| over all that read the same norm
 
-Each is a mask of what is kept, or a scale of channels; what is not kept is rounded with one scale per tensor or per token.
+Each is a mask of what is kept, or a scale of channels; what is not kept is rounded, one scale per tensor or token.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from calibrationless import Channel, Group, dequantize, fit, massive_channels, quantize, round_activations
+from calibrationless import Channel, Group, dequantize, fit, massive_channels, quantize, round_activations, shape_of
 
 __all__ = ["METHODS", "Method", "Rounder", "round_weights", "smoothing"]
 
@@ -31,7 +31,7 @@ Keep = Callable[[str, Tensor], Tensor | None]
 
 @dataclass(frozen=True)
 class Method:
-    """keep: see above, made from the peaks of the one prompt. smooth: whether channels are scaled. text: what it has read."""
+    """keep: see above, made from the prompt's peaks. smooth: whether channels are scaled. text: what it read."""
 
     name: str
     keep: Callable[[Mapping[str, Tensor]], Keep]
@@ -127,13 +127,13 @@ def smoothing(
 def round_weights(
     weights: Mapping[str, Tensor], bits: int, energies: Mapping[str, Tensor], scales: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """8 bits: one scale per row, to nearest. 4 bits: blocks of 128 or less, scales searched with the energy of the one prompt.
+    """8 bits: one scale per row, to nearest. 4 bits: blocks of 128 or less, scales searched with the prompt's energy.
     scales: of channels, multiplied in before."""
     rounded = {}
     for name, weight in weights.items():
         scale = scales.get(name)
         held = weight if scale is None else weight * scale
-        block = Channel() if bits == 8 else fit(Group(128), (weight.shape[0], weight.shape[1]))
+        block = Channel() if bits == 8 else fit(Group(128), shape_of(weight))
         assert block is not None
         energy = energies[name] if scale is None else energies[name] / scale.square()
         rounded[name] = dequantize(quantize(held, block, bits, importance=None if bits == 8 else energy))

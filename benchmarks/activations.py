@@ -1,8 +1,8 @@
-"""What INT8 activations cost: naive, SmoothQuant, and massive activations replaced and restored, as in the paper's Table 3.
+"""What INT8 activations cost: naive, SmoothQuant, and massive activations replaced and restored (the paper's Table 3).
 
-Two small models, taken off the grid that their weights are stored on (`grid.py`), W8A8 and W4A8, one scale per tensor and per
-token. In a cell of the table all methods round the same weights in the same way, and the inputs of the same linears (all of
-the decoder layers); `activation_methods.py` says what each does. The original is the model in float32.
+Two small models, taken off the grid that their weights are stored on (`grid.py`), W8A8 and W4A8, one scale per tensor
+and per token. In a cell of the table all methods round the same weights in the same way, and the inputs of the same
+linears (all of the decoder layers); `activation_methods.py` says what each does. The original is the model in float32.
 
     texts        the beginning of WikiText-2's test set, and Python source, a text of another kind. No method sees them
     calibration  SmoothQuant reads the beginning of WikiText-2's validation set, 16 windows of 256 tokens
@@ -110,9 +110,7 @@ def largest_inputs(model: Any, names: Mapping[str, object], checkpoint: Checkpoi
 def load(key: str, checkpoint: Checkpoint) -> Subject:
     model = build_model(checkpoint, torch.float32)
     found = find_super_weights(checkpoint, model=model)
-    probe = found.detection.probe
-    assert probe is not None
-    linears = {linear.module: probe.linears[linear.watch] for linear in found.architecture.weights.values()}
+    linears = {linear.module: found.probe.linears[linear.watch] for linear in found.architecture.weights.values()}
     windows, reference = {}, {}
     for name, (file, sizes) in TEXTS.items():
         window, count = sizes[key]
@@ -192,7 +190,8 @@ def runtime_dynamic(subject: Subject, checkpoint: Checkpoint) -> Iterator[Any]:
     """ONNX Runtime's quantize_dynamic of the float graph, with its defaults."""
     from onnxruntime.quantization import quantize_dynamic
 
-    from exporters.onnx.write import MODEL, save
+    from exporters.onnx.files import MODEL
+    from exporters.onnx.write import save
     from swquant.export.onnx.graph import dynamo_graph
     from swquant.models.onnx_model import OnnxModel
 

@@ -2,20 +2,21 @@
 
     python benchmarks/activations_onnx.py --smollm2 MODEL.gguf [--gemma MODEL.gguf] [--calls 100]
 
-The model's stored grid is broken first (grid.py). Then W8A8 (one scale per row) and W4A8 (blocks of 128) are compressed with
---activations int8 and exported three times, with the graph of genai's builder:
+The model's stored grid is broken first (grid.py). Then W8A8 (one scale per row) and W4A8 (blocks of 128) are compressed
+with --activations int8 and exported three times, with the graph of genai's builder:
 
     level 0          activations in float: what the two others are compared with
     level 4, plain   activations in int8, no channel kept
     level 4, kept    the channels that the checkpoint names, in float
 
-KL divergence, in nats, is that of level 0's predictions from the others', mean and median over the tokens of WikiText-2's excerpt
-in windows of 128: the weights are the same, so nothing but the rounding of activations is in it. The median is there because a
-single token can outweigh all others. Files run on the operator library, and again on a stock runtime through the function that
-they carry: level 4, plain, on the stock runtime is what ONNX Runtime's MatMulNBits does without swquant, and KL is given as a share of
-that. Times are of one token behind 32 others, on one thread, in processor time: the five take turns call by call, and the price of
-channels is the median of the quotients of neighbouring calls, so what else the machine does hits both sides alike. The output
-head, most of a small model's weights, has 8 bits in all three files. --kl-only leaves out the times.
+KL divergence, in nats, is that of level 0's predictions from the others', mean and median over the tokens of
+WikiText-2's excerpt in windows of 128: the weights are the same, so nothing but the rounding of activations is in it.
+The median is there because a single token can outweigh all others. Files run on the operator library, and again on a
+stock runtime through the function that they carry: level 4, plain, on the stock runtime is what ONNX Runtime's
+MatMulNBits does without swquant, and KL is given as a share of that. Times are of one token behind 32 others, on one
+thread, in processor time: the five take turns call by call, and the price of channels is the median of the quotients of
+neighbouring calls, so what else the machine does hits both sides alike. The output head, most of a small model's
+weights, has 8 bits in all three files. --kl-only leaves out the times.
 """
 
 from __future__ import annotations

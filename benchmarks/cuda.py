@@ -2,11 +2,11 @@
 
     python benchmarks/cuda.py [--size 4096] [--layers 8] [--calls 30]
 
-A session holds a chain of layers [size, size] in float16, each with weights of its own, so that a call reads many times what
-the device's cache holds. Inputs and outputs stay on the device, and calls replay a CUDA graph: what is timed is the device's
-work. The sessions of a row take turns, call by call. Reported, per layer: the medians in microseconds, ours beside
-MatMulNBits' as the median over neighbouring calls, and the bandwidth at which weights and scales arrived as a share of
-what a copy reaches on this device (bytes read and written).
+A session holds a chain of layers [size, size] in float16, each with weights of its own, so that a call reads many times
+what the device's cache holds. Inputs and outputs stay on the device, and calls replay a CUDA graph: what is timed is
+the device's work. The sessions of a row take turns, call by call. Reported, per layer: the medians in microseconds,
+ours beside MatMulNBits' as the median over neighbouring calls, and the bandwidth at which weights and scales arrived as
+a share of what a copy reaches on this device (bytes read and written).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SETTINGS = (
 
 
 def model(kind: str, setting: Setting, size: int, layers: int) -> bytes:
-    """A chain of `layers` linear layers; kind: ours, outliers (ours with one weight in 2,000 restored), stock or float16."""
+    """A chain of `layers` linear layers; kind: ours, outliers (ours, one weight in 2,000 restored), stock, float16."""
     rng = np.random.default_rng(0)
     bits = setting.stock_bits if kind == "stock" else setting.bits
     blocks = size // setting.block
@@ -142,7 +142,7 @@ def compare(setting: Setting, kinds: Sequence[str], size: int, layers: int, call
 
 
 def copy_bandwidth() -> float:
-    """Bytes per second, read and written, of a copy on the device: a session that multiplies a large tensor by a number."""
+    """Bytes per second, read and written, of a copy on the device: a session that multiplies a large tensor."""
     count = COPY // 4
     node = helper.make_node("Mul", ["x", "factor"], ["y"])
     graph = helper.make_graph(

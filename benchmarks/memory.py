@@ -46,7 +46,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from calibrationless import Detection
+from calibrationless import Detection, Probe
 from exporters.safetensors_file import SafetensorsWriter
 from swquant.checkpoints.open import open_checkpoint
 from swquant.compress.options import CompressOptions
@@ -145,7 +145,7 @@ def weight_pass(model: Path, out: Path, options: CompressOptions) -> None:
     """`compress` from the plan on: what it does once the super weights are known (here, none)."""
     with open_checkpoint(model) as checkpoint:
         architecture = describe(checkpoint)
-        found = Found(Detection(), architecture, options.prompt, token_ids=(), tokens=())
+        found = Found(Detection(), Probe(), architecture, options.prompt, token_ids=(), tokens=())
         write(Prepared(checkpoint, found, make_plan(checkpoint, architecture, (), options)), out)
 
 

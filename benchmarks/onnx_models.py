@@ -1,4 +1,4 @@
-"""Our ONNX files beside those of onnxruntime-genai's builder: speed, size, and KL divergence from the original, in one run.
+"""Our ONNX files beside those of onnxruntime-genai's builder: speed, size, and KL divergence from the original.
 
     python benchmarks/onnx_models.py --smollm2 MODEL.gguf [--gemma MODEL.gguf] [--calls 60]
 
@@ -9,17 +9,17 @@ The model's stored grid is broken first (grid.py). Then, from the same float32 w
                        rounded to nearest or with its k_quant
     ours, level 0      4 bits, blocks of 32, output head of 8 bits, outliers; sums in float
     ours, level 4      the same with activations in int8, and the massive channels kept in float
-    ours, best         as level 4, compressed with --preset best (the model's own text decides how weights are rounded) from 64
-                       texts, and with as many outliers as the builder's file has room for
+    ours, best         as level 4, compressed with --preset best (the model's own text decides how weights are rounded)
+                       from 64 texts, and with as many outliers as the builder's file has room for
 
-Ours are compressed with --dtype float16, as most models come in 16 bits: scales that half holds exactly are stored in it.
+Ours are compressed with --dtype float16, as most models come in 16 bits: scales are stored in half, which holds them.
 
-The head is tied to the embedding in both models, so both sides store one table of 8 bits for both. Ours run on the operator
-library, and again on a stock runtime through the function that the file carries. All sessions live in one process, on one
-thread, and take turns call by call: one token behind 32 others (decode), 64 tokens behind none (prefill). So what else the
-machine does hits all of them alike; medians of processor time are reported, and beside the builder's int4 the medians of the
-quotients of neighbouring calls. KL divergence, in nats, is the mean over the tokens of WikiText-2's excerpt in windows of 128,
-against the original in torch.
+The head is tied to the embedding in both models, so both sides store one table of 8 bits for both. Ours run on the
+operator library, and again on a stock runtime through the function that the file carries. All sessions live in one
+process, on one thread, and take turns call by call: one token behind 32 others (decode), 64 tokens behind none
+(prefill). So what else the machine does hits all of them alike; medians of processor time are reported, and beside the
+builder's int4 the medians of the quotients of neighbouring calls. KL divergence, in nats, is the mean over the tokens
+of WikiText-2's excerpt in windows of 128, against the original in torch.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ from machine import describe
 
 import swquant
 from exporters.json_file import read_json
+from exporters.onnx.files import MODEL
 from exporters.onnx.genai import fix_cache_shapes
-from exporters.onnx.write import MODEL, save
+from exporters.onnx.write import save
 from swquant.checkpoints.open import open_checkpoint
 from swquant.evaluate.pipeline import Score, make_windows, score_window, window_logits
 from swquant.export.onnx.graph import adapt_config
@@ -64,7 +65,7 @@ BUILDER = (
 WARMUP = 3  # calls that are not counted
 
 
-# Outliers that bring our file to the size of the builder's, whose scales are float32.
+# Points that bring our file to the size of the builder's, whose scales are float32.
 OUTLIERS = {"smollm2": 0.0073, "gemma": 0.015}
 BASE = 1  # of ENTRIES: the builder's int4, beside which all others are put
 
@@ -113,7 +114,7 @@ def make_files(gguf: Path, work: Path) -> None:
     adapt_config(source)
     build(source, work / "builder-fp32", "-p", "fp32", "--extra_options", *BUILDER)
     for method, folder in (("rtn", "builder-int4"), ("k_quant", "builder-k-quant")):
-        # The builder's default method is rtn under another name, but with a head of 8 bits it writes an invalid graph (0.18).
+        # The builder's default method is rtn under another name, but with a head of 8 bits its graph is invalid (0.18).
         choice = (f"algo_config={method}", "matmul_mixed_precision=last_matmul:int8")
         build(source, work / folder, "-p", "int4", "--extra_options", *BUILDER, *choice)
     shutil.rmtree(source)
@@ -154,8 +155,8 @@ def kl_divergence(work: Path, folder: Path, library: bool) -> float:
 
 
 def timings(files: Sequence[tuple[Path, bool]], rows: int, past: int, calls: int) -> list[list[float]]:
-    """For each (folder, with the library), seconds of processor time of single calls with `rows` tokens behind `past` others;
-    the files take turns, call by call."""
+    """For each (folder, with the library), seconds of processor time of single calls with `rows` tokens behind `past`
+    others; the files take turns, call by call."""
     models = [open_model(*file) for file in files]
     ids = np.random.default_rng(0).integers(100, 1000, (1, past + rows))
     pasts = [model.empty_past(1) for model in models]

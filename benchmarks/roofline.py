@@ -29,8 +29,8 @@ def sector_bytes(size: int) -> int:
 
 
 def row_reads(cols: int, bits: int, block: int, scale: int) -> int:
-    """Bytes of the sectors that the CUDA kernels read of one row: whole quads of chunks, and the row's scales. Four lanes read 64
-    neighbouring bytes of codes at a time; a scale that is read again comes from the first cache."""
+    """Bytes of the sectors that the CUDA kernels read of one row: whole quads of chunks, and the row's scales. Four
+    lanes read 64 neighbouring bytes of codes at a time; a scale that is read again comes from the first cache."""
     quad = 512 // stored(bits)  # columns
     return -(-cols // quad) * 64 + sector_bytes(-(-cols // block) * scale)
 

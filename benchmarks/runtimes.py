@@ -2,10 +2,11 @@
 
     python benchmarks/runtimes.py [--versions 1.20.1 1.27.0 1.31.1 1.32.0]
 
-A small random llama is compressed to 4 and to 3 bits in bfloat16, with a hundredth of its weights as outliers, and exported from both
-graphs at both accuracy levels. Every version of the runtime is installed into a folder of its own and opens every file
-twice: as it is, which runs the function, and with the operator library. Printed is the largest difference of a logit from
-the torch model, over a prompt and eight more tokens through the cache, as a share of the range of all logits.
+A small random llama is compressed to 4 and to 3 bits in bfloat16, with a hundredth of its weights as outliers, and
+exported from both graphs at both accuracy levels. Every version of the runtime is installed into a folder of its own
+and opens every file twice: as it is, which runs the function, and with the operator library. Printed is the largest
+difference of a logit from the torch model, over a prompt and eight more tokens through the cache, as a share of the
+range of all logits.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from calibrationless.blocks import (
     Channel,
     Flat,
     Group,
-    Tensor,
     Tile,
+    Whole,
     block_elements,
     block_index,
     columns,
@@ -24,15 +24,28 @@ from calibrationless.blocks import (
     from_blocks,
     parse_block,
     scale_shape,
+    shape_of,
     to_blocks,
 )
 from calibrationless.clipping import RULES, Clip, clip_threshold, parse_clip
 from calibrationless.cost import WeightError, measure, worst
-from calibrationless.feedback import damping_for, feed_back, inverse_factor
-from calibrationless.patches import Outliers, check_outliers, restore
+from calibrationless.feedback import Factor, damping_for, feed_back, inverse_factor
+from calibrationless.patches import (
+    KINDS,
+    Columns,
+    Kind,
+    Patch,
+    Points,
+    as_points,
+    check_patch,
+    covered,
+    parts_of,
+    restore,
+)
 from calibrationless.pieces import for_pieces
 from calibrationless.probe import run_probe
 from calibrationless.quantized import MAX_BITS, MIN_BITS, QuantizedTensor, check_bits, dequantize
+from calibrationless.recipe import Evidence, Recipe, Rounded, follow
 from calibrationless.records import Contribution, LinearRecord, Peak, Probe, Residual, Scalar, Watch
 from calibrationless.rounding import choose_scale, quantize, round_to_codes
 from calibrationless.scaling import scaling_exponents
@@ -40,41 +53,51 @@ from calibrationless.search import block_importance, search_scale
 from calibrationless.super_weights import Detection, LayerSpike, SuperActivation, SuperWeight, detect
 
 __all__ = [
+    "KINDS",
     "MAX_BITS",
     "MIN_BITS",
     "RULES",
     "Block",
     "Channel",
     "Clip",
+    "Columns",
     "Contribution",
     "Detection",
+    "Evidence",
+    "Factor",
     "Flat",
     "Group",
+    "Kind",
     "LayerSpike",
     "LinearRecord",
-    "Outliers",
+    "Patch",
     "Peak",
+    "Points",
     "Probe",
     "QuantizedTensor",
+    "Recipe",
     "Residual",
+    "Rounded",
     "Scalar",
     "SuperActivation",
     "SuperWeight",
-    "Tensor",
     "Tile",
     "Watch",
     "WeightError",
+    "Whole",
     "activation_codes",
     "activation_scale",
     "allocate",
+    "as_points",
     "block_elements",
     "block_importance",
     "block_index",
     "check_bits",
-    "check_outliers",
+    "check_patch",
     "choose_scale",
     "clip_threshold",
     "columns",
+    "covered",
     "damping_for",
     "dequantize",
     "detect",
@@ -82,6 +105,7 @@ __all__ = [
     "expand",
     "feed_back",
     "fit",
+    "follow",
     "for_pieces",
     "from_blocks",
     "inverse_factor",
@@ -89,6 +113,7 @@ __all__ = [
     "measure",
     "parse_block",
     "parse_clip",
+    "parts_of",
     "quantize",
     "restore",
     "round_activations",
@@ -97,6 +122,7 @@ __all__ = [
     "scale_shape",
     "scaling_exponents",
     "search_scale",
+    "shape_of",
     "static_scale",
     "to_blocks",
     "worst",

@@ -3,16 +3,17 @@
     A_hat = RESTORE(Q^-1(Q(REPLACE(A))))
 
 One scale serves a whole token, or a whole tensor, and the largest magnitude sets it. A super activation of 3,000 among
-values of 1 leaves those no more than a level or two. So what is massive is replaced by something harmless before the scale is
-chosen, and put back, exactly, after rounding. The paper replaces one scalar of each tensor, found anew every time.
-Here it is a fixed set of channels of each linear, found on the one prompt: a super activation keeps its channel, whatever
-the text, so the set needs no search at run time, and in a product it costs `A[:, channels] @ W[:, channels].T` in float.
+values of 1 leaves those no more than a level or two. So what is massive is replaced by something harmless before the
+scale is chosen, and put back, exactly, after rounding. The paper replaces one scalar of each tensor, found anew every
+time. Here it is a fixed set of channels of each linear, found on the one prompt: a super activation keeps its channel,
+whatever the text, so the set needs no search at run time, and a product costs
+`A[:, channels] @ W[:, channels].T` in float.
 
-    scale   largest |A| that is not kept / 127      per token [..., 1], per tensor [], or static: of the one prompt, doubled
+    scale   largest |A| that is not kept / 127      per token [..., 1], per tensor [], or static: twice the prompt's
     round   codes = clamp(round(A / scale), -127, 127)
 
-REPLACE takes the median in the paper. The scale of a symmetric rounding asks for the largest magnitude only, which no median
-of the rest can exceed, so zero gives the same codes without sorting.
+REPLACE takes the median in the paper. The scale of a symmetric rounding asks for the largest magnitude only, which no
+median of the rest can exceed, so zero gives the same codes without sorting.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from torch import Tensor
 __all__ = ["LEVELS", "activation_codes", "activation_scale", "massive_channels", "round_activations", "static_scale"]
 
 LEVELS = 127  # -127 .. 127: -128 has no mirror image, and integer kernels do without it
-# A channel is massive if the most it holds on the prompt is so many times what the median channel holds; of each linear the
-# largest are kept, no more than so many.
+# A channel is massive if the most it holds on the prompt is so many times what the median channel holds; of each linear
+# the largest are kept, no more than so many.
 MASSIVE, MOST = 8.0, 4
 # Ten tokens do not show the largest activation that a text will bring; beyond a static scale it is clamped.
 HEADROOM = 2.0

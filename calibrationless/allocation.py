@@ -1,9 +1,9 @@
 """How many bits each group of tensors gets out of a common budget.
 
-For errors that are not too large the loss of a model is a sum over its layers, each in proportion to the squared error of
-that layer alone (the linearity theorem of HIGGS, Malinovskii et al., 2024). So the best allocation is a knapsack: every group
-has a few choices with a size and a loss. Steps along the lower convex hull of each group's choices, best ratio first, are
-optimal up to the last step that no longer fits.
+For errors that are not too large the loss of a model is a sum over its layers, each in proportion to the squared error
+of that layer alone (the linearity theorem of HIGGS, Malinovskii et al., 2024). So the best allocation is a knapsack:
+every group has a few choices with a size and a loss. Steps along the lower convex hull of each group's choices, best
+ratio first, are optimal up to the last step that no longer fits.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ __all__ = ["allocate"]
 def allocate(sizes: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: float) -> list[int]:
     """The index of each group's choice.
 
-    sizes: of every group, what its choices take, rising. losses: what they cost in quality. budget: what all chosen ones
-    may take together. Raises ValueError where even the smallest do not fit.
+    sizes: of every group, what its choices take, rising. losses: what they cost in quality. budget: what all chosen
+    ones may take together. Raises ValueError where even the smallest do not fit.
     """
     chosen = [0] * len(sizes)
     left = budget - sum(group[0] for group in sizes)
@@ -27,7 +27,8 @@ def allocate(sizes: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], 
     steps: list[tuple[float, int, int]] = []
 
     def offer(group: int) -> None:
-        """The next step of a group along its hull: of the choices that fit, that with the largest gain for what it takes more."""
+        """The next step of a group along its hull: of the choices that fit, that with the largest gain for what it
+        takes more."""
         now = chosen[group]
         ratios = [
             ((losses[group][now] - losses[group][later]) / extra, -later)

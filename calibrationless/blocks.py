@@ -7,7 +7,7 @@ the answer, written by users as a short word and carried everywhere as a frozen 
     128        Group(128)    128 neighbours along the inputs      [out, in / 128]
     64x32      Tile(64, 32)  a tile of 64 outputs by 32 inputs    [out / 64, in / 32]
     channel    Channel()     one output channel (a row)           [out, 1]
-    tensor     Tensor()      all of them                          [1, 1]
+    tensor     Whole()       all of them                          [1, 1]
     flat:512   Flat(512)     512 neighbours in memory order,      [out * in / 512]
                              across rows (the paper's choice)
 
@@ -23,15 +23,15 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
-from torch import Tensor as TorchTensor
+from torch import Tensor
 
 __all__ = [
     "Block",
     "Channel",
     "Flat",
     "Group",
-    "Tensor",
     "Tile",
+    "Whole",
     "block_elements",
     "block_index",
     "columns",
@@ -42,6 +42,7 @@ __all__ = [
     "from_blocks",
     "parse_block",
     "scale_shape",
+    "shape_of",
     "to_blocks",
 ]
 
@@ -79,7 +80,7 @@ class Channel:
 
 
 @dataclass(frozen=True)
-class Tensor:
+class Whole:
     """The whole tensor. [512, 256]: scale [1, 1]."""
 
     def __str__(self) -> str:
@@ -96,7 +97,7 @@ class Flat:
         return f"flat:{self.size}"
 
 
-Block: TypeAlias = Group | Tile | Channel | Tensor | Flat
+Block: TypeAlias = Group | Tile | Channel | Whole | Flat
 
 _FORMS = "a number (128), ROWSxCOLS (128x128), channel, tensor or flat:N (flat:512)"
 
@@ -110,13 +111,19 @@ def parse_block(text: str | int) -> Block:
     if word == "channel":
         return Channel()
     if word == "tensor":
-        return Tensor()
+        return Whole()
     match = re.fullmatch(r"(flat:)?([1-9][0-9]{0,9})(?:x([1-9][0-9]{0,9}))?", word)
     if not match or (match[1] and match[3]):
         raise ValueError(f"block {text!r} is not one of: {_FORMS}")
     if match[3]:
         return Tile(int(match[2]), int(match[3]))
     return Flat(int(match[2])) if match[1] else Group(int(match[2]))
+
+
+def shape_of(weight: Tensor) -> tuple[int, int]:
+    """(out, in) of a weight, as two numbers."""
+    out_features, in_features = weight.shape
+    return out_features, in_features
 
 
 def divides(block: Block, shape: tuple[int, int]) -> bool:
@@ -178,7 +185,7 @@ def block_elements(block: Block, shape: tuple[int, int]) -> int:
             return rows * cols
         case Channel():
             return shape[1]
-        case Tensor():
+        case Whole():
             return shape[0] * shape[1]
 
 
@@ -203,27 +210,27 @@ def scale_shape(block: Block, shape: tuple[int, int]) -> tuple[int, ...]:
             return (out_features // rows, in_features // cols)
         case Channel():
             return (out_features, 1)
-        case Tensor():
+        case Whole():
             return (1, 1)
         case Flat(size):
             return (out_features * in_features // size,)
 
 
-def to_blocks(weight: TorchTensor, block: Block) -> TorchTensor:
+def to_blocks(weight: Tensor, block: Block) -> Tensor:
     """[out, in] -> [blocks, elements], blocks in the order of the flattened scale.
 
     Raises ValueError where the block does not divide the shape: call `fit` first.
     """
-    out_features, in_features = weight.shape
-    if not divides(block, (out_features, in_features)):
-        raise ValueError(f"block {block} does not divide a weight of shape [{out_features}, {in_features}]")
+    out_features, in_features = shape = shape_of(weight)
+    if not divides(block, shape):
+        raise ValueError(f"block {block} does not divide a weight of shape {list(shape)}")
     if isinstance(block, Tile):
         tiles = weight.reshape(out_features // block.rows, block.rows, in_features // block.cols, block.cols)
         return tiles.transpose(1, 2).reshape(-1, block.rows * block.cols)
-    return weight.reshape(-1, block_elements(block, (out_features, in_features)))
+    return weight.reshape(-1, block_elements(block, shape))
 
 
-def from_blocks(blocks: TorchTensor, block: Block, shape: tuple[int, int]) -> TorchTensor:
+def from_blocks(blocks: Tensor, block: Block, shape: tuple[int, int]) -> Tensor:
     """[blocks, elements] -> [out, in]; the inverse of `to_blocks`."""
     out_features, in_features = shape
     if isinstance(block, Tile):
@@ -232,23 +239,23 @@ def from_blocks(blocks: TorchTensor, block: Block, shape: tuple[int, int]) -> To
     return blocks.reshape(out_features, in_features)
 
 
-def expand(scale: TorchTensor, block: Block, shape: tuple[int, int]) -> TorchTensor:
+def expand(scale: Tensor, block: Block, shape: tuple[int, int]) -> Tensor:
     """One value for every weight: scale (or zero point) of `scale_shape` -> [out, in]."""
     elements = block_elements(block, shape)
     return from_blocks(scale.reshape(-1, 1).expand(-1, elements), block, shape)
 
 
-def block_index(rows: TorchTensor, cols: TorchTensor, block: Block, shape: tuple[int, int]) -> TorchTensor:
+def block_index(rows: Tensor, cols: Tensor, block: Block, shape: tuple[int, int]) -> Tensor:
     """Index, into the flattened scale, of the block that holds each weight (rows[i], cols[i])."""
     match block:
         case Tile(tile_rows, tile_cols):
-            index: TorchTensor = (rows // tile_rows) * (shape[1] // tile_cols) + cols // tile_cols
+            index: Tensor = (rows // tile_rows) * (shape[1] // tile_cols) + cols // tile_cols
         case _:
             index = (rows * shape[1] + cols) // block_elements(block, shape)
     return index.to(torch.int64)
 
 
-def element_position(index: TorchTensor, block: Block, shape: tuple[int, int]) -> tuple[TorchTensor, TorchTensor]:
+def element_position(index: Tensor, block: Block, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """(rows, cols) in a [out, in] weight of elements counted through its blocks: `to_blocks` the other way round."""
     if not isinstance(block, Tile):
         return index // shape[1], index % shape[1]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from calibrationless.blocks import element_position, to_blocks
-from calibrationless.patches import Outliers
+from calibrationless.patches import Patch, Points, covered
 from calibrationless.pieces import for_pieces, row_sum
 from calibrationless.quantized import QuantizedTensor, decode_blocks
 from calibrationless.search import block_importance
@@ -35,18 +35,16 @@ class WeightError:
 def measure(
     weight: Tensor,
     quantized: QuantizedTensor,
-    restored: Outliers | None = None,
+    *patches: Patch,
     importance: Tensor | None = None,
 ) -> WeightError:
-    """Error of `quantized` as a stand-in for the [out, in] weight, `restored` weights counting as exact.
+    """Error of `quantized` as a stand-in for the [out, in] weight; what `patches` hold counts as exact.
 
     importance: float [in], the energy of every input channel."""
     original = to_blocks(weight, quantized.block)
     codes = to_blocks(quantized.codes, quantized.block)
-    exact = None
-    if restored is not None and len(restored):
-        exact = _mask(restored.rows.long(), restored.cols.long(), quantized)
-
+    held = covered(patches, quantized.shape)
+    exact = None if held is None else to_blocks(held, quantized.block)
     pattern = None if importance is None else block_importance(importance, quantized.block, quantized.shape)
 
     def work(piece: slice) -> Tensor:
@@ -85,13 +83,6 @@ def _rows(pattern: Tensor, piece: slice) -> Tensor:
     return pattern[torch.arange(piece.start, piece.stop) % pattern.shape[0]]
 
 
-def _mask(rows: Tensor, cols: Tensor, quantized: QuantizedTensor) -> Tensor:
-    """bool [blocks, elements], True at the given positions."""
-    mask = torch.zeros(quantized.shape, dtype=torch.bool)
-    mask[rows, cols] = True
-    return to_blocks(mask, quantized.block)
-
-
 def _sum(matrix: Tensor) -> Tensor:
     """float64 scalar."""
     return row_sum(matrix.view(1, -1)).squeeze()
@@ -104,10 +95,13 @@ def worst(
     *,
     always: Sequence[tuple[int, int]] = (),
     importance: Tensor | None = None,
-) -> Outliers:
+    held: Sequence[Patch] = (),
+) -> Points:
     """The `count` weights with the largest rounding error; of equal ones, those that come first.
 
-    importance: float [in]; with it, the largest importance * error^2. always: (row, col) of weights that come before all others, however well they are rounded.
+    importance: float [in]; with it, the largest importance * error^2. always: (row, col) of weights that come before
+    all others, however well they are rounded.
+    held: patches that make weights exact already, which come last.
     Two passes over the pieces, so that a large tensor's errors never stand in memory together: one counts how many
     errors fall into each bucket, the other collects the few that can be among the largest.
     """
@@ -116,15 +110,19 @@ def worst(
     count = max(0, min(count, weight.numel()))
     first = None
     if always:
-        always_rows, always_cols = torch.tensor(always).T
-        first = _mask(always_rows, always_cols, quantized)
-
+        mask = torch.zeros(quantized.shape, dtype=torch.bool)
+        mask[tuple(torch.tensor(always).T)] = True
+        first = to_blocks(mask, quantized.block)
+    mask_of_held = covered(held, quantized.shape)
+    last = None if mask_of_held is None else to_blocks(mask_of_held, quantized.block)
     pattern = None if importance is None else block_importance(importance, quantized.block, quantized.shape).sqrt_()
 
     def errors(piece: slice) -> Tensor:
         difference = decode_blocks(quantized, codes[piece], piece).sub_(original[piece]).abs_()
         if pattern is not None:
             difference.mul_(_rows(pattern, piece))
+        if last is not None:
+            difference.masked_fill_(last[piece], 0.0)
         return (difference if first is None else difference.masked_fill_(first[piece], torch.inf)).flatten()
 
     def histogram(piece: slice) -> Tensor:
@@ -142,7 +140,7 @@ def worst(
     rows, cols = element_position(indices, quantized.block, quantized.shape)
     order = torch.argsort(rows * weight.shape[1] + cols)
     order = order[torch.argsort(values[order], descending=True, stable=True)][:count]
-    return Outliers.at(weight, rows[order], cols[order])
+    return Points.at(weight, rows[order], cols[order])
 
 
 _BUCKETS = 1 << 13

@@ -1,18 +1,18 @@
 """Error feedback: what rounding one column gets wrong, the columns after it make up for (GPTQ, arXiv:2210.17323).
 
-Rounding to the nearest is best for each weight alone. The output of a layer is a sum, though, and where two input channels move
-together, an error in the first can be cancelled by a change of the second. The Gram matrix of the inputs, G = X^T X, says
-how they move together. Column after column is rounded, and its error is spread over the columns not yet rounded,
+Rounding to the nearest is best for each weight alone. The output of a layer is a sum, though, and where two input
+channels move together, an error in the first can be cancelled by a change of the second. The Gram matrix of the inputs,
+G = X^T X, says how they move together. Column after column is rounded, and its error spread over those not yet rounded,
 
     w[rest] -= (w[j] - rounded) / U[j, j] * U[j, rest]        with  U^T U = inverse(G + damping)
 
-Scales are not fed back: they are searched beforehand with the diagonal of G as importance, and stay. Columns that matter go
-first, when there is most left to make up for their errors; each keeps the scale of its own block, so the stored codes look
-like any others. Outliers are chosen beforehand, too, and count as exact.
+Scales are not fed back: they are searched beforehand with the diagonal of G as importance, and stay. Columns that
+matter go first, when there is most left to make up for their errors; each keeps the scale of its own block, so the
+stored codes look like any others. Outliers are chosen beforehand, too, and count as exact.
 
-G comes from few tokens here (some thousands that the model wrote itself). Damping keeps what is noise off the diagonal from
-being believed: at 4,096 tokens it is as strong as the diagonal itself, and falls as there are more. With the usual hundredth
-of the mean, the result is worse.
+G comes from few tokens here (some thousands that the model wrote itself). Damping keeps what is noise off the diagonal
+from being believed: at 4,096 tokens it is as strong as the diagonal itself, and falls as there are more. With the usual
+hundredth of the mean, the result is worse.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ import torch
 from torch import Tensor
 
 from calibrationless.blocks import expand
-from calibrationless.patches import Outliers
+from calibrationless.patches import Patch, covered
 from calibrationless.pieces import for_pieces
 from calibrationless.quantized import QuantizedTensor
 
-__all__ = ["damping_for", "feed_back", "inverse_factor"]
+__all__ = ["Factor", "damping_for", "feed_back", "inverse_factor"]
+
+# (order int64 [in], U float32 [in, in] upper triangular).
+Factor = tuple[Tensor, Tensor]
 
 _LAZY = 128  # columns whose feedback is collected before it goes to the rest, as one product
 _OF_MEAN = 0.01
@@ -38,10 +41,11 @@ def damping_for(tokens: int) -> float:
     return float((4096 / tokens) ** 1.5)
 
 
-def inverse_factor(gram: Tensor, damping: float = 1.0) -> tuple[Tensor, Tensor]:
+def inverse_factor(gram: Tensor, damping: float = 1.0) -> Factor:
     """(order int64 [in], U float32 [in, in] upper triangular) of a Gram matrix [in, in], columns in that order.
 
-    The order is by falling diagonal. damping: the share of the diagonal that is added to it. Raises ValueError where the matrix is not finite.
+    The order is by falling diagonal. damping: the share of the diagonal that is added to it. Raises ValueError where
+    the matrix is not finite.
     """
     if not bool(torch.isfinite(gram).all()):
         raise ValueError("the Gram matrix of the inputs is not finite")
@@ -55,12 +59,10 @@ def inverse_factor(gram: Tensor, damping: float = 1.0) -> tuple[Tensor, Tensor]:
     return order, torch.linalg.cholesky(inverse, upper=True)
 
 
-def feed_back(
-    weight: Tensor, quantized: QuantizedTensor, factor: tuple[Tensor, Tensor], kept: Outliers | None = None
-) -> QuantizedTensor:
+def feed_back(weight: Tensor, quantized: QuantizedTensor, factor: Factor, *kept: Patch) -> QuantizedTensor:
     """`quantized` with other codes: rounded column by column, with feedback. Scales and zero points stay.
 
-    weight: [out, in]; factor: from `inverse_factor`; kept: weights that the loader restores exactly.
+    weight: [out, in]; factor: from `inverse_factor`; kept: patches that the loader lays over the codes.
     Rows do not depend on each other, and results not on the number of threads.
     """
     order, upper = factor
@@ -69,9 +71,8 @@ def feed_back(
     zero = None
     if quantized.zero_point is not None:
         zero = expand(quantized.zero_point, quantized.block, quantized.shape)
-    exact = torch.zeros(quantized.shape, dtype=torch.bool)
-    if kept is not None:
-        exact[kept.rows.long(), kept.cols.long()] = True
+    held = covered(kept, quantized.shape)
+    exact = torch.zeros(quantized.shape, dtype=torch.bool) if held is None else held
     codes = quantized.codes.clone()
     top = float((1 << quantized.bits) - 1)
 

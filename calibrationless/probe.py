@@ -2,15 +2,15 @@
 
 While the model runs, every product of a watched weight is seen twice, as input and as output, and only
 a few numbers of each are kept: the largest magnitudes with their coordinates, the *energy* of every input
-channel (which later says which channels matter) and the most that it holds, for a down projection the terms that make up its largest
-output, and which norm the input came from. Of the residual stream, the largest value of every channel after
-every layer. Whole activations are never stored.
+channel (which later says which channels matter) and the most that it holds, for a down projection the terms that make
+up its largest output, and which norm the input came from. Of the residual stream, the largest value of every channel
+after every layer. Whole activations are never stored.
 
 Watching happens at the call of the matrix product, not on modules: `nn.Linear`, GPT-2's `Conv1D` and
 one expert's slice of a fused 3-D parameter all end in `linear`, `addmm` or `matmul`, so one small
 interceptor serves every architecture, and it sees weights that are only in memory during the call.
-The same place can take a scalar weight out (`prune`): the product then uses a copy with a zero. Or put another weight in
-(`replace`), for what a pass with a few rounded weights would give.
+The same place can take a scalar weight out (`prune`): the product then uses a copy with a zero. Or put another weight
+in (`replace`), for what a pass with a few rounded weights would give.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The two things a compressed weight is made of: rounded codes, and outliers kept exactly.
+"""Rounded codes, and what they stand for.
 
 `QuantizedTensor` is the canonical object of the house. Rounding produces it, every exporter
 translates from it, every reader rebuilds it. Its codes are unsigned for every scheme, so packing never
@@ -6,7 +6,7 @@ has to know whether a scheme is symmetric:
 
     weight = (codes - zero_point) * scale          zero_point = 2^(bits-1) where none is stored
 
-`Outliers` are single weights with their original values; `restore` puts them back.
+What codes cannot hold is laid over the decoded weight: see `patches`.
 """
 
 from __future__ import annotations

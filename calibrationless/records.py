@@ -64,8 +64,8 @@ class Contribution:
 class LinearRecord:
     """What one product showed.
 
-    energy: float32 [in], mean over tokens of x^2 / |x|^2: the share of an input channel in its token. Every token counts
-    the same; in a plain mean square the one token that carries the super activation would drown out all others.
+    energy: float32 [in], mean over tokens of x^2 / |x|^2: the share of an input channel in its token. Every token
+    counts the same; in a plain mean square the one token that carries the super activation would drown out all others.
     peaks: float32 [in], the largest |x| of every input channel.
     norm: name of the module whose output the input is, "" if it is no norm's.
     """

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calibrationless.blocks import Block, Tile, from_blocks, scale_shape, to_blocks
+from calibrationless.blocks import Block, Tile, from_blocks, scale_shape, shape_of, to_blocks
 from calibrationless.clipping import Clip, clip_threshold
 from calibrationless.pieces import for_pieces
 from calibrationless.quantized import QuantizedTensor, check_bits
@@ -115,13 +115,13 @@ def quantize(
     """Round a [out, in] weight to `bits` per element.
 
     clip: cut each block's outliers first. importance: float [in], how much an error on each input channel matters
-    (its energy); with it, scales are searched. keep_extreme: bool [blocks], blocks that are neither clipped nor searched,
-    because they must represent a super weight. scale_dtype: the dtype that the scale is stored in,
+    (its energy); with it, scales are searched. keep_extreme: bool [blocks], blocks that are neither clipped nor
+    searched, because they must represent a super weight. scale_dtype: the dtype that the scale is stored in,
     the weight's own by default.
     Raises ValueError for bits outside 2..8, a block that does not divide the shape, NaN or Inf.
     """
     check_bits(bits)
-    shape = (weight.shape[0], weight.shape[1])
+    shape = shape_of(weight)
     dtype = scale_dtype or weight.dtype
     blocks = to_blocks(weight.detach(), block)
     codes = torch.empty(blocks.shape, dtype=torch.uint8)

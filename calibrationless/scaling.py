@@ -1,9 +1,9 @@
 """Channel scaling: make the input channels of a weight more alike before rounding, and change nothing.
 
 A linear weight that reads a norm's output multiplies it channel by channel. If the norm's gain of channel j is divided
-by s[j] and column j of every weight that reads it is multiplied by s[j], the function is the same. Columns that matter (their
-inputs are large) should be a little larger than others in their block: their relative rounding error then shrinks. This is
-the idea of AWQ, without its search over data:
+by s[j] and column j of every weight that reads it is multiplied by s[j], the function is the same. Columns that matter
+(their inputs are large) should be a little larger than others in their block: their relative rounding error then
+shrinks. This is the idea of AWQ, without its search over data:
 
     s[j] = 2^exponent[j],   exponent[j] = round(log2((energy[j] / typical energy)^(strength / 2)))
 
@@ -23,7 +23,7 @@ STRENGTH = 0.2
 
 
 def scaling_exponents(energy: Tensor, strength: float = STRENGTH) -> Tensor:
-    """int8 [channels]: column j of the weights is to be multiplied by 2^exponent[j]. energy: float [channels], from 0."""
+    """int8 [channels]: column j of the weights is to be multiplied by 2^exponent[j]. energy: float [channels]."""
     wide = energy.double().clamp(min=1e-6 * float(energy.double().mean()))
     if float(wide.sum()) == 0:
         return torch.zeros(energy.shape, dtype=torch.int8)

@@ -5,11 +5,12 @@ little often costs less, and "costs" depends on the input channel that a weight 
 
     minimize over scale, zero point:   sum_j importance[j] * (w[j] - scale * (codes[j] - zero_point))^2
 
-With importance = the energy of input channel j on the one prompt (its mean share of a token's square, see `probe`), this is
-the expected error of the layer's output for uncorrelated inputs. Without it a search *hurts* large blocks: it gives up the few weights that matter.
+With importance = the energy of input channel j on the one prompt (its mean share of a token's square, see `probe`),
+this is the expected error of the layer's output for uncorrelated inputs. Without it a search *hurts* large blocks: it
+gives up the few weights that matter.
 
-For given codes the best scale is a ratio of two sums (least squares), so a trial needs no more than those: 16 stretches of
-plain rounding's scale are tried, the best is refitted to its own codes. That is the search of GGUF's k-quants, made
+For given codes the best scale is a ratio of two sums (least squares), so a trial needs no more than those: 16 stretches
+of plain rounding's scale are tried, the best is refitted to its own codes. That is the search of GGUF's k-quants, made
 signed: a symmetric scale may be negative, so either extreme of the block can take the code without a mirror image.
 """
 
@@ -33,8 +34,8 @@ _REFITS = 2
 def block_importance(importance: Tensor, block: Block, shape: tuple[int, int]) -> Tensor:
     """Importance of each weight in its block: [in] -> float32 [period, elements]; block b has row b % period.
 
-    Blocks repeat their columns after a while: a group after each row, a channel at once. Zeros are lifted to a millionth of
-    the mean, so that weights whose inputs were silent on the prompt are still rounded, not given up.
+    Blocks repeat their columns after a while: a group after each row, a channel at once. Zeros are lifted to a
+    millionth of the mean, so that weights whose inputs were silent on the prompt are still rounded, not given up.
     """
     in_features = shape[1]
     h = importance.detach().to(torch.float32)

@@ -26,7 +26,7 @@ is its score.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -105,17 +105,13 @@ class LayerSpike:
 
 @dataclass(frozen=True)
 class Detection:
-    """super_weights: creators, then amplifiers, then companions, each by layer. cancellers: for information.
-
-    probe: what the first pass saw, for what comes after detection (None in one made by hand).
-    """
+    """super_weights: creators, then amplifiers, then companions, each by layer. cancellers: for information."""
 
     super_weights: tuple[SuperWeight, ...] = ()
     cancellers: tuple[SuperWeight, ...] = ()
     super_activations: tuple[SuperActivation, ...] = ()
     layers: tuple[LayerSpike, ...] = ()
     rounds: int = 0
-    probe: Probe | None = field(default=None, compare=False, repr=False)
 
 
 def _reach(probe: Probe, channel: int) -> float:
@@ -216,8 +212,10 @@ def _score(base: Tensor, pruned: Tensor, tokens: Tensor) -> tuple[float, float]:
     return max(kl, 0.0), float((before[:-1].gather(1, target) - after[:-1].gather(1, target)).mean())
 
 
-def detect(run: Callable[[Sequence[Scalar], bool], Probe], downs: Mapping[str, int], tokens: Tensor) -> Detection:
-    """Find the super weights of a model.
+def detect(
+    run: Callable[[Sequence[Scalar], bool], Probe], downs: Mapping[str, int], tokens: Tensor
+) -> tuple[Detection, Probe]:
+    """Find the super weights of a model; also returns what the first pass saw, for what comes after detection.
 
     run: `run(prune, record)` is one probe of the prompt with some weights left out (see `run_probe`).
     downs: name of every watched down projection -> its layer. tokens: int64 [tokens], the prompt.
@@ -254,11 +252,11 @@ def detect(run: Callable[[Sequence[Scalar], bool], Probe], downs: Mapping[str, i
             activations.setdefault(weight.row, _activation(base, weight))
     order = {"creator": 0, "amplifier": 1, "companion": 2}
     scored.sort(key=lambda weight: (order[weight.role], weight.layer, -weight.share, weight.row, weight.col))
-    return Detection(
+    detection = Detection(
         super_weights=tuple(scored),
         cancellers=tuple(weight for weight in cancellers if weight.row in activations),
         super_activations=tuple(activations.values()),
         layers=_spikes(base, downs),
         rounds=rounds,
-        probe=base,
     )
+    return detection, base

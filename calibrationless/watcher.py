@@ -1,7 +1,7 @@
 """The interceptor of matrix products: what `probe` watches a forward pass with.
 
-A `TorchFunctionMode` sees every product that torch multiplies, whatever module asked for it, and finds the weight in it by
-its storage. So architectures need no hooks of their own, and fused experts are seen one by one.
+A `TorchFunctionMode` sees every product that torch multiplies, whatever module asked for it, and finds the weight in it
+by its storage. So architectures need no hooks of their own, and fused experts are seen one by one.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Artifacts and what runs them: file formats, packing layouts, and (later) runtime operators."""
+"""Artifacts on disk and what runs them: file formats, packing, runtime operators. No models, no terminal."""

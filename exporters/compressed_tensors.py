@@ -8,8 +8,8 @@ In `pack-quantized` a linear weight `X.weight` becomes
     X.weight_shape       int64 [2]                              out, in
 
 which stock transformers (with the compressed-tensors package) and vLLM decode as
-`(codes - zero_point) * scale`. In `int-quantized`, for integer products of rows of 8-bit codes with int8 activations that
-the loader rounds token by token,
+`(codes - zero_point) * scale`. In `int-quantized`, for integer products of rows of 8-bit codes with int8 activations
+that the loader rounds token by token,
 
     X.weight        int8 [out, in]     codes - 128
     X.weight_scale  float [out, 1]
@@ -32,8 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibrationless import Block, Channel, Flat, Group, QuantizedTensor, Tile, expand
-from calibrationless import Tensor as WholeTensor
+from calibrationless import Block, Channel, Flat, Group, QuantizedTensor, Tile, Whole, expand
 from exporters.packing import pack, packed_words, unpack
 
 __all__ = ["LOCAL_NAMES", "Scheme", "express", "from_tensors", "quantization_config", "tensor_layout", "to_tensors"]
@@ -51,8 +50,8 @@ _INT8_INPUTS = {
 
 @dataclass(frozen=True)
 class Scheme:
-    """What a config group declares. group_size: None for one scale per output channel. int8_inputs: `int-quantized`, with
-    inputs that the loader rounds; only for 8 bits, one symmetric scale per output channel."""
+    """What a config group declares. group_size: None for one scale per output channel. int8_inputs: `int-quantized`,
+    with inputs that the loader rounds; only for 8 bits, one symmetric scale per output channel."""
 
     bits: int
     group_size: int | None
@@ -78,7 +77,7 @@ def express(block: Block, shape: tuple[int, int]) -> Group | Channel | None:
     match block:
         case Group() | Channel():
             return block
-        case WholeTensor():
+        case Whole():
             return Channel()
         case Tile(_, cols):
             return Channel() if cols == shape[1] else Group(cols)
@@ -101,8 +100,8 @@ def _grid(values: Tensor, block: Block, shape: tuple[int, int]) -> Tensor:
 
 
 def to_tensors(quantized: QuantizedTensor, *, int8_inputs: bool = False) -> dict[str, Tensor]:
-    """Local names -> tensors, in the order of `LOCAL_NAMES`. int8_inputs: as `int-quantized`. Raises ValueError for a block
-    that straddles rows."""
+    """Local names -> tensors, in the order of `LOCAL_NAMES`. int8_inputs: as `int-quantized`. Raises ValueError for a
+    block that straddles rows."""
     shape, bits = quantized.shape, quantized.bits
     if int8_inputs:
         codes = (quantized.codes ^ 128).view(torch.int8)  # code - 128, the bits of which differ in the highest

@@ -6,7 +6,7 @@ beside the safetensors package, whose files it reads and writes:
 
 - Reading copies one tensor with plain reads instead of mapping the file. A mapped file counts as
   resident memory until the kernel takes it back, and a file that shrinks under a map kills the process;
-  a short read is an error message.
+  a short read is an error message. (The package can do that, too, but more slowly: docs/decisions.md.)
 - Writing streams. Sizes are known before the first byte (a plan has been made), so the header goes
   first and tensors follow one at a time, hashed as they pass.
 """

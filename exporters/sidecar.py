@@ -1,14 +1,15 @@
 """The sidecar: patches that a loader lays over the decoded weights.
 
-`swquant/outliers.safetensors` holds, for every patched tensor `X` of a *set* `S`,
+`swquant/outliers.safetensors` holds named *sets* of patches, each of one kind of `calibrationless.KINDS`. For every
+tensor `X` that a set `S` patches, each part of the kind is stored as `S/X.part`: indices as int32, values in the
+original dtype.
 
-    S/X.rows    int32 [n]      output channels
-    S/X.cols    int32 [n]      input channels
-    S/X.values  [n]            original values, in the original dtype
+    S/X.rows  [n]   S/X.cols  [n]   S/X.values  [n]          kind points
+                    S/X.cols  [n]   S/X.values  [out, n]     kind columns
 
-and says in its metadata what they are: `{"format": "swquant-patches", "version": "1", "sets":
-{"S": {"kind": "points", "mode": "replace"}}}`. Today there is one set, `outliers`. Recovery tuning will add sets
-of blocks (`"kind": "blocks"`) that are added (`"mode": "add"`); a reader refuses kinds, modes and versions
+The metadata says what the sets are, in the order in which they are laid over a weight: `{"format": "swquant-patches",
+"version": "1", "sets": {"outliers": {"kind": "points", "mode": "replace"}}}`. Two sets exist, `outliers` and `columns`.
+Recovery tuning will add sets of blocks that are added (`"mode": "add"`); a reader refuses kinds, modes and versions
 that it does not know, so an old reader can never half-apply a new file.
 
 The file lies in a sub-folder because vLLM reads every safetensors file beside config.json and refuses
@@ -18,48 +19,69 @@ names it does not know.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from calibrationless import Outliers
+from calibrationless import KINDS, Kind, Patch, check_patch, parts_of
 from exporters.errors import CheckpointError
 from exporters.safetensors_file import FileRecord, SafetensorsReader, SafetensorsWriter
 
-__all__ = ["OUTLIERS", "SIDECAR", "SidecarReader", "SidecarWriter", "patch_bytes"]
+__all__ = ["COLUMNS", "OUTLIERS", "SETS", "SIDECAR", "PlannedPatch", "SidecarReader", "SidecarWriter"]
 
 SIDECAR = "swquant/outliers.safetensors"
-OUTLIERS = "outliers"
+OUTLIERS, COLUMNS = "outliers", "columns"
+# The sets that a compressed checkpoint can have, and their kinds, in the order in which they are laid over a weight.
+SETS = {COLUMNS: "columns", OUTLIERS: "points"}
 _FORMAT, _VERSION = "swquant-patches", "1"
-_VALUES = (torch.float32, torch.float16, torch.bfloat16)
-_SETS = {OUTLIERS: {"kind": "points", "mode": "replace"}}
+_MODES = ("replace",)
 
 
-def _names(tensor: str) -> tuple[str, str, str]:
-    return (f"{OUTLIERS}/{tensor}.rows", f"{OUTLIERS}/{tensor}.cols", f"{OUTLIERS}/{tensor}.values")
+@dataclass(frozen=True)
+class PlannedPatch:
+    """What will be written for one tensor: the patch's set, how many places it has (points or columns), the [out, in]
+    shape of the weight and the dtype of the values."""
+
+    set: str
+    tensor: str
+    count: int
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    @property
+    def layout(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """(stored name, dtype, shape) of every part."""
+        shapes = KINDS[SETS[self.set]].shapes(self.count, self.shape)
+        return [
+            (_name(self.set, self.tensor, part), self.dtype if part == "values" else torch.int32, shape)
+            for part, shape in shapes.items()
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file, its header aside."""
+        return sum(dtype.itemsize * torch.Size(shape).numel() for _, dtype, shape in self.layout)
 
 
-def patch_bytes(count: int, dtype: torch.dtype) -> int:
-    """Bytes that `count` points take in the file, its header aside."""
-    return count * (8 + dtype.itemsize)
+def _name(of_set: str, tensor: str, part: str) -> str:
+    return f"{of_set}/{tensor}.{part}"
 
 
 class SidecarWriter:
-    """Streams the points of the announced tensors: [(tensor, number of points, dtype of the values)]."""
+    """Streams the announced patches, in their order."""
 
-    def __init__(self, path: Path, counts: Sequence[tuple[str, int, torch.dtype]]) -> None:
-        layout = []
-        for tensor, count, dtype in counts:
-            rows, cols, values = _names(tensor)
-            layout += [(rows, torch.int32, (count,)), (cols, torch.int32, (count,)), (values, dtype, (count,))]
-        metadata = {"format": _FORMAT, "version": _VERSION, "sets": json.dumps(_SETS)}
+    def __init__(self, path: Path, patches: Sequence[PlannedPatch]) -> None:
+        layout = [part for patch in patches for part in patch.layout]
+        used = {patch.set for patch in patches}
+        sets = {name: {"kind": kind, "mode": "replace"} for name, kind in SETS.items() if name in used}
+        metadata = {"format": _FORMAT, "version": _VERSION, "sets": json.dumps(sets)}
         self._writer = SafetensorsWriter(path, layout, metadata)
 
-    def write(self, tensor: str, outliers: Outliers) -> None:
-        for name, part in zip(_names(tensor), (outliers.rows, outliers.cols, outliers.values), strict=True):
-            self._writer.write(name, part)
+    def write(self, of_set: str, tensor: str, patch: Patch) -> None:
+        for part, value in parts_of(patch).items():
+            self._writer.write(_name(of_set, tensor, part), value)
 
     def finish(self) -> FileRecord:
         return self._writer.finish()
@@ -69,58 +91,70 @@ class SidecarWriter:
 
 
 class SidecarReader:
-    """The points of each tensor, read when asked for. Raises CheckpointError for a file it does not understand."""
+    """The patches of each tensor, read when asked for. Raises CheckpointError for a file it does not understand.
+
+    counts: set -> tensor -> number of its places, sets in the order in which they are laid over a weight.
+    """
+
+    counts: dict[str, dict[str, int]]
 
     def __init__(self, path: Path) -> None:
         self._reader = SafetensorsReader(path)
-        metadata = self._reader.metadata
         try:
-            self._understand(path, metadata)
+            self._kinds = _known_sets(path, self._reader.metadata)
+            self.counts = {name: {} for name in self._kinds}
+            self._understand(path)
         except BaseException:
             self._reader.close()
             raise
 
-    def _understand(self, path: Path, metadata: dict[str, str]) -> None:
-        form = (metadata.get("format"), metadata.get("version"))
-        if form != (_FORMAT, _VERSION):
-            raise CheckpointError(f"{path}: format {form[0]} {form[1]} is not {_FORMAT} {_VERSION}; update swquant")
-        try:
-            sets = json.loads(metadata.get("sets", ""))
-        except (ValueError, TypeError, RecursionError):
-            sets = None
-        if sets != _SETS:
-            raise CheckpointError(
-                f"{path}: patch sets {metadata.get('sets')} are not known to this version; update swquant"
-            )
+    def _understand(self, path: Path) -> None:
         groups: dict[str, set[str]] = {}
         for name in self._reader.entries:
             patched, _, part = name.rpartition(".")
             groups.setdefault(patched, set()).add(part)
-        prefix = f"{OUTLIERS}/"
         for patched, parts in groups.items():
-            if not patched.startswith(prefix) or parts != {"rows", "cols", "values"}:
-                raise CheckpointError(f"{path}: {patched} has the parts {sorted(parts)}, not rows, cols and values")
-        self.tensors = tuple(patched.removeprefix(prefix) for patched in groups)
+            of_set, _, tensor = patched.partition("/")
+            known = set(self._kinds[of_set].shapes(0, (0, 0))) if of_set in self._kinds else set()
+            if parts != known:
+                raise CheckpointError(f"{path}: {patched} has the parts {sorted(parts)}, which no set has")
+            self.counts[of_set][tensor] = torch.Size(self._reader.entries[_name(of_set, tensor, "cols")].shape).numel()
 
     @property
-    def counts(self) -> dict[str, int]:
-        """Tensor -> number of its points."""
-        return {tensor: math.prod(self._reader.entries[_names(tensor)[0]].shape) for tensor in self.tensors}
+    def tensors(self) -> tuple[str, ...]:
+        """All that have a patch in any set."""
+        return tuple(dict.fromkeys(tensor for counts in self.counts.values() for tensor in counts))
 
-    def read(self, tensor: str) -> Outliers:
-        """The points of a tensor. Raises CheckpointError where they are malformed; their range is the caller's to check."""
-        rows, cols, values = (self._reader.read(name) for name in _names(tensor))
-        one_each = rows.ndim == 1 and rows.shape == cols.shape == values.shape
-        if (
-            not one_each
-            or rows.dtype is not torch.int32
-            or cols.dtype is not torch.int32
-            or values.dtype not in _VALUES
-        ):
-            raise CheckpointError(f"{self._reader.path}: the points of {tensor} do not belong together")
-        if not bool(torch.isfinite(values).all()):
-            raise CheckpointError(f"{self._reader.path}: an outlier of {tensor} is NaN or infinite")
-        return Outliers(rows, cols, values)
+    def read(self, of_set: str, tensor: str, shape: tuple[int, int]) -> Patch:
+        """The patch of a [out, in] tensor. Raises CheckpointError where it does not fit."""
+        kind = self._kinds[of_set]
+        parts = (self._reader.read(_name(of_set, tensor, part)) for part in kind.shapes(0, (0, 0)))
+        patch = kind.patch(*parts)
+        try:
+            check_patch(patch, shape, tensor)
+        except ValueError as error:
+            raise CheckpointError(f"{self._reader.path}: {error}") from None
+        return patch
+
+    def read_all(self, tensor: str, shape: tuple[int, int]) -> tuple[Patch, ...]:
+        """The patches of all sets, in the order in which they are laid over the weight."""
+        return tuple(self.read(of_set, tensor, shape) for of_set, counts in self.counts.items() if tensor in counts)
 
     def close(self) -> None:
         self._reader.close()
+
+
+def _known_sets(path: Path, metadata: dict[str, str]) -> dict[str, Kind]:
+    """Set -> kind, as the metadata of a sidecar says."""
+    form = (metadata.get("format"), metadata.get("version"))
+    if form != (_FORMAT, _VERSION):
+        raise CheckpointError(f"{path}: format {form[0]} {form[1]} is not {_FORMAT} {_VERSION}; update swquant")
+    try:
+        sets = json.loads(metadata.get("sets", ""))
+        if any(description["mode"] not in _MODES or len(description) != 2 for description in sets.values()):
+            raise KeyError
+        return {name: KINDS[description["kind"]] for name, description in sets.items()}
+    except (AttributeError, KeyError, ValueError, TypeError, RecursionError):
+        raise CheckpointError(
+            f"{path}: patch sets {str(metadata.get('sets'))[:100]!r} are not known to this version; update swquant"
+        ) from None

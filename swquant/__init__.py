@@ -21,7 +21,7 @@ from swquant.version import __version__
 
 if TYPE_CHECKING:
     from exporters.errors import SwquantError
-    from swquant.api import compress, detect, evaluate, export, generate, inspect, load, study, verify
+    from swquant.api import compress, detect, evaluate, export, generate, inspect, load, plan, study, verify
     from swquant.compress.options import CompressOptions
     from swquant.export.onnx.options import ExportOptions
     from swquant.study.options import StudyOptions
@@ -34,6 +34,7 @@ _HOMES = {
     "generate": "swquant.api",
     "inspect": "swquant.api",
     "load": "swquant.api",
+    "plan": "swquant.api",
     "study": "swquant.api",
     "verify": "swquant.api",
     "CompressOptions": "swquant.compress.options",
@@ -55,6 +56,7 @@ __all__ = [
     "generate",
     "inspect",
     "load",
+    "plan",
     "study",
     "verify",
 ]
@@ -67,8 +69,8 @@ def __getattr__(name: str) -> Any:
 
 
 class _Face(ModuleType):
-    """Whoever imports `swquant.detect.found` first makes Python bind the folder `detect` to this module's name: it must stay
-    the function."""
+    """Whoever imports `swquant.detect.found` first makes Python bind the folder `detect` to this module's name: it must
+    stay the function."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name in _HOMES and isinstance(value, ModuleType)):

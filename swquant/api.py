@@ -1,109 +1,189 @@
-"""The Python interface: what the commands do, as typed functions. Users import it from `swquant`."""
+"""The Python interface, and what the commands call: one typed function for every verb. Users import it from `swquant`.
+
+Each says in which order things happen and leaves them to the rooms of the verbs, which it imports when it is called:
+whoever asks for a manifest does not wait for torch. `progress` is told what goes on; without it nothing is reported.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any, Unpack
 
 from exporters.errors import SwquantError
-from swquant.checkpoints.compressed import CompressedCheckpoint
-from swquant.checkpoints.manifest import MANIFEST, read_manifest
-from swquant.checkpoints.onnx import GRAPH
-from swquant.checkpoints.open import open_checkpoint
-from swquant.compress.options import CompressOptions
-from swquant.compress.pipeline import Compressed, compress_checkpoint, prepare
-from swquant.detect.found import Found
-from swquant.detect.pipeline import find_super_weights
+from swquant.compress.options import CompressKeywords, CompressOptions
+from swquant.declared import made_of
 from swquant.detect.prompt import DEFAULT_PROMPT
-from swquant.evaluate.pipeline import Evaluation, evaluate_model, generate_text
-from swquant.export.onnx.options import FORMATS, ExportOptions, export_options
-from swquant.models.loading import running_model
-from swquant.models.runtime import require_exporter
-from swquant.output.destination import check_destination
-from swquant.output.verification import verify as verify_folder
+from swquant.export.formats import Planned, format_named, option_names
+from swquant.export.onnx.options import ExportKeywords, ExportOptions
 from swquant.progress import Progress, silent
-from swquant.study.options import StudyOptions
-from swquant.study.pipeline import Study, study_checkpoint
+from swquant.study.options import StudyKeywords, StudyOptions
 
 if TYPE_CHECKING:
-    from swquant.export.onnx.pipeline import Exported
+    import torch
+    from transformers import PreTrainedModel
 
-__all__ = ["compress", "detect", "evaluate", "export", "generate", "inspect", "load", "study", "verify"]
+    from swquant.checkpoints.schema import Manifest
+    from swquant.compress.pipeline import Compressed
+    from swquant.detect.found import Found
+    from swquant.evaluate.pipeline import Evaluation
+    from swquant.export.onnx.pipeline import Exported
+    from swquant.study.pipeline import Study
+
+__all__ = ["compress", "detect", "evaluate", "export", "generate", "inspect", "load", "plan", "study", "verify"]
 
 Model = str | os.PathLike[str]
 
 
+class Keywords(CompressKeywords, ExportKeywords, total=False):
+    """Every option of `compress`: its own, and those of the formats."""
+
+
 def detect(
-    model: Model, prompt: str = DEFAULT_PROMPT, *, low_memory: bool = False, trust_remote_code: bool = False
+    model: Model,
+    prompt: str = DEFAULT_PROMPT,
+    *,
+    low_memory: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
 ) -> Found:
     """Find the super weights and super activations of a model with forward passes of one prompt.
 
-    model: a Hugging Face folder, a .gguf file, a hub id or a compressed checkpoint. Returns a `Found`, whose `detection`
-    holds `super_weights`, `cancellers`, `super_activations` and per-layer maxima. Raises SwquantError.
+    model: a Hugging Face folder, a .gguf file, a hub id or a compressed checkpoint. Returns a `Found`, whose
+    `detection` holds `super_weights`, `cancellers`, `super_activations` and per-layer maxima. Raises SwquantError.
 
     "The Super Weight in Large Language Models", https://arxiv.org/abs/2411.07191
     """
-    with open_checkpoint(model, trust_remote_code=trust_remote_code) as checkpoint:
+    from swquant.checkpoints.open import open_checkpoint
+    from swquant.detect.pipeline import find_super_weights
+
+    with (
+        open_checkpoint(model, trust_remote_code=trust_remote_code) as checkpoint,
+        progress.step(f"Probing {checkpoint.name} with one prompt"),
+    ):
         return find_super_weights(checkpoint, prompt, low_memory=low_memory)
 
 
 def compress(
     model: Model,
     out: Model | None = None,
+    options: CompressOptions | None = None,
     *,
+    format: str = "checkpoint",
     overwrite: bool = False,
     low_memory: bool = False,
     trust_remote_code: bool = False,
-    format: str = "checkpoint",
-    **options: Any,
+    on_plan: Callable[[Planned], None] | None = None,
+    progress: Progress = silent,
+    **changes: Unpack[Keywords],
 ) -> Compressed | Exported:
     """Compress a model into a checkpoint that stock transformers and vLLM load, or at once into an ONNX folder.
 
-    out: the folder to create, `<name>-w4-b128` in the current folder by default. format: checkpoint or onnx. options: the
-    fields of `CompressOptions` (bits, block, symmetric, clip, restore, outliers, dense, …), and for onnx those of `export`.
-    Returns path and manifest. Raises SwquantError; then `out` does not exist.
+    out: the folder to create, `<name>-w4-b128` in the current folder by default. format: checkpoint or onnx.
+    options and changes: a `CompressOptions`, or its fields as keywords (bits, block, symmetric, clip, restore,
+    outliers, dense, …), and for onnx those of `export`. on_plan: is shown the plan before anything is written. Returns
+    path and manifest. Raises SwquantError; then `out` does not exist.
     """
-    of_export = {field.name for field in fields(ExportOptions)}
-    export_to = export_options(format, {name: value for name, value in options.items() if name in of_export})
-    chosen = CompressOptions(**{name: value for name, value in options.items() if name not in of_export})
-    if export_to is not None:
-        require_exporter()
-    with open_checkpoint(model, trust_remote_code=trust_remote_code) as checkpoint:
-        target = Path(out) if out is not None else Path(checkpoint.name + chosen.suffix + FORMATS[format])
-        if export_to is None:
-            return compress_checkpoint(checkpoint, target, chosen, overwrite=overwrite, low_memory=low_memory)
-        from swquant.export.onnx.pipeline import write_exported
+    with _planned(
+        model,
+        out,
+        options,
+        format,
+        changes,
+        to_overwrite=overwrite,
+        low_memory=low_memory,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    ) as planned:
+        if on_plan is not None:
+            on_plan(planned)
+        return planned.run(overwrite=overwrite, progress=progress)
 
-        check_destination(target, overwrite, checkpoint)
-        prepared = prepare(checkpoint, chosen, low_memory=low_memory)
-        return write_exported(prepared, target, export_to, overwrite=overwrite)
+
+def plan(
+    model: Model,
+    out: Model | None = None,
+    options: CompressOptions | None = None,
+    *,
+    format: str = "checkpoint",
+    low_memory: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+    **changes: Unpack[Keywords],
+) -> Planned:
+    """What `compress` would do, tensor by tensor; writes nothing. Takes the same, raises the same."""
+    with _planned(
+        model,
+        out,
+        options,
+        format,
+        changes,
+        low_memory=low_memory,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    ) as planned:
+        return planned
+
+
+@contextmanager
+def _planned(
+    model: Model,
+    out: Model | None,
+    options: CompressOptions | None,
+    format: str,
+    changes: Mapping[str, Any],
+    *,
+    to_overwrite: bool | None = None,
+    low_memory: bool,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> Iterator[Planned]:
+    """The plan, while its model is open. to_overwrite: whether OUT may be replaced, None if nothing will be written."""
+    row, of_formats = format_named(format), option_names()
+    own = {name: value for name, value in changes.items() if name not in of_formats}
+    given = {name: value for name, value in changes.items() if name in of_formats and value is not None}
+    chosen = made_of(CompressOptions, options, own)
+    export_to = row.chosen(given, int8=chosen.activations == "int8")
+    row.require()
+    from swquant.checkpoints.open import open_checkpoint
+    from swquant.compress.pipeline import prepare
+    from swquant.output.destination import check_destination
+
+    with open_checkpoint(model, trust_remote_code=trust_remote_code) as checkpoint:
+        target = Path(out) if out is not None else Path(checkpoint.name + chosen.suffix + row.suffix)
+        if to_overwrite is not None:
+            check_destination(target, to_overwrite, checkpoint)
+        prepared = prepare(checkpoint, chosen, low_memory=low_memory, progress=progress)
+        row.check_plan(prepared)
+        yield Planned(prepared, target, row, export_to)
 
 
 def export(
     checkpoint: Model,
     out: Model,
+    options: ExportOptions | None = None,
     *,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = silent,
-    **options: Any,
+    **changes: Unpack[ExportKeywords],
 ) -> Exported:
     """Export a compressed checkpoint to an ONNX folder, and check that it gives the same answers.
 
-    out: the folder to create. options: the fields of `ExportOptions` (graph, precision, accuracy_level, …). Returns path
-    and manifest. Raises SwquantError; then `out` does not exist. Needs the extra `cpu` or `gpu`.
+    out: the folder to create. options and changes: an `ExportOptions`, or its fields as keywords (graph, precision,
+    accuracy_level, …). Returns path and manifest. Raises SwquantError; then `out` does not exist. Needs the extra `cpu`
+    or `gpu`.
     """
-    require_exporter()
+    chosen, path = made_of(ExportOptions, options, changes), Path(checkpoint)
+    format_named("onnx").require()
+    from swquant.checkpoints.compressed import CompressedCheckpoint
+    from swquant.checkpoints.manifest import MANIFEST
+    from swquant.checkpoints.open import is_onnx_folder
     from swquant.export.onnx.pipeline import export_checkpoint
 
-    chosen, path = ExportOptions(**options), Path(checkpoint)
-    if (path / GRAPH).is_file():
+    if is_onnx_folder(path):
         raise SwquantError(f"{path}: already exported; give the checkpoint that it was made from")
     if not (path / MANIFEST).is_file():
         raise SwquantError(f"{path}: not a compressed checkpoint; make one first: swquant compress MODEL OUT")
@@ -121,23 +201,31 @@ def load(
 ) -> PreTrainedModel:
     """The transformers model of a compressed checkpoint (or of anything that `detect` takes), in evaluation mode.
 
-    Its weights are dense, every outlier has its original value, and int8 activations are simulated, exactly. dtype: of the weights, the checkpoint's own by default.
-    restore: False leaves the outliers as a loader sees them that ignores the sidecar. Raises SwquantError.
+    Its weights are dense, every outlier has its original value, and int8 activations are simulated, exactly. dtype: of
+    the weights, the checkpoint's own by default. restore: False leaves the outliers as a loader sees them that ignores
+    the sidecar. Raises SwquantError.
     """
+    from swquant.checkpoints.open import open_checkpoint
+    from swquant.models.loading import running_model
+
     with open_checkpoint(path, restored=restore, trust_remote_code=trust_remote_code) as checkpoint:
         return running_model(checkpoint, dtype, device)
 
 
-def inspect(path: Model) -> Mapping[str, Any]:
-    """The manifest of a compressed checkpoint: what is in it and how it was made. Raises SwquantError if it has none."""
+def inspect(path: Model) -> Manifest:
+    """The manifest of a compressed checkpoint: what is in it, how it was made. Raises SwquantError if it has none."""
+    from swquant.checkpoints.manifest import read_manifest
+
     return read_manifest(Path(path))
 
 
 def verify(path: Model) -> list[str]:
-    """Read every byte of a compressed checkpoint and compare it with the manifest. Returns what is wrong, [] if nothing.
+    """Read every byte of a compressed checkpoint and compare it with the manifest. Returns what is wrong.
 
     Raises SwquantError where there is no intact manifest.
     """
+    from swquant.output.verification import verify as verify_folder
+
     return verify_folder(Path(path))
 
 
@@ -150,37 +238,70 @@ def evaluate(
     limit: int | None = None,
     restore: bool = True,
     trust_remote_code: bool = False,
+    progress: Progress = silent,
 ) -> Evaluation:
     """Perplexity of a model on a text; against an original also KL divergence and top-1 agreement.
 
     window: tokens per window. limit: evaluate only the first so many windows. restore: see `load`. The protocol is
-    described in `swquant.evaluation` and docs/evaluation.md. Raises SwquantError.
+    described in `swquant.evaluate.pipeline` and docs/evaluation.md. Raises SwquantError.
     """
-    with open_checkpoint(model, restored=restore, trust_remote_code=trust_remote_code) as checkpoint:
+    from swquant.checkpoints.open import open_model
+    from swquant.evaluate.pipeline import evaluate_model
+
+    with open_model(model, restored=restore, trust_remote_code=trust_remote_code) as checkpoint:
         if against is None:
-            return evaluate_model(checkpoint, text, window=window, limit=limit)
-        with open_checkpoint(against, trust_remote_code=trust_remote_code) as original:
-            return evaluate_model(checkpoint, text, original, window=window, limit=limit)
+            return evaluate_model(checkpoint, text, window=window, limit=limit, progress=progress)
+        with open_model(against, trust_remote_code=trust_remote_code) as original:
+            return evaluate_model(checkpoint, text, original, window=window, limit=limit, progress=progress)
 
 
 def generate(
-    model: Model, prompt: str, *, tokens: int = 40, restore: bool = True, trust_remote_code: bool = False
+    model: Model,
+    prompt: str,
+    *,
+    tokens: int = 40,
+    restore: bool = True,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
 ) -> str:
     """Continue a prompt greedily. Returns the prompt and what follows. Raises SwquantError."""
-    with open_checkpoint(model, restored=restore, trust_remote_code=trust_remote_code) as checkpoint:
+    from swquant.checkpoints.open import open_model
+    from swquant.evaluate.pipeline import generate_text
+
+    with (
+        progress.step("Generating"),
+        open_model(model, restored=restore, trust_remote_code=trust_remote_code) as checkpoint,
+    ):
         return generate_text(checkpoint, prompt, tokens=tokens)
 
 
 def study(
-    model: Model, text: str, out: Model | None = None, *, trust_remote_code: bool = False, **options: Any
+    model: Model,
+    text: str,
+    out: Model | None = None,
+    options: StudyOptions | None = None,
+    *,
+    text_name: str = "text",
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+    **changes: Unpack[StudyKeywords],
 ) -> Study:
     """Repeat the super weight paper's experiments on a model and write a report.
 
-    text: what to measure on. out: the folder of the report, `<name>-study` by default; an earlier study there gives what it
-    measured already. options: the fields of `StudyOptions` (only, quick, window, limit, bits, prompt). Returns path,
-    sections (sentences, tables, charts) and the record that study.json holds. Raises SwquantError.
+    text: what to measure on; text_name: what the report calls it. out: the folder of the report, `<name>-study` by
+    default; an earlier study there gives what it measured already. options and changes: a `StudyOptions`, or its fields
+    as keywords (only, quick, window, limit, bits, prompt, …). Returns path, sections (sentences, tables, charts) and
+    the record that study.json holds. Raises SwquantError.
     """
-    chosen = StudyOptions(**options)
+    chosen = made_of(StudyOptions, options, changes)
+    from swquant.checkpoints.open import open_checkpoint
+    from swquant.study.pipeline import study_checkpoint
+
     with open_checkpoint(model, trust_remote_code=trust_remote_code) as checkpoint:
         target = Path(out) if out is not None else Path(f"{checkpoint.name}-study")
-        return study_checkpoint(checkpoint, text, target, chosen)
+        try:
+            return study_checkpoint(checkpoint, text, target, chosen, text_name=text_name, progress=progress)
+        except KeyboardInterrupt as interrupt:
+            if (target / "cache").is_dir():
+                interrupt.add_note(f"What was measured stays in {target} and is used by the next run")
+            raise

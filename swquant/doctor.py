@@ -22,6 +22,8 @@ _NEEDED = {
     "huggingface-hub": "hub ids",
     "matplotlib": "detect --plot",
     "psutil": "deciding whether a model fits in memory",
+    "pydantic": "checking manifests",
+    "typing-extensions": "checking manifests",
 }
 _OPTIONAL = {"vllm": "serving", "onnxruntime": "ONNX models", "onnxruntime-gpu": "ONNX models on CUDA"}
 
@@ -77,7 +79,8 @@ def _provider() -> str | None:
 
 
 def examine() -> dict[str, Any]:
-    """{python, platform, swquant, packages, optional, operators, provider, devices, memory, missing}, as JSON can hold it."""
+    """{python, platform, swquant, packages, optional, operators, provider, devices, memory, missing}, as JSON can hold
+    it."""
     packages = {name: _version(name) for name in _NEEDED}
     missing = [
         {"package": name, "for": _NEEDED[name], "problem": "not installed" if version is None else problem}

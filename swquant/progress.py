@@ -1,4 +1,7 @@
-"""What long work tells of itself."""
+"""What long work tells of itself while it runs: the small interface that pipelines talk to.
+
+`silent` does nothing; `terminal.console.Terminal` draws bars. A pipeline is handed one and never knows which.
+"""
 
 from __future__ import annotations
 

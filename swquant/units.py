@@ -1,4 +1,4 @@
-"""Sizes as people read and write them."""
+"""Numbers as people read and write them: sizes, counts, seven significant digits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 from exporters.errors import SwquantError
 
-__all__ = ["human_bytes", "parse_bytes"]
+__all__ = ["human_bytes", "parse_bytes", "short", "thousands"]
 
 
 def parse_bytes(text: str) -> int:
@@ -25,3 +25,13 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     raise AssertionError("unreachable")
+
+
+def short(value: float, digits: int = 7) -> float:
+    """So many significant digits; more than seven would be noise of float32."""
+    return float(f"{value:.{digits}g}")
+
+
+def thousands(value: float) -> str:
+    """Four digits, or whole thousands with commas: 0.12346 -> `0.1235`, 24135.6 -> `24,136`."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

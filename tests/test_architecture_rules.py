@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import importlib.util
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +20,10 @@ MAY_IMPORT_OF_OURS = {
     "swquant": {"calibrationless", "exporters", "swquant"},
 }
 MODULES = sorted(path for package in MAY_IMPORT_OF_OURS for path in (ROOT / package).rglob("*.py"))
-# The floors of swquant/, the lowest first: a room (a folder, or a file at its root) imports from floors below its own only.
+# The floors of swquant/, the lowest first: a room (a folder, or a file at its root) imports from lower floors only.
 LAYERS = (
-    {"checkpoints", "declared", "drawing", "interrupts", "progress", "units", "version"},
+    {"interrupts", "progress", "units", "version"},
+    {"checkpoints", "declared", "drawing"},
     {"models", "output"},
     {"detect", "doctor", "evaluate", "ort"},
     {"compress"},
@@ -208,3 +212,36 @@ def test_what_is_public_exists_and_is_documented(path: Path) -> None:
     known = set(defined) | {node.id for node in walk(path, ast.Name) if isinstance(node.ctx, ast.Store)}
     known |= {alias.asname or alias.name for node in walk(path, ast.ImportFrom) for alias in node.names}
     assert set(names) <= known
+
+
+def test_the_map_shows_what_is_there() -> None:
+    """Every file of the three packages and no other; `python tools/map.py` draws it anew."""
+    spec = importlib.util.spec_from_file_location("map", ROOT / "tools/map.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = (ROOT / "docs/architecture.md").read_text()
+    assert page.partition("## The map\n\n```text\n")[2].partition("```")[0] == module.drawn()
+
+
+def test_the_floors_are_those_of_the_page() -> None:
+    page = (ROOT / "docs/architecture.md").read_text()
+    block = page.partition("## Floors of `swquant`")[2].partition("```text\n")[2].partition("\n```")[0]
+    shown = [set(line.split(" · ")) for line in reversed(block.splitlines())]
+    assert shown == [layer for layer in LAYERS if layer != {"__init__", "__main__"}]
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_names_on_the_pages_exist(page: str) -> None:
+    """Files and dotted names in backticks."""
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    for name in re.findall(r"`((?:calibrationless|exporters|swquant|tests|tools|docs|data|benchmarks)/[\w./]*)`", text):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"`((?:calibrationless|exporters|swquant)\.[\w.]+)`", text):
+        module, _, last = name.rpartition(".")
+        if (
+            not ROOT.joinpath(*name.split(".")).exists()
+            and not ROOT.joinpath(*name.split(".")).with_suffix(".py").exists()
+        ):
+            assert hasattr(importlib.import_module(module), last), name

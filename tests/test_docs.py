@@ -1,8 +1,8 @@
 """README.md and docs/ are true: every code block is run or checked, every link leads somewhere, no option is made up.
 
-Each block runs in a folder of its own that holds what the documents talk about: `model`, a tiny one with a super weight,
-`text.txt`, the project's scripts, and the checkpoints that a block uses but does not make. Commands run in this process,
-since a new one waits seconds for torch; the scripts run in a real shell.
+Each block runs in a folder of its own that holds what the documents talk about: `model`, a tiny one with a super
+weight, `text.txt`, the project's scripts, and the checkpoints that a block uses but does not make. Commands run in this
+process, since a new one waits seconds for torch; the scripts run in a real shell.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from importlib.metadata import distribution
 from pathlib import Path
@@ -23,15 +22,16 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
-from conftest import Ran, plant, save_model, save_tokenizer, tiny_model
+from support.command_line import Cli
+from support.paths import PROJECT
+from support.tiny_models import plant, sample_text, save_model, save_tokenizer, tiny_model
 
 import swquant
 from swquant.cli import app
 from swquant.compress.options import CompressOptions
 
-PROJECT = Path(__file__).parent.parent
 DOCUMENTS = (PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md")))
-# The default prompt, as the words that the super weight is planted for (conftest.PROMPT).
+# The default prompt, as the words that the super weight is planted for (tiny_models.PROMPT).
 WORDS = {"Apple": 5, "Inc": 9, ".": 17, "is": 33, "a": 64, "worldwide": 2, "tech": 81, "company": 40, "capital": 11}
 CHECKPOINTS = ("out", "model-w4")
 
@@ -77,7 +77,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plant(model)
     save_model(model, folder / "model")
     save_tokenizer(folder / "model", WORDS)
-    (folder / "text.txt").write_text(" ".join(f"t{41 + 7 * index % 59}" for index in range(300)))
+    (folder / "text.txt").write_text(sample_text(300))
     shutil.copytree(PROJECT / "tools", folder / "tools")
     shutil.copytree(PROJECT / "data", folder / "data")
     shutil.copy(PROJECT / "constraints.txt", folder)
@@ -140,7 +140,7 @@ def run_script(words: list[str]) -> None:
     subprocess.run(["bash", "-c", shlex.join(words)], env={**os.environ, "PATH": path}, check=True)
 
 
-def run_shell(code: str, here: Path, cli: Callable[..., Ran]) -> None:
+def run_shell(code: str, here: Path, cli: Cli) -> None:
     for words in commands(code):
         match words[0]:
             case "swquant":
@@ -180,9 +180,7 @@ def test_the_documents_have_blocks() -> None:
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language != "text"], ids=str)
-def test_a_block_does_what_it_says(
-    block: CodeBlock, here: Path, cli: Callable[..., Ran], request: pytest.FixtureRequest
-) -> None:
+def test_a_block_does_what_it_says(block: CodeBlock, here: Path, cli: Cli, request: pytest.FixtureRequest) -> None:
     if "model-onnx" in block.code and not re.search(r"(compress|export)\b.*\bmodel-onnx\b", block.code):
         shutil.copytree(request.getfixturevalue("exported"), here / "model-onnx")
     for name in CHECKPOINTS:

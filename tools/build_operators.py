@@ -1,8 +1,8 @@
 """Hatchling's hook: compiles the operator library into the wheel, or says why the wheel goes without it.
 
-With a compiler the wheel is `py3-none-linux_<machine>` (the library uses ONNX Runtime's C interface and no Python), in an
-editable install the library lands beside its sources. Without one the wheel is pure: exported models still run, through
-the function that they carry.
+With a compiler the wheel is `py3-none-linux_<machine>` (the library uses ONNX Runtime's C interface and no Python), in
+an editable install the library lands beside its sources. Without one the wheel is pure: exported models still run,
+through the function that they carry.
 """
 
 from __future__ import annotations

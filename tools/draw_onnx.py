@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draws docs/images/onnx.svg: one linear layer of an exported model, as a stock runtime and as the operator library run it.
+"""Draws docs/images/onnx.svg: one linear layer of an exported model, as a stock runtime and our library run it.
 
 python tools/draw_onnx.py [FILE]
 """

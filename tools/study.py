@@ -1,7 +1,7 @@
 """`make study`: the figures of docs/study.md, from the two real models.
 
-Runs the commands that a user would type, and copies their figures. Block sizes are studied on weights off the grid that the
-GGUF files were stored on (see benchmarks/grid.py): blocks that fall on the old grid would lose nothing.
+Runs the commands that a user would type, and copies their figures. Block sizes are studied on weights off the grid that
+the GGUF files were stored on (see benchmarks/grid.py): blocks that fall on the old grid would lose nothing.
 """
 
 from __future__ import annotations

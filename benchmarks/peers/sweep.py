@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import swquant
-from calibrationless import Block, QuantizedTensor, dequantize, fit, parse_block, quantize, restore, worst
+from calibrationless import Block, QuantizedTensor, dequantize, fit, parse_block, quantize, restore, shape_of, worst
 from peers.base import Cell, Method, Original, Outcome, Rounded, gather
 from swquant.detect.found import Found
 
@@ -58,7 +58,7 @@ def variant(name: str) -> Callable[[Original, Cell], Outcome]:
 
 
 def block_of(weight: Tensor, cell: Cell) -> Block:
-    block = fit(parse_block(cell.block), (weight.shape[0], weight.shape[1]))
+    block = fit(parse_block(cell.block), shape_of(weight))
     if block is None:
         raise ValueError(f"no block of {cell.block} divides a tensor of {list(weight.shape)}")
     return block

@@ -1,1 +1,1 @@
-"""Quantized linear layers in ONNX: which node each becomes, what the node means on a stock runtime, the two kinds of graph."""
+"""Quantized linear layers in ONNX: their nodes, what these mean on a stock runtime, the two kinds of graph."""

@@ -1,8 +1,8 @@
-"""From a torch module to an ONNX graph with quantized linears: torch's dynamo exporter, and modules that emit our nodes.
+"""From a torch module to an ONNX graph with quantized linears: torch's exporter, and modules that emit our nodes.
 
-`Placeholder` takes the place of `nn.Linear` before the export. The exporter folds transposes and renames float weights, so
-looking for MatMuls afterwards would be guesswork; a module that emits a node of its own name leaves no doubt and no float
-copy.
+`Placeholder` takes the place of `nn.Linear` before the export. The exporter folds transposes and renames float weights,
+so looking for MatMuls afterwards would be guesswork; a module that emits a node of its own name leaves no doubt and no
+float copy.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PLACEHOLDER = "Placeholder"
 
 
 class Placeholder(nn.Module):
-    """A linear layer of which only a node exists, to be replaced by its packed weight: exported, not run (torch sees zeros).
+    """A linear layer of which only a node exists, to be replaced by its packed weight; run, it gives zeros.
 
     name: by which `export_graph` finds the weight.
     """
@@ -96,8 +96,8 @@ def export_graph(
     """The ONNX graph of `module`, whose Placeholders become the nodes of their weights.
 
     tied: (name in `weights`, table [N, K]) of an embedding that is to use the codes of an output head.
-    dynamic_shapes: as torch.export takes them. dimensions: input or output name -> the names of its dynamic dimensions and
-    the sizes of the others, in place of the letters that the exporter invents.
+    dynamic_shapes: as torch.export takes them. dimensions: input or output name -> the names of its dynamic dimensions
+    and the sizes of the others, in place of the letters that the exporter invents.
     """
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(

@@ -1,8 +1,8 @@
 """What swquant::LinearNBits means in operators that every runtime has.
 
-Each exported file carries this as a model-local function. A stock ONNX Runtime inlines it; where our library is registered,
-its kernel takes precedence. A function is looked up by its name, so a file has one, and its nodes must suit it: `Form`
-says what they have. Two bodies exist:
+Each exported file carries this as a model-local function. A stock ONNX Runtime inlines it; where our library is
+registered, its kernel takes precedence. A function is looked up by its name, so a file has one, and its nodes must suit
+it: `Form` says what they have. Two bodies exist:
 
 - stock: MatMulNBits decodes and multiplies, standard operators add what is special. Fast everywhere.
 - otherwise: the codes are unpacked with shifts and masks. Exact for 2 to 8 bits and every block, and slow to load: the
@@ -167,8 +167,8 @@ _CHANNELS = """
 
 
 def _product(form: Form) -> str:
-    """A times the decoded weight. In float arithmetic a channel taken out and added again changes nothing: only the stock body,
-    which may round the activations, does it."""
+    """A times the decoded weight. In float arithmetic a channel taken out and added again changes nothing: only the
+    stock body, which may round the activations, does it."""
     if not form.stock:
         codes = _ALL.format(p="w_", count="K") + _UNPACK.format(p="w_", packed="B")
         points = _ALL.format(p="z_", count="columns") + _UNPACK.format(p="z_", packed="zero_points") + _ZERO_POINTS

@@ -2,8 +2,8 @@
 
 The builder knows some twenty architectures and writes them with fused attention and norms: the fastest graphs for ONNX
 Runtime, with the `genai_config.json` that onnxruntime-genai runs. Its float export keeps the names of weights
-(`model.layers.0.attn.qkv_proj.MatMul.weight`), so the MatMuls can be replaced afterwards. That a name means what it seems to
-is not taken on trust: the float weight in the graph must be the model's.
+(`model.layers.0.attn.qkv_proj.MatMul.weight`), so the MatMuls can be replaced afterwards. That a name means what it
+seems to is not taken on trust: the float weight in the graph must be the model's.
 
 The builder runs as a program of its own, which is the interface that it documents.
 """
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from exporters.json_file import read_json
+from exporters.onnx.files import GENAI_CONFIG, MODEL
 from exporters.onnx.nodes import PackedWeight, stack, take_rows
 from exporters.onnx.place import Placer, common_form
 
@@ -61,7 +62,7 @@ def build_graph(model: Path, out: Path, *, fuse_qkv: bool, half: bool) -> None:
         *options,
     ]
     ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    if ran.returncode or not (out / "model.onnx").is_file():
+    if ran.returncode or not (out / MODEL).is_file():
         lines = [line.strip() for line in (ran.stderr or ran.stdout).splitlines() if line.strip()]
         raise BuilderError(lines[-1] if lines else f"exit code {ran.returncode}")
 
@@ -90,13 +91,13 @@ def _sources(weights: Mapping[str, PackedWeight], layer: str, leaf: str) -> list
 def place_weights(
     path: Path, weights: Mapping[str, PackedWeight], dense: Callable[[str], Tensor], head: str
 ) -> onnx_ir.Model:
-    """The builder's graph with the MatMuls of `weights` replaced. Raises BuilderError where one has no place in it, or where
-    the graph multiplies with another weight than the model's.
+    """The builder's graph with the MatMuls of `weights` replaced. Raises BuilderError where one has no place in it, or
+    where the graph multiplies with another weight than the model's.
 
     dense: module -> its float32 weight [out, in]. head: the name in `weights` of what the graph calls lm_head.
     """
     model = onnx_ir.load(path)
-    fix_cache_shapes(model, read_json(path.with_name("genai_config.json"))["model"]["decoder"]["head_size"])
+    fix_cache_shapes(model, read_json(path.with_name(GENAI_CONFIG))["model"]["decoder"]["head_size"])
     pieces: dict[str, tuple[onnx_ir.Node, PackedWeight]] = {}
     used: set[str] = set()
     for node in model.graph:

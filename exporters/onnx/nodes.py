@@ -2,15 +2,15 @@
 
 Two operators can hold it:
 
-    com.microsoft::MatMulNBits   of ONNX Runtime: 2, 4 or 8 bits, one scale for a block of 16 to 256 inputs, a power of two
+    com.microsoft::MatMulNBits   of ONNX Runtime: 2, 4 or 8 bits, one scale for 16, 32, 64, 128 or 256 inputs
     swquant::LinearNBits         ours: every number of bits and every block, and outliers added to the product
 
-MatMulNBits is taken wherever it can say everything, but for 8 bits, where ours is as fast or much faster (at accuracy level
-0, many times), and for long blocks at level 4, where ours rounds activations more finely and is faster; a runtime without our
-library comes to the same node through the function. A block that it does not know is cut into pieces that it does, the
-scale repeated: a row of 1,536 weights with one scale becomes six blocks of 256. LinearNBits takes what has outliers, channels
-that level 4 may not round, 3, 5, 6 or 7 bits, or a block that no power of two from 16 on divides; `function` gives it a meaning on runtimes that do not have
-our library.
+MatMulNBits is taken wherever it can say everything, but for 8 bits, where ours is as fast or much faster (at accuracy
+level 0, many times), and for long blocks at level 4, where ours rounds activations more finely and is faster; a runtime
+without our library comes to the same node through the function. A block that it does not know is cut into pieces that
+it does, the scale repeated: a row of 1,536 weights with one scale becomes six blocks of 256. LinearNBits takes what has
+outliers, channels that level 4 may not round, 3, 5, 6 or 7 bits, or a block that no power of two from 16 on divides;
+`function` gives it a meaning on runtimes that do not have our library.
 
 Both store codes as a little-endian stream of bits, each row padded to whole blocks, so for the bits and blocks that
 MatMulNBits takes the bytes are the same.
@@ -24,7 +24,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from calibrationless import Channel, Group, Outliers, QuantizedTensor, check_outliers, dequantize
+from calibrationless import Channel, Group, Points, QuantizedTensor, check_patch, dequantize
+from exporters.ops import DOMAIN, OPERATOR
 from exporters.packing import pack
 
 __all__ = [
@@ -33,15 +34,14 @@ __all__ = [
     "OPERATOR",
     "STOCK_BITS",
     "PackedWeight",
+    "narrowed",
     "pack_weight",
     "stack",
     "stock_block",
-    "stored",
     "take_rows",
     "with_zero_points",
 ]
 
-DOMAIN, OPERATOR = "swquant", "LinearNBits"
 MICROSOFT = "com.microsoft"
 STOCK_BITS = (2, 4, 8)
 # Both round activations with one scale per block at level 4, ours in pieces of 32 where it is longer.
@@ -53,10 +53,11 @@ _SMALLEST, _LARGEST = 16, 256  # blocks of MatMulNBits; runtimes before 1.32 ret
 class PackedWeight:
     """A [N, K] weight as the operators take it.
 
-    codes: uint8 [N, blocks * block * bits / 8, rounded up]. scales: [N, blocks] of the graph's type, or float16. zero_points: uint8
-    [N, ceil(blocks * bits / 8)], None where it is 2^(bits-1) everywhere. rows, cols: int32 [P], sorted; deltas: float32 [P],
-    what is missing from the decoded weight at these places; None without outliers. channels: int32 [c], inputs that are
-    kept out of the rounding of activations. accuracy_level: 0 multiplies in float, 4 rounds activations to int8.
+    codes: uint8 [N, blocks * block * bits / 8, rounded up]. scales: [N, blocks] of the graph's type, or float16.
+    zero_points: uint8 [N, ceil(blocks * bits / 8)], None where it is 2^(bits-1) everywhere. rows, cols: int32 [P],
+    sorted; deltas: float32 [P], what is missing from the decoded weight at these places; None without outliers.
+    channels: int32 [c], inputs that are kept out of the rounding of activations. accuracy_level: 0 multiplies in float,
+    4 rounds activations to int8.
     """
 
     K: int
@@ -103,8 +104,8 @@ class PackedWeight:
 def stock_block(inputs: int, block: int, bits: int) -> int | None:
     """The block of MatMulNBits that carries blocks of `block` weights in rows of `inputs`, None where there is none.
 
-    A block is cut into the largest pieces that divide it. One block for the whole row is carried by any, since the last may
-    hang over the end; the one that takes the fewest bytes with a four-byte scale is chosen.
+    A block is cut into the largest pieces that divide it. One block for the whole row is carried by any, since the last
+    may hang over the end; the one that takes the fewest bytes with a four-byte scale is chosen.
     """
     if bits not in STOCK_BITS:
         return None
@@ -124,7 +125,7 @@ def _packed_rows(values: Tensor, bits: int) -> Tensor:
     return pack(values.contiguous(), bits).view(torch.uint8)[:, :used].contiguous()
 
 
-def pack_weight(quantized: QuantizedTensor, outliers: Outliers | None, dtype: torch.dtype) -> PackedWeight:
+def pack_weight(quantized: QuantizedTensor, outliers: Points | None, dtype: torch.dtype) -> PackedWeight:
     """Pack a weight whose block is a group or a channel, with scales of `dtype`.
 
     Raises ValueError for another block, where a scale does not fit `dtype`, and for an outlier outside the weight.
@@ -161,7 +162,7 @@ def pack_weight(quantized: QuantizedTensor, outliers: Outliers | None, dtype: to
     )
     if outliers is None or not len(outliers):
         return packed
-    check_outliers(outliers, quantized.shape)
+    check_patch(outliers, quantized.shape)
     # What the node decodes, not what the checkpoint's loader does, which rounds every product to the scale's dtype.
     decoded = dequantize(replace(quantized, scale=quantized.scale.to(dtype).to(torch.float32)))
     rows, cols = outliers.rows.to(torch.int64), outliers.cols.to(torch.int64)
@@ -181,16 +182,16 @@ def with_zero_points(weight: PackedWeight) -> PackedWeight:
     return replace(weight, zero_points=_packed_rows(usual, weight.bits))
 
 
-def stored(weight: PackedWeight) -> PackedWeight:
-    """The weight as its node holds it: LinearNBits takes scales in half beside any activations, and where half holds them all
-    exactly (they come from a bfloat16 or float16 checkpoint), that is a tenth of a file of 4 bits saved."""
+def narrowed(weight: PackedWeight) -> PackedWeight:
+    """The weight as its node holds it: LinearNBits takes scales in half beside any activations, and where half holds
+    them all exactly (they come from a bfloat16 or float16 checkpoint), that is a tenth of a file of 4 bits saved."""
     half = weight.scales.to(torch.float16)
     exact = weight.operator == OPERATOR and torch.equal(half.to(weight.scales.dtype), weight.scales)
     return replace(weight, scales=half) if exact else weight
 
 
 def stack(weights: Sequence[PackedWeight]) -> PackedWeight:
-    """One weight whose outputs are those of `weights`, one after the other: fused q, k and v. Their `form` must be one."""
+    """One weight whose outputs are those of `weights`, one after the other: fused q, k and v. Their `form` is one."""
     if len(weights) > 1 and len({weight.form for weight in weights}) != 1:
         raise ValueError("weights of different bits, blocks or channels cannot share a node")
 

@@ -1,4 +1,4 @@
-"""Put quantized linears into a graph: what was a MatMul, or a placeholder for one, becomes the nodes of its packed weight.
+"""Put quantized linears into a graph: a MatMul, or a placeholder for one, becomes the nodes of its packed weight.
 
 plain                             MatMulNBits
 all others (see `nodes`)          LinearNBits, with a function for runtimes without our library
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from exporters.onnx.function import Form, linear_function
-from exporters.onnx.nodes import DOMAIN, MICROSOFT, OPERATOR, PackedWeight, stored, with_zero_points
+from exporters.onnx.nodes import DOMAIN, MICROSOFT, OPERATOR, PackedWeight, narrowed, with_zero_points
 
 __all__ = ["Placer", "common_form"]
 
@@ -24,13 +24,13 @@ __all__ = ["Placer", "common_form"]
 def common_form(weights: Mapping[str, PackedWeight]) -> tuple[dict[str, PackedWeight], Form | None]:
     """(the weights, the form of the file's LinearNBits nodes or None where there are none).
 
-    One function gives all of them their meaning, so where one has outliers or channels, all get some that change nothing: an
-    outlier of zero, a channel that is multiplied apart.
+    One function gives all of them their meaning, so where one has outliers or channels, all get some that change
+    nothing: an outlier of zero, a channel that is multiplied apart.
     """
     ours = {name: weight for name, weight in weights.items() if weight.operator == OPERATOR}
     if not ours:
         return dict(weights), None
-    narrow = {name: stored(weight) for name, weight in ours.items()}
+    narrow = {name: narrowed(weight) for name, weight in ours.items()}
     form = Form(
         stock=all(weight.stock for weight in ours.values()),
         zero_points=any(weight.zero_points is not None for weight in ours.values()),
@@ -38,12 +38,12 @@ def common_form(weights: Mapping[str, PackedWeight]) -> tuple[dict[str, PackedWe
         channels=any(weight.channels is not None for weight in ours.values()),
         widened=any(narrow[name].scales.dtype != weight.scales.dtype for name, weight in ours.items()),
     )
-    place, nothing = torch.zeros(1, dtype=torch.int32), torch.zeros(1)
+    first, nothing = torch.zeros(1, dtype=torch.int32), torch.zeros(1)
     for name, weight in narrow.items():
         if form.outliers and not weight.outliers:
-            weight = replace(weight, rows=place, cols=place, deltas=nothing)
+            weight = replace(weight, rows=first, cols=first, deltas=nothing)
         if form.channels and weight.channels is None:
-            weight = replace(weight, channels=place)
+            weight = replace(weight, channels=first)
         # MatMulNBits knows the usual zero point; where the function decodes codes itself, it takes what it is given.
         if form.zero_points and weight.zero_points is None and (form.channels or not form.stock):
             weight = with_zero_points(weight)
@@ -78,8 +78,8 @@ class Placer:
         return value
 
     def _channels(self, name: str, weight: PackedWeight, x: onnx_ir.Value) -> onnx_ir.Value | None:
-        """The same constant for all linears that share x and its channels, so that a runtime that inlines the function sees that
-        they mask the same x in the same way, and does so once."""
+        """The same constant for all linears that share x and its channels, so that a runtime that inlines the function
+        sees that they mask the same x in the same way, and does so once."""
         if weight.channels is None:
             return None
         key = (id(x), tuple(weight.channels.tolist()))
@@ -113,7 +113,7 @@ class Placer:
         self._put(node, name, nodes)
 
     def _blocks(self, name: str, weight: PackedWeight) -> onnx_ir.Value:
-        """The codes as the node of `weight` wants them: MatMulNBits [N, blocks, bytes of a block], LinearNBits [N, bytes]."""
+        """The codes as the node wants them: MatMulNBits [N, blocks, bytes of a block], LinearNBits [N, bytes]."""
         stock = weight.operator != OPERATOR
         return self._constant(
             f"{name}.codes", weight.codes.reshape(weight.N, weight.scales.shape[1], -1) if stock else weight.codes
@@ -128,8 +128,8 @@ class Placer:
         onnx_ir.convenience.replace_nodes_and_values(self._model.graph, node, [node], nodes, [y], [result])
 
     def replace_embedding(self, node: onnx_ir.Node, name: str, weight: PackedWeight) -> None:
-        """`node`, a Gather of the rows of a float table, becomes one of the codes and scales of `weight`, which the head
-        `name` multiplies with: one table for both, and nothing that only newer runtimes have."""
+        """`node`, a Gather of the rows of a float table, becomes one of the codes and scales of `weight`, which the
+        head `name` multiplies with: one table for both, and nothing that only newer runtimes have."""
         table, ids = node.inputs
         assert table is not None
         assert table.dtype is not None

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import onnx_ir
 
-__all__ = ["DATA", "MODEL", "count_operators", "save", "weight_bytes"]
+from exporters.onnx.files import DATA, MODEL
 
-MODEL, DATA = "model.onnx", "model.onnx.data"
+__all__ = ["count_operators", "save", "weight_bytes"]
 
 
 def count_operators(model: onnx_ir.Model) -> dict[str, int]:

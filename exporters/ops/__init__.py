@@ -16,10 +16,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["DOMAIN", "LIBRARY", "OP", "library_path"]
+__all__ = ["DOMAIN", "LIBRARY", "OPERATOR", "library_path"]
 
-DOMAIN = "swquant"
-OP = "LinearNBits"
+DOMAIN, OPERATOR = "swquant", "LinearNBits"
 LIBRARY = "libswquant_ops.so"
 
 

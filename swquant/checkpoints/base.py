@@ -1,9 +1,16 @@
 """What the rest of swquant knows of a checkpoint, wherever it comes from.
 
+    ModelFolder               configuration, tokenizer, fingerprint: what can be run
+      OnnxFolder              a graph instead of tensors
+      Checkpoint              tensors, read one at a time
+        SafetensorsCheckpoint, GgufCheckpoint, CompressedCheckpoint
+
+`open_model` opens any of them, `open_checkpoint` one that has tensors. What differs between them is a property that
+asks the question (`stores_floats`, `is_compressed`, …), not a name to compare.
+
 Tensors are named as the checkpoint stores them, not as modules hold them: transformers 5 fuses the
 experts of a mixture into 3-D parameters while loading, so only the stored names say what there is to
-compress. `SafetensorsCheckpoint`, `GgufCheckpoint` and `CompressedCheckpoint` are the three kinds;
-`open_checkpoint` picks one.
+compress.
 """
 
 from __future__ import annotations
@@ -12,14 +19,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from exporters.errors import SwquantError, first_line
+from swquant.checkpoints.schema import SourceKind
 
-__all__ = ["Checkpoint", "Stored", "check_depth"]
+__all__ = ["Checkpoint", "ModelFolder", "Stored", "check_depth"]
 
 
 @dataclass(frozen=True)
@@ -50,19 +58,17 @@ def check_depth(name: str, config: PreTrainedConfig, tensors: int) -> None:
         )
 
 
-class Checkpoint(ABC):
-    """A model on disk: its configuration, and tensors that are read one at a time.
+class ModelFolder(ABC):
+    """A model on disk that can be run: its configuration and its tokenizer.
 
-    name: for people. kind: `safetensors`, `gguf` or `swquant`. fingerprint: sha256 over what identifies the
-    source (configuration, headers, sizes), not over every weight.
+    name: for people. fingerprint: sha256 over what identifies the source (configuration, headers, sizes), not over
+    every weight.
     """
 
-    kind: str
     name: str
     folder: Path
     config: PreTrainedConfig
     raw_config: dict[str, Any]
-    tensors: Mapping[str, Stored]
     fingerprint: str
     trust_remote_code: bool = False
 
@@ -71,9 +77,10 @@ class Checkpoint(ABC):
         """The files that it is read from, which no output may replace."""
         return (self.folder / "config.json",)
 
-    @abstractmethod
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor `name`, with all its values, in the form that `tensors[name]` announces."""
+    @property
+    def fills_folder(self) -> bool:
+        """Whether all of `folder` is this model, so that no output may lie inside."""
+        return True
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
@@ -100,3 +107,33 @@ class Checkpoint(ABC):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+class Checkpoint(ModelFolder):
+    """A model whose tensors can be read one at a time. kind: what a manifest calls it."""
+
+    kind: ClassVar[SourceKind]
+    tensors: Mapping[str, Stored]
+
+    @abstractmethod
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor `name`, with all its values, in the form that `tensors[name]` announces."""
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether swquant made it, so that there is nothing left to compress."""
+        return False
+
+    @property
+    def stores_floats(self) -> bool:
+        """Whether its files hold the floats that `read` gives, and not something that they are decoded from."""
+        return True
+
+    @property
+    def can_stay_on_disk(self) -> bool:
+        """Whether transformers can run it with the weights left in their files."""
+        return False
+
+    def dense_dtype(self, stored: Stored) -> torch.dtype:
+        """What the unrounded values of a tensor of floats are written as, unless an option says otherwise."""
+        return stored.dtype

@@ -1,7 +1,7 @@
 """A checkpoint that swquant wrote, read back as the dense model it stands for.
 
 `read` decodes a tensor and lays the sidecar over it, under the original's stored names: whatever can read the
-original (transformers, the probe, the evaluation) can read the compressed model the same way. `quantized` and `outliers`
+original (transformers, the probe, the evaluation) can read the compressed model the same way. `quantized` and `patches`
 give the parts, for exporters.
 """
 
@@ -9,26 +9,28 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from calibrationless import Outliers, QuantizedTensor, dequantize, restore
+from calibrationless import Patch, QuantizedTensor, dequantize, restore
 from exporters import compressed_tensors
-from exporters.errors import SwquantError
+from exporters.errors import CheckpointError, SwquantError
 from exporters.json_file import read_json
 from exporters.safetensors_file import SafetensorsReader
-from exporters.sidecar import SIDECAR, SidecarReader
+from exporters.sidecar import SidecarReader
 from swquant.checkpoints.base import Checkpoint, Stored
-from swquant.checkpoints.manifest import outlier_counts, read_manifest
+from swquant.checkpoints.manifest import MANIFEST, is_onnx, read_manifest
+from swquant.checkpoints.patch_sets import open_patches
 from swquant.checkpoints.safetensors import copy_companions, load_config, shard_names
+from swquant.checkpoints.schema import TensorRecord
 
 __all__ = ["CompressedCheckpoint"]
 
 
 class CompressedCheckpoint(Checkpoint):
-    """Reads the folder that `compress` writes. restored: whether `read` lays the outliers back. unrounded: decode to float32;
-    otherwise every weight is rounded to the dtype of its scale, as stock loaders of the format do and runtimes do not."""
+    """Reads the folder that `compress` writes. restored: whether `read` lays the outliers back. unrounded: decode to
+    float32; otherwise every weight is rounded to the dtype of its scale, as stock loaders of the format do and runtimes
+    do not."""
 
     kind = "swquant"
 
@@ -40,9 +42,14 @@ class CompressedCheckpoint(Checkpoint):
         self.restored = restored
         self.name = folder.resolve().name
         self.trust_remote_code = trust_remote_code
-        self.manifest = read_manifest(folder)
-        self.fingerprint = self.manifest["digest"]
-        self._records: dict[str, dict[str, Any]] = self.manifest["tensors"]
+        manifest = read_manifest(folder)
+        if is_onnx(manifest):
+            raise SwquantError(
+                f"{self.name}: {MANIFEST} is that of an ONNX folder, but the graph is missing; fetch it again"
+            )
+        self.manifest = manifest
+        self.fingerprint = manifest["digest"]
+        self._records = manifest["tensors"]
         self.raw_config = read_json(folder / "config.json")
         self.config = load_config(folder, self.raw_config, self.name, trust_remote_code)
         for key in ("quantization_config", "swquant"):
@@ -53,44 +60,34 @@ class CompressedCheckpoint(Checkpoint):
         try:
             for shard in shard_names(folder):
                 self._readers[shard] = SafetensorsReader(folder / shard)
-            self._sidecar = self._open_sidecar() if restored else None
+            self._sidecar = open_patches(folder, self.manifest, self.name) if restored else None
             self.tensors = {name: self._stored(name, record) for name, record in self._records.items()}
         except BaseException:
             self.close()
             raise
 
-    def _open_sidecar(self) -> SidecarReader | None:
-        """The sidecar, if the model has outliers. Raises SwquantError unless it holds exactly those that were written: a
-        model without some of its outliers is another model."""
-        expected = outlier_counts(self.manifest)
-        if not expected:
-            return None
-        if not (self.folder / SIDECAR).is_file():
-            raise SwquantError(f"{self.name}: {SIDECAR} is missing; fetch it again, or load without it (--no-restore)")
-        sidecar = SidecarReader(self.folder / SIDECAR)
-        if sidecar.counts != expected:
-            sidecar.close()
-            raise SwquantError(
-                f"{self.name}: {SIDECAR} does not hold the outliers that the manifest counts; fetch it again, "
-                "or load without it (--no-restore)"
-            )
-        return sidecar
+    @property
+    def is_compressed(self) -> bool:
+        return True
 
-    def _reader(self, name: str) -> SafetensorsReader:
-        shard = self._records[name].get("file")
+    def _reader(self, name: str, *parts: str) -> SafetensorsReader:
+        """What reads a tensor's file. Raises SwquantError unless that holds what the manifest says, and these parts."""
+        shard = self._records[name]["file"]
         if shard not in self._readers:
             raise SwquantError(f"{self.name}: {name} is said to be in {shard}, which is not part of the checkpoint")
         reader = self._readers[shard]
-        if lost := [part for part in self._records[name]["sha256"] if part not in reader.entries]:
+        if lost := [part for part in (*self._records[name]["sha256"], *parts) if part not in reader.entries]:
             raise SwquantError(f"{self.name}: {shard} lacks {lost[0]}; run swquant verify")
         return reader
 
-    def _stored(self, name: str, record: dict[str, Any]) -> Stored:
-        reader = self._reader(name)
+    def _stored(self, name: str, record: TensorRecord) -> Stored:
         if "dense" in record:
-            entry = reader.entries[name]
+            entry = self._reader(name, name).entries[name]
             return Stored(entry.dtype, entry.shape)
-        stored = reader.entries[f"{name.removesuffix('.weight')}.weight_scale"].dtype
+        if len(record["shape"]) != 2:
+            raise SwquantError(f"{self.name}: {name} has the shape {record['shape']}, which no rounded weight has")
+        scale = f"{name.removesuffix('.weight')}.weight_scale"
+        stored = self._reader(name, scale).entries[scale].dtype
         return Stored(torch.float32 if self._unrounded else stored, tuple(record["shape"]))
 
     @property
@@ -101,17 +98,23 @@ class CompressedCheckpoint(Checkpoint):
     def quantized(self, name: str) -> QuantizedTensor:
         """The codes, scales and zero points of a tensor. Raises SwquantError where they contradict each other."""
         record, reader, module = self._records[name], self._reader(name), name.removesuffix(".weight")
+        assert "dense" not in record
         parts = {part.removeprefix(f"{module}."): reader.read(part) for part in record["sha256"]}
         try:
-            return compressed_tensors.from_tensors(parts, int(record["bits"]))
+            return compressed_tensors.from_tensors(parts, record["bits"])
         except (KeyError, ValueError) as error:
             raise SwquantError(f"{self.name}: {name} is damaged ({error}); run swquant verify") from None
 
-    def outliers(self, name: str) -> Outliers | None:
-        """The points of a tensor's sidecar; None where it has none or they are not to be restored."""
+    def patches(self, name: str) -> tuple[Patch, ...]:
+        """What is laid over a tensor, in order; nothing where patches are not to be restored. Raises SwquantError where
+        a patch does not fit."""
         if self._sidecar is None or name not in self._sidecar.tensors:
-            return None
-        return self._sidecar.read(name)
+            return ()
+        rows, cols = self._records[name]["shape"]
+        try:
+            return self._sidecar.read_all(name, (rows, cols))
+        except CheckpointError as error:
+            raise SwquantError(f"{error}; run swquant verify") from None
 
     def read(self, name: str) -> torch.Tensor:
         if "dense" in self._records[name]:
@@ -119,13 +122,7 @@ class CompressedCheckpoint(Checkpoint):
         quantized = self.quantized(name)
         if self._unrounded:
             quantized = replace(quantized, scale=quantized.scale.to(torch.float32))
-        weight = dequantize(quantized)
-        if (outliers := self.outliers(name)) is not None:
-            try:
-                restore(weight, outliers)
-            except ValueError as error:
-                raise SwquantError(f"{self.name}: {name}: {error}; run swquant verify") from None
-        return weight
+        return restore(dequantize(quantized), *self.patches(name))
 
     def save_companions(self, folder: Path) -> None:
         copy_companions(self.folder, folder)

@@ -95,6 +95,17 @@ class GgufCheckpoint(Checkpoint):
     def files(self) -> tuple[Path, ...]:
         return (self.path,)
 
+    @property
+    def fills_folder(self) -> bool:
+        return False
+
+    @property
+    def stores_floats(self) -> bool:
+        return False
+
+    def dense_dtype(self, stored: Stored) -> torch.dtype:
+        return torch.bfloat16  # nobody wants the decoded float32 on disk
+
     def read(self, name: str) -> torch.Tensor:
         from gguf import dequantize
 

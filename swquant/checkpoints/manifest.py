@@ -2,56 +2,141 @@
 
 It is written last, so a folder without one is unfinished. `digest` is the sha256 of the manifest itself with
 that field empty. Nothing in it depends on the machine, the time or the number of threads.
+
+What is read is checked against the types in `schema`, key by key: a file is not trusted to hold what we once wrote.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, overload
 
-from exporters.errors import SwquantError
+from typing_extensions import TypeIs
+
+from exporters.errors import CheckpointError, SwquantError
 from exporters.json_file import read_json, write_json
+from swquant.checkpoints.schema import (
+    FORMAT,
+    VERSION,
+    CheckpointContent,
+    CheckpointManifest,
+    DenseRecord,
+    Manifest,
+    OnnxContent,
+    OnnxManifest,
+    RoundedRecord,
+    TensorRecord,
+)
 
-__all__ = ["MANIFEST", "outlier_counts", "read_manifest", "write_manifest"]
+__all__ = ["MANIFEST", "is_onnx", "read_manifest", "rounded", "stored_as", "write_manifest"]
 
 MANIFEST = "swquant/manifest.json"
-
-
-_FORMAT, _VERSION = "swquant-manifest", 1
+_LONGEST = 100  # characters of a file's text in a message
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps({**manifest, "digest": ""}, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def write_manifest(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+@overload
+def write_manifest(folder: Path, content: CheckpointContent) -> CheckpointManifest: ...
+@overload
+def write_manifest(folder: Path, content: OnnxContent) -> OnnxManifest: ...
+def write_manifest(folder: Path, content: CheckpointContent | OnnxContent) -> Manifest:
     """Write `content` with format, version and digest. Returns what was written."""
-    manifest = {"format": _FORMAT, "version": _VERSION, "digest": "", **content}
+    manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "digest": "", **content}
     manifest["digest"] = _digest(manifest)
     write_json(folder / MANIFEST, manifest)
-    return manifest
+    return cast(Manifest, manifest)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a compressed checkpoint. Raises SwquantError where it is missing, altered or from the future."""
+def is_onnx(manifest: Manifest) -> TypeIs[OnnxManifest]:
+    """Whether a manifest is that of an ONNX folder; otherwise it is a checkpoint's."""
+    return "kind" in manifest
+
+
+def rounded(tensors: Mapping[str, TensorRecord]) -> dict[str, RoundedRecord]:
+    """The records of the tensors that are stored as codes."""
+    return {name: record for name, record in tensors.items() if "dense" not in record}
+
+
+def stored_as(record: TensorRecord) -> str:
+    """The scheme of a tensor that is stored as codes, otherwise `dense: ` and why."""
+    return f"dense: {record['dense']}" if "dense" in record else record["stored_as"]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint or ONNX folder. Raises SwquantError where it is missing, altered, from the future,
+    or holds anything but what `schema` says."""
     path = folder / MANIFEST
     if not path.is_file():
         raise SwquantError(f"{folder}: no {MANIFEST}; not a checkpoint made by swquant, or an unfinished one")
     manifest = read_json(path)
-    if manifest.get("format") != _FORMAT or manifest.get("version") != _VERSION:
+    form, version = manifest.get("format"), manifest.get("version")
+    if form != FORMAT or version != VERSION:
         raise SwquantError(
-            f"{path}: format {manifest.get('format')} version {manifest.get('version')} is not {_FORMAT} {_VERSION}; update swquant"
+            f"{path}: format {_shown(form)} version {_shown(version)} is not {FORMAT} {VERSION}; update swquant"
         )
-    if manifest.get("digest") != _digest(manifest):
+    if manifest.get("digest") != _digest_of_file(path, manifest):
         raise SwquantError(
             f"{path}: the digest does not match its content; the manifest was changed after it was written"
         )
-    return manifest
+    _check_types(path, manifest)
+    return cast(Manifest, manifest)
 
 
-def outlier_counts(manifest: Mapping[str, Any]) -> dict[str, int]:
-    """Tensor -> number of its weights in the sidecar, for those that have any."""
-    return {name: record["outliers"] for name, record in manifest["tensors"].items() if record.get("outliers")}
+def _digest_of_file(path: Path, manifest: Mapping[str, Any]) -> str:
+    try:
+        return _digest(manifest)
+    except (ValueError, RecursionError) as error:  # NaN, which Python reads though it is not JSON
+        raise CheckpointError(f"{path}: not JSON ({error}); the file is damaged, fetch or save it again") from None
+
+
+@cache
+def _validator(kind: type) -> Any:
+    from pydantic import TypeAdapter  # here, not above: most commands read no manifest
+
+    return TypeAdapter(kind)
+
+
+def _check_types(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise SwquantError for the first key that is missing, unknown or of another type than `schema` says."""
+    from pydantic import ValidationError
+
+    validator = _validator(OnnxManifest if "kind" in manifest else CheckpointManifest)
+    try:
+        validator.validate_python(manifest, strict=True, extra="forbid")
+    except ValidationError as error:
+        problem = next(_problems(error.errors(include_url=False, include_context=False), manifest))
+        raise SwquantError(f"{path}: {problem}, or fetch the checkpoint again") from None
+
+
+def _problems(errors: Iterable[Mapping[str, Any]], manifest: Mapping[str, Any]) -> Iterator[str]:
+    """One sentence per error that pydantic has with a manifest, and what the user can do."""
+    for error in errors:
+        key = list(error["loc"])
+        if key[:1] == ["tensors"] and len(key) > 2:  # key[2] is one of the two types of a tensor: both were tried
+            record = manifest["tensors"][key[1]]
+            kind = DenseRecord if isinstance(record, dict) and "dense" in record else RoundedRecord
+            if key.pop(2) != kind.__name__:
+                continue
+        where = _shown(".".join(map(str, key)))
+        match error["type"]:
+            case "missing":
+                yield f"{where} is missing; run swquant compress again"
+            case "extra_forbidden":
+                yield f"{where} is not a key that this version knows; update swquant"
+            case _:
+                expected = error["msg"].removeprefix("Input should be ")
+                yield f"{where} should be {expected}, not {_shown(json.dumps(error['input']))}; run swquant compress again"
+
+
+def _shown(value: object) -> str:
+    """A file's text as a message can hold it: one line, not too long, nothing that a terminal obeys."""
+    text = str(value)[: _LONGEST + 1]
+    text = "".join(character if character.isprintable() else "?" for character in text)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"

@@ -1,29 +1,24 @@
-"""An exported ONNX folder: configuration and tokenizer as of any checkpoint, but a graph instead of tensors.
+"""An exported ONNX folder: configuration and tokenizer as of any model, but a graph instead of tensors.
 
-It can be run (`swquant.onnx_model`), not read tensor by tensor.
+It can be run (`swquant.models.onnx_model`), not read tensor by tensor.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from exporters.errors import SwquantError
 from exporters.json_file import read_json
-from swquant.checkpoints.base import Checkpoint
-from swquant.checkpoints.manifest import read_manifest
-from swquant.checkpoints.safetensors import load_config
+from exporters.onnx.files import MODEL
+from swquant.checkpoints.base import ModelFolder
+from swquant.checkpoints.manifest import is_onnx, read_manifest
+from swquant.checkpoints.safetensors import copy_companions, load_config
 
-__all__ = ["GRAPH", "OnnxCheckpoint"]
-
-GRAPH = "model.onnx"
+__all__ = ["OnnxFolder"]
 
 
-class OnnxCheckpoint(Checkpoint):
+class OnnxFolder(ModelFolder):
     """The folder that `export` writes."""
-
-    kind = "onnx"
 
     def __init__(self, folder: Path, *, restored: bool = True, trust_remote_code: bool = False) -> None:
         self.folder = folder
@@ -31,16 +26,20 @@ class OnnxCheckpoint(Checkpoint):
         if not restored:
             raise SwquantError(f"{self.name}: the outliers are part of the graph; leave --no-restore out")
         self.trust_remote_code = trust_remote_code
-        self.manifest = read_manifest(folder)
-        self.fingerprint = self.manifest["digest"]
+        manifest = read_manifest(folder)
+        if not is_onnx(manifest):
+            raise SwquantError(
+                f"{self.name}: {MODEL} does not belong to this checkpoint, its manifest says; take it away"
+            )
+        self.manifest = manifest
+        self.fingerprint = manifest["digest"]
         self.raw_config = read_json(folder / "config.json")
         self.config = load_config(folder, self.raw_config, self.name, trust_remote_code)
-        self.tensors = {}
 
     @property
     def graph(self) -> Path:
         """The file that a runtime opens."""
-        return self.folder / GRAPH
+        return self.folder / MODEL
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
@@ -50,13 +49,8 @@ class OnnxCheckpoint(Checkpoint):
         ids = ids if ids is not None else self.config.get_text_config().eos_token_id
         return tuple(ids) if isinstance(ids, list) else () if ids is None else (int(ids),)
 
-    def read(self, name: str) -> torch.Tensor:
-        raise SwquantError(
-            f"{self.name}: an ONNX graph holds no tensor {name}; use the checkpoint that it was made from"
-        )
-
     def save_companions(self, folder: Path) -> None:
-        raise SwquantError(f"{self.name}: already exported; use the checkpoint that it was made from")
+        copy_companions(self.folder, folder)
 
     def close(self) -> None:
         pass

@@ -1,6 +1,6 @@
-"""`open_checkpoint`: from what a user types to a checkpoint.
+"""From what a user types to a model: `open_model` opens whatever can be run, `open_checkpoint` what has tensors.
 
-a folder with swquant/manifest.json   CompressedCheckpoint; OnnxCheckpoint where it has model.onnx, too
+a folder with swquant/manifest.json   CompressedCheckpoint; OnnxFolder where it has model.onnx, too
 a folder with config.json             SafetensorsCheckpoint
 a file that ends in .gguf             GgufCheckpoint
 OWNER/NAME                            fetched from the hub (safetensors only), then a folder
@@ -13,14 +13,34 @@ import re
 from pathlib import Path
 
 from exporters.errors import SwquantError, first_line
+from exporters.onnx.files import MODEL
 from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.compressed import CompressedCheckpoint
 from swquant.checkpoints.gguf import GgufCheckpoint
 from swquant.checkpoints.manifest import MANIFEST
-from swquant.checkpoints.onnx import GRAPH, OnnxCheckpoint
+from swquant.checkpoints.onnx import OnnxFolder
 from swquant.checkpoints.safetensors import COMPANIONS, SafetensorsCheckpoint
 
-__all__ = ["open_checkpoint"]
+__all__ = ["is_onnx_folder", "open_checkpoint", "open_model"]
+
+
+def is_onnx_folder(path: Path) -> bool:
+    """Whether `path` is a folder that `export` wrote."""
+    return os.path.isfile(path / MANIFEST) and os.path.isfile(path / MODEL)
+
+
+def open_model(
+    model: str | os.PathLike[str],
+    *,
+    restored: bool = True,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Checkpoint | OnnxFolder:
+    """Open anything that can be run: as `open_checkpoint`, or an ONNX folder."""
+    path = Path(model)
+    if is_onnx_folder(path):
+        return OnnxFolder(path, restored=restored, trust_remote_code=trust_remote_code)
+    return open_checkpoint(model, restored=restored, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def open_checkpoint(
@@ -42,8 +62,11 @@ def open_checkpoint(
             )
         return GgufCheckpoint(path)
     if os.path.isdir(path):
-        if (path / MANIFEST).is_file() and (path / GRAPH).is_file():
-            return OnnxCheckpoint(path, restored=restored, trust_remote_code=trust_remote_code)
+        if is_onnx_folder(path):
+            raise SwquantError(
+                f"{path.resolve().name}: an ONNX graph, which can only be run (swquant generate, swquant eval); "
+                "use the checkpoint that it was made from"
+            )
         if (path / MANIFEST).is_file():
             return CompressedCheckpoint(path, restored=restored, trust_remote_code=trust_remote_code)
         if not any(path.iterdir()):

@@ -110,6 +110,10 @@ class SafetensorsCheckpoint(Checkpoint):
     def files(self) -> tuple[Path, ...]:
         return (self.folder / "config.json", *(self.folder / shard for shard in self._readers))
 
+    @property
+    def can_stay_on_disk(self) -> bool:
+        return True
+
     def _refuse_quantized(self) -> None:
         if quantized := self.raw_config.get("quantization_config"):
             method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else "unknown"

@@ -1,4 +1,4 @@
-"""`optimum-cli export swquant`: `swquant compress --format onnx` and `swquant export` where users of optimum look for them.
+"""`optimum-cli export swquant`: `swquant compress --format onnx` and `swquant export` where users of optimum look.
 
 optimum-cli loads every file in the namespace package optimum.commands.register, whoever installed it, and takes its
 REGISTER_COMMANDS. Hence the place of this file, and no `__init__.py` beside it. The options are read from swquant's own
@@ -16,6 +16,7 @@ import typer
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.export.base import ExportCommand
 
+from swquant.checkpoints.manifest import MANIFEST
 from swquant.cli import app, main
 
 __all__ = ["REGISTER_COMMANDS", "SwquantExportCommand"]
@@ -54,14 +55,14 @@ class SwquantExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]
         parser.add_argument("output", help="The folder to create.")
         for option in _options("compress"):
             for flags in filter(None, (option.opts, option.secondary_opts)):
-                count: dict[str, Any] = {"nargs": 0} if option.is_flag else {}
+                count: dict[str, Any] = {"nargs": 0} if option.is_flag else {"metavar": option.metavar}
                 text = (option.help or "").replace("%", "%%")
                 parser.add_argument(*flags, action=_Words, help=text, default=argparse.SUPPRESS, **count)
 
     def run(self) -> None:
         """Do it, with swquant's own messages and exit codes."""
         words = getattr(self.args, "words", [])
-        if (Path(self.args.model) / "swquant" / "manifest.json").is_file():  # compressed already
+        if (Path(self.args.model) / MANIFEST).is_file():  # compressed already
             main(["export", self.args.model, self.args.output, *words])
         else:
             main(["compress", self.args.model, self.args.output, "--format", "onnx", *words])

@@ -1,4 +1,4 @@
-"""What all commands share: the consoles, the arguments that several of them take, and JSON output."""
+"""What all commands share: the consoles, the parameters that several of them take, and JSON output."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import typer
 from rich.console import Console
 
 from exporters.errors import SwquantError
-from swquant.compress.options import CompressOptions
-from swquant.declared import option_help
+from swquant.cli.options import OTHER
 
 if TYPE_CHECKING:
+    from swquant.compress.pipeline import Compressed
+    from swquant.export.onnx.pipeline import Exported
     from swquant.progress import Progress
 
 __all__ = [
@@ -22,26 +23,19 @@ __all__ = [
     "JsonOption",
     "LowMemoryOption",
     "ModelArgument",
-    "PromptOption",
     "RestoreOption",
-    "SourceArgument",
     "TrustOption",
     "err",
     "make_progress",
     "out",
     "print_json",
+    "show_written",
     "text_of",
 ]
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
-SourceArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL", help="A Hugging Face folder, a .gguf file or a hub id (OWNER/NAME).", show_default=False
-    ),
-]
 ModelArgument = Annotated[
     str,
     typer.Argument(
@@ -53,12 +47,17 @@ ModelArgument = Annotated[
 CheckpointArgument = Annotated[
     Path, typer.Argument(metavar="OUT", help="A folder made by `swquant compress`.", show_default=False)
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
-TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
-LowMemoryOption = Annotated[
-    bool, typer.Option("--low-memory", help="Probe with one layer's weights in memory at a time.")
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.", rich_help_panel=OTHER)
 ]
-PromptOption = Annotated[str, typer.Option("--prompt", help=option_help("prompt", CompressOptions))]
+TrustOption = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run Python code that comes with the model.", rich_help_panel=OTHER),
+]
+LowMemoryOption = Annotated[
+    bool,
+    typer.Option("--low-memory", help="Probe with one layer's weights in memory at a time.", rich_help_panel=OTHER),
+]
 RestoreOption = Annotated[
     bool,
     typer.Option("--restore/--no-restore", help="Lay the sidecar's outliers back, or see what a stock loader sees."),
@@ -87,3 +86,13 @@ def print_json(content: Any) -> None:
     """One document on stdout, for machines: whatever the width of the terminal, nothing wraps it."""
     sys.stdout.write(json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
     sys.stdout.flush()  # a reader that went away is noticed here, not when Python ends
+
+
+def show_written(result: Compressed | Exported, as_json: bool) -> None:
+    """Print what was written."""
+    from swquant.terminal.formats import view_of
+
+    if as_json:
+        print_json({"path": str(result.path), "manifest": result.manifest})
+    else:
+        view_of(result.manifest).written(out, result)

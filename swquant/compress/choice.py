@@ -1,4 +1,8 @@
-"""The block of a tensor, or why it stays dense."""
+"""The block of a tensor, or why it stays dense.
+
+The safety rule lives here: a loader that ignores the sidecar must still get a working model, so a super weight is
+either represented by its own block (the extreme of a block is exact) or its tensor stays dense.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +17,13 @@ from exporters import compressed_tensors
 from exporters.errors import SwquantError
 from swquant.checkpoints.base import Checkpoint, Stored
 from swquant.compress.options import CompressOptions
-from swquant.models.architecture import Architecture, LinearWeight
+from swquant.models.architecture import Architecture, Dense, LinearKind, LinearWeight
 
 __all__ = ["check_patterns", "choose_block", "dense_dtype", "expert_block"]
 
-# Weights in a block that may hold a super weight, at 4 bits: beyond a few hundred, the step that represents it rounds all its
-# neighbours to zero. Each further bit halves the step and doubles the limit.
+# Weights in a block that may hold a super weight, at 4 bits: beyond a few hundred, the step that represents it rounds
+# all its neighbours to zero. Each further bit halves the step and doubles the limit.
 MAX_BLOCK_WITH_SUPER_WEIGHT = 512
-
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -42,44 +45,44 @@ def dense_dtype(checkpoint: Checkpoint, stored: Stored, options: CompressOptions
     wants on disk; others keep their dtype unless an option says otherwise."""
     if stored.dtype not in _FLOATS:
         return stored.dtype
-    return options.parsed_dtype or (torch.bfloat16 if checkpoint.kind == "gguf" else stored.dtype)
+    return options.parsed_dtype or checkpoint.dense_dtype(stored)
 
 
 def choose_block(
     name: str,
     stored: Stored,
     linear: LinearWeight | None,
-    points: Sequence[tuple[int, int]],
+    super_weights: Sequence[tuple[int, int]],
     architecture: Architecture,
     options: CompressOptions,
-) -> Block | str:
+) -> Block | Dense:
     """The block of a tensor, or why it stays dense."""
     if linear is None:
-        return architecture.dense.get(name, "unknown")
+        return Dense(architecture.dense.get(name, "unknown"))
     if pattern := next((pattern for pattern in options.dense if matches(pattern, name)), None):
-        return f"--dense {pattern}"
+        return Dense(f"--dense {pattern}")
     if stored.dtype not in _FLOATS:
-        return f"stored as {str(stored.dtype).removeprefix('torch.')}"
-    if linear.kind == "conv1d":
-        return "Conv1D, which compressed-tensors cannot pack (it knows nn.Linear)"
-    if linear.kind == "custom":
-        return "a linear layer with a forward of its own, which stock loaders cannot decode"
-    if linear.kind == "fused":
-        return "experts fused in one 3-D tensor: compressed-tensors has no name for a slice"
+        return Dense(f"stored as {str(stored.dtype).removeprefix('torch.')}")
+    if linear.kind is LinearKind.CONV1D:
+        return Dense("Conv1D, which compressed-tensors cannot pack (it knows nn.Linear)")
+    if linear.kind is LinearKind.CUSTOM:
+        return Dense("a linear layer with a forward of its own, which stock loaders cannot decode")
+    if linear.kind is LinearKind.FUSED:
+        return Dense("experts fused in one 3-D tensor: compressed-tensors has no name for a slice")
     shape = (stored.shape[0], stored.shape[1])
     block = fit(options.parsed_block, shape)
     if block is None or (options.strict_block and block != options.parsed_block):
         problem = f"block {options.block_name} does not divide {_dimension(options.parsed_block, shape)} of {name}"
         if options.strict_block:
             raise SwquantError(f"{problem}; use {remedy(options.parsed_block, shape)}")
-        return f"{problem} and no power of two from 16 does"
+        return Dense(f"{problem} and no power of two from 16 does")
     if compressed_tensors.express(block, shape) is None:
         raise SwquantError(
             f"block {block} straddles the rows of {name} {list(shape)}, which compressed-tensors cannot store; "
             f"use {remedy(Group(128), shape)}, or a flat block that is a multiple of {shape[1]}"
         )
-    if points and block_elements(block, shape) > _limit(options):
-        return (
+    if super_weights and block_elements(block, shape) > _limit(options):
+        return Dense(
             f"holds a super weight, which a block of {block_elements(block, shape)} weights cannot represent for loaders "
             f"that ignore the sidecar (limit {_limit(options)})"
         )
@@ -96,12 +99,12 @@ _EXPERTS = "transformers loads a mixture only if all its experts are packed with
 def expert_block(
     checkpoint: Checkpoint,
     architecture: Architecture,
-    found: Mapping[str, Sequence[tuple[int, int]]],
+    coordinates: Mapping[str, Sequence[tuple[int, int]]],
     options: CompressOptions,
 ) -> Block | None:
-    """The one block that all experts share, None where there are no experts. Raises SwquantError where there cannot be one:
-    a checkpoint whose experts are partly dense does not load."""
-    names = [name for name, linear in architecture.weights.items() if linear.kind == "expert"]
+    """The one block that all experts share, None where there are no experts. Raises SwquantError where there cannot be
+    one: a checkpoint whose experts are partly dense does not load."""
+    names = [name for name, linear in architecture.weights.items() if linear.kind is LinearKind.EXPERT]
     if not names:
         return None
     if not options.symmetric:
@@ -127,7 +130,7 @@ def expert_block(
             f"block {options.block_name} does not divide {names[0]}; use {remedy(options.parsed_block, common)}"
         )
     for name, shape in zip(names, shapes, strict=True):
-        if found.get(name) and block_elements(block, shape) > _limit(options):
+        if coordinates.get(name) and block_elements(block, shape) > _limit(options):
             raise SwquantError(
                 f"{name} holds a super weight, which a block of {block_elements(block, shape)} weights cannot represent, but "
                 f"{_EXPERTS}; use a block of at most {_limit(options)} weights, for example --block 128"

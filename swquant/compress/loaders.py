@@ -1,4 +1,4 @@
-"""Which loaders take the result."""
+"""Which loaders take a compressed checkpoint, and what each does with it: told before it is written, and recorded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def loader_table(plan: Plan) -> dict[str, str]:
     else:
         vllm = "yes; ignores the sidecar"
     if not plan.options.symmetric:
-        # 0.18 to 0.20 allocate the zero point unpacked and stop with a size mismatch; earlier ones pack odd bits otherwise.
+        # 0.18 to 0.20 allocate the zero point unpacked and stop with a size mismatch; earlier ones pack odd bits
+        # otherwise.
         versions = "0.15 to 0.17 (0.18 to 0.20 stop at packed zero points)"
     else:
         versions = "0.18 or later" if odd and odd[0] != 2 else "0.15 or later"

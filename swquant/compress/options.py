@@ -8,86 +8,130 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from exporters.errors import SwquantError
-from swquant.declared import described
-from swquant.detect.prompt import DEFAULT_PROMPT
+from swquant.declared import check_choices, described, flag
+from swquant.detect.prompt import DEFAULT_PROMPT, PROMPT_HELP
 from swquant.units import parse_bytes
 
 if TYPE_CHECKING:
     import torch
 
     from calibrationless import Block, Clip
+    from swquant.checkpoints.schema import OptionsRecord
 
-__all__ = ["PRESETS", "CompressOptions"]
+__all__ = ["PRESETS", "CompressKeywords", "CompressOptions"]
 
 # What each preset refines the rounding with.
 PRESETS = {"fast": "none", "balanced": "prompt", "best": "self"}
 
-
 _DTYPES = ("bfloat16", "float16", "float32")
-
-
-_ACTIVATIONS = {
-    "activations": ("none", "int8"),
-    "activation_scale": ("per-token", "per-tensor"),
-    "activation_range": ("dynamic", "static"),
-}
 
 
 @dataclass(frozen=True)
 class CompressOptions:
     """What `compress` can be told. Raises SwquantError for values that make no sense, alone or together."""
 
-    bits: int = described(4, "Bits per weight, 2 to 8. vLLM's kernels take 4 and 8.")
+    bits: int = described(4, "Bits per weight, 2 to 8. vLLM's kernels take 4 and 8.", group="basic", metavar="N")
     block: str | None = described(
         None,
         "Weights that share a scale: 128, 64x64, channel, tensor or flat:512; 128, or channel for 8 bits and int8 activations.",
+        group="basic",
+        metavar="BLOCK",
     )
-    symmetric: bool = described(True, "Signed-maximum scale without zero point, or min/max with one.")
+    symmetric: bool = described(
+        True, "Signed-maximum scale without zero point, or min/max with one.", group="rounding", off="asymmetric"
+    )
     preset: str = described(
         "balanced",
         "fast (rounding alone), balanced (scales searched with one prompt) or best (with text the model writes).",
+        group="basic",
+        choices=tuple(PRESETS),
+        called="preset",
     )
     refine: str | None = described(
-        None, "What rounding is refined with: none, prompt or self; the preset's by default."
+        None,
+        "What rounding is refined with: none, prompt or self; the preset's by default.",
+        group="rounding",
+        choices=tuple(PRESETS.values()),
+        metavar="HOW",
+        called="refine",
     )
     texts: int = described(
-        16, "Texts of 256 tokens that the model writes itself for --refine self; more are better and take longer."
+        16, "Texts of 256 tokens that the model writes itself for --refine self.", group="rounding", metavar="N"
     )
-    clip: str = described("none", "Cut each block's outliers, then round plainly: z=9, iqr=3, quantile=0.999 or none.")
-    restore: bool = described(True, "Keep super weights and outliers exactly, in the sidecar.")
+    clip: str = described(
+        "none",
+        "Cut each block's outliers, then round plainly: z=9, iqr=3, quantile=0.999 or none.",
+        group="rounding",
+        metavar="RULE",
+    )
+    restore: bool = described(
+        True, "Keep super weights and outliers exactly, in the sidecar.", group="rounding", off="no-restore"
+    )
     outliers: float | None = described(
-        None, "Fraction of each tensor kept in the sidecar, by the error it costs; 0.0005, or 0 with --refine none."
+        None,
+        "Fraction of each tensor kept in the sidecar, by the error it costs; 0.0005, or 0 with --refine none.",
+        group="basic",
+        metavar="FRACTION",
+    )
+    keep_columns: int = described(
+        0, "Keep so many input channels of each layer exactly: those of most energy.", group="rounding", metavar="N"
     )
     bits_budget: float | None = described(
         None,
         "Stored bits per weight, on average: each tensor gets bits by what rounding it does to the model's own text.",
+        group="basic",
+        metavar="BITS",
     )
     dense: tuple[str, ...] = described(
-        (), "Leave tensors whose name contains PATTERN (or matches a * glob) alone; repeatable."
+        (),
+        "Leave tensors whose name contains PATTERN (or matches a * glob) alone; repeatable.",
+        group="basic",
+        metavar="PATTERN",
     )
     strict_block: bool = described(
-        False, "Fail where the block does not divide a tensor, instead of taking a smaller one."
+        False, "Fail where the block does not divide a tensor, instead of taking a smaller one.", group="rounding"
     )
-    activations: str = described("none", "Round the inputs of every compressed linear layer, too: none or int8.")
+    activations: str = described(
+        "none",
+        "Round the inputs of every compressed linear layer, too.",
+        group="activations",
+        choices=("none", "int8"),
+    )
     activation_scale: str | None = described(
-        None, "Activations that share a scale: per-token or, coarser, per-tensor; per-token, or per-tensor if static."
+        None,
+        "Activations that share a scale; per-token, or per-tensor if static.",
+        group="activations",
+        choices=("per-token", "per-tensor"),
     )
     activation_range: str | None = described(
-        None, "Where their scale comes from: dynamic (each input's own) or static (the one prompt); dynamic."
+        None,
+        "Where their scale comes from: dynamic (each input's own) or static (the one prompt); dynamic.",
+        group="activations",
+        choices=("dynamic", "static"),
     )
-    dtype: str = described("auto", "Of dense tensors and scales: auto (the source's), bfloat16, float16 or float32.")
-    shard_size: str = described("5GB", "Largest size of one file of weights.")
-    prompt: str = described(DEFAULT_PROMPT, "The one prompt that detection runs.")
+    dtype: str = described(
+        "auto",
+        "Of dense tensors and scales: auto (the source's), bfloat16, float16 or float32.",
+        group="output",
+        choices=("auto", *_DTYPES),
+        metavar="DTYPE",
+        called="dtype",
+    )
+    shard_size: str = described("5GB", "Largest size of one file of weights.", group="output", metavar="SIZE")
+    prompt: str = described(DEFAULT_PROMPT, PROMPT_HELP, metavar="TEXT")
     seed: int = described(
-        0, "Of the text that the model writes for --refine self and --bits-budget; nothing else is random."
+        0,
+        "Of the text that the model writes for --refine self and --bits-budget; nothing else is random.",
+        metavar="N",
     )
 
     def __post_init__(self) -> None:
         from calibrationless import check_bits  # here, not above: `swquant --help` must not wait for torch
 
+        check_choices(self)
         try:
             check_bits(self.bits)
             self.parsed_block, self.parsed_clip  # noqa: B018 - raise on nonsense now, not after the probe
@@ -97,10 +141,6 @@ class CompressOptions:
             raise SwquantError(
                 f"bits {self.bits} and a budget of {self.bits_budget:g} bits per weight contradict each other; give one of them"
             )
-        if self.preset not in PRESETS:
-            raise SwquantError(f"preset {self.preset!r} is not one of: {', '.join(PRESETS)}")
-        if self.refine is not None and self.refine not in PRESETS.values():
-            raise SwquantError(f"refine {self.refine!r} is not one of: {', '.join(PRESETS.values())}")
         if self.refinement != "none" and self.parsed_clip is not None:
             raise SwquantError(
                 f"clip {self.clip} belongs to plain rounding, and --refine {self.refine} decides itself what to cut; use one"
@@ -115,24 +155,24 @@ class CompressOptions:
             raise SwquantError(f"outliers {self.outliers:g} is outside 0 to 0.1; 0.0005 keeps one weight in 2,000")
         if self.outliers and not self.restore:
             raise SwquantError("--outliers needs the sidecar that --no-restore leaves out; use one of the two")
+        if not 0 <= self.keep_columns <= 64:
+            raise SwquantError(f"--keep-columns {self.keep_columns} is outside 0 to 64; 4 hold the massive channels")
+        if self.keep_columns and (not self.restore or self.refinement == "none"):
+            raise SwquantError(
+                f"--keep-columns {self.keep_columns} needs the sidecar and what the prompt shows; "
+                "leave out --no-restore and --refine none"
+            )
         self._check_activations()
-        if self.dtype != "auto" and self.dtype not in _DTYPES:
-            raise SwquantError(f"dtype {self.dtype!r} is not one of: auto, {', '.join(_DTYPES)}")
         if any(not pattern for pattern in self.dense):
             raise SwquantError("an empty --dense pattern would match every tensor; name a part of a tensor's name")
         if parse_bytes(self.shard_size) < 1_000_000:
             raise SwquantError(f"shard size {self.shard_size} is below 1MB; the usual size is 5GB")
 
     def _check_activations(self) -> None:
-        for name, known in _ACTIVATIONS.items():
-            if (value := getattr(self, name)) is not None and value not in known:
-                flag = "--" + name.replace("_", "-")
-                raise SwquantError(f"{flag} {value!r} is not one of: {', '.join(known)}")
         for name in ("activation_scale", "activation_range"):
             if self.activations == "none" and getattr(self, name) is not None:
-                flag = "--" + name.replace("_", "-")
                 raise SwquantError(
-                    f"{flag} {getattr(self, name)} says how activations are rounded, and they are not; add --activations int8"
+                    f"{flag(name)} {getattr(self, name)} says how activations are rounded, and they are not; add --activations int8"
                 )
         if (self.activation_scale, self.activation_range) == ("per-token", "static"):
             raise SwquantError(
@@ -157,7 +197,8 @@ class CompressOptions:
 
     @property
     def refinement(self) -> str:
-        """none, prompt or self: what the rounding is refined with. A rule for clipping is one of plain rounding, so it chooses that."""
+        """none, prompt or self: what the rounding is refined with. A rule for clipping is one of plain rounding, so it
+        chooses that."""
         return self.refine or ("none" if self.parsed_clip else PRESETS[self.preset])
 
     @property
@@ -192,10 +233,36 @@ class CompressOptions:
         activations = "a8" if self.activations == "int8" else ""
         return f"-w{bits}{activations}-b{self.block_name}".replace(":", "")
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> OptionsRecord:
         values = {**asdict(self), "block": self.block_name}
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        return cast("OptionsRecord", values)
 
     def fingerprint(self, source: str) -> str:
         """sha256 over the source's fingerprint and every option."""
         return hashlib.sha256(json.dumps([source, self.as_dict()], sort_keys=True).encode()).hexdigest()
+
+
+class CompressKeywords(TypedDict, total=False):
+    """The fields again, as keywords of `swquant.compress` that editors complete; a test compares the two."""
+
+    bits: int
+    block: str | None
+    symmetric: bool
+    preset: str
+    refine: str | None
+    texts: int
+    clip: str
+    restore: bool
+    outliers: float | None
+    keep_columns: int
+    bits_budget: float | None
+    dense: tuple[str, ...]
+    strict_block: bool
+    activations: str
+    activation_scale: str | None
+    activation_range: str | None
+    dtype: str
+    shard_size: str
+    prompt: str
+    seed: int

@@ -1,6 +1,7 @@
 """`compress`, from end to end: the only module that knows the order of things.
 
-    open -> probe and detect -> plan -> per tensor: read, round, pack, write -> sidecar, config, report, manifest -> verify -> rename
+    open -> probe and detect -> plan -> per tensor: read, round, pack, write -> sidecar, config, report, manifest ->
+    verify -> rename
 
 Everything is written into a hidden folder beside OUT, verified there, and renamed as the last act. Whatever
 happens before that, OUT does not exist (or, with overwrite, is still the old one).
@@ -8,20 +9,19 @@ happens before that, OUT does not exist (or, with overwrite, is still the old on
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from exporters.errors import SwquantError
 from swquant.checkpoints.base import Checkpoint
+from swquant.checkpoints.schema import CheckpointManifest
 from swquant.compress.budget import bits_within
 from swquant.compress.options import CompressOptions
 from swquant.compress.plan import Plan, make_plan
 from swquant.compress.writing import Prepared, write_all
 from swquant.detect.pipeline import find_super_weights
-from swquant.output.destination import check_destination, check_space, no_space, replace, unfinished
+from swquant.output.destination import check_destination, check_space, replace, unfinished, writing
 from swquant.output.verification import verify
 from swquant.progress import Progress, silent
 
@@ -33,14 +33,14 @@ class Compressed:
     """A finished checkpoint and its manifest."""
 
     path: Path
-    manifest: Mapping[str, Any]
+    manifest: CheckpointManifest
 
 
 def prepare(
     checkpoint: Checkpoint, options: CompressOptions, *, low_memory: bool = False, progress: Progress = silent
 ) -> Prepared:
     """Probe and plan; writes nothing."""
-    if checkpoint.kind == "swquant":
+    if checkpoint.is_compressed:
         raise SwquantError(f"{checkpoint.name}: already compressed; start from the original model")
     with progress.step(f"Probing {checkpoint.name} with one prompt"):
         found = find_super_weights(
@@ -80,16 +80,11 @@ def write(prepared: Prepared, out: Path, *, overwrite: bool = False, progress: P
     """Carry out a plan. `out` appears whole or not at all."""
     check_destination(out, overwrite, prepared.checkpoint)
     check_space(out, prepared.plan.nbytes)
-    try:
-        with unfinished(out) as folder:
-            manifest = write_all(prepared, folder, progress)
-            with progress.step("Verifying every byte"):
-                problems = verify(folder)
-            if problems:
-                raise SwquantError(f"{out}: the result does not verify ({problems[0]}); is the disk sound?")
-            replace(folder, out, overwrite)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise no_space(out, prepared.plan.nbytes) from None
-        raise SwquantError(f"{error.filename or out}: cannot be written ({error.strerror}); give another OUT") from None
+    with writing(out, prepared.plan.nbytes), unfinished(out) as folder:
+        manifest = write_all(prepared, folder, progress)
+        with progress.step("Verifying every byte"):
+            problems = verify(folder)
+        if problems:
+            raise SwquantError(f"{out}: the result does not verify ({problems[0]}); is the disk sound?")
+        replace(folder, out, overwrite)
     return Compressed(out, manifest)

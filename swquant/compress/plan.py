@@ -1,32 +1,32 @@
 """The plan: for every tensor of a checkpoint, how it will be stored or why it stays dense, before a byte is written.
 
-`--dry-run` prints it, the writer follows it to the byte, the manifest records it. The safety rule lives here: a
-loader that ignores the sidecar must still get a working model, so a super weight is either represented by its own
-block (the extreme of a block is exact) or its tensor stays dense.
+`--dry-run` prints it, the writer follows it to the byte, the manifest records it. A tensor's plan is complete: with its
+weight and what is known of its inputs, `tensor.round_tensor` needs nothing else. `choice` picks the block.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from calibrationless import Block, Channel, Group, SuperWeight, Tensor, columns
+from calibrationless import Block, Channel, Group, Recipe, SuperWeight, Whole, columns
 from exporters import compressed_tensors
 from exporters.compressed_tensors import Scheme
 from exporters.errors import SwquantError
-from exporters.sidecar import patch_bytes
+from exporters.sidecar import COLUMNS, OUTLIERS, PlannedPatch
 from swquant.checkpoints.base import Checkpoint, Stored
 from swquant.compress.choice import check_patterns, choose_block, dense_dtype, expert_block
 from swquant.compress.options import CompressOptions
 from swquant.detect.folds import Fold
-from swquant.models.architecture import Architecture
+from swquant.models.architecture import Architecture, Dense, LinearKind
 from swquant.units import parse_bytes
 
 __all__ = ["Plan", "TensorPlan", "make_plan"]
 
-# Scaling channels makes the weights of a row less alike: within a block of a few hundred columns it pays, beyond it costs.
+# Scaling channels makes the weights of a row less alike: in a block of a few hundred columns it pays, beyond it costs.
 MAX_COLUMNS_TO_SCALE = 256
 
 
@@ -35,26 +35,40 @@ Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One tensor. block: None if it stays dense, then `reason` says why. bits: of a quantized one.
+    """One tensor. recipe: how it is rounded, None if it stays dense, then `reason` says why.
 
-    layout: stored name -> (dtype, shape) of what is written for it. points: number of its weights in the sidecar.
+    layout: stored name -> (dtype, shape) of what is written for it. patches: what the sidecar will hold of it.
     super_weights: (row, col) of those that the detection found in it. fold: the scaling that it takes part in, as a
-    norm's gain or bias or as a weight that reads the norm.
+    norm's gain or bias or as a weight that reads the norm. int8_inputs: whether it is stored for integer products.
     """
 
     name: str
     source: Stored
     layout: Layout
-    block: Block | None = None
-    bits: int = 0
+    recipe: Recipe | None = None
     reason: str = ""
-    points: int = 0
+    patches: tuple[PlannedPatch, ...] = ()
     super_weights: tuple[tuple[int, int], ...] = ()
     fold: Fold | None = None
+    int8_inputs: bool = False
 
     @property
     def module(self) -> str:
         return self.name.removesuffix(".weight")
+
+    @property
+    def block(self) -> Block | None:
+        return self.recipe.block if self.recipe is not None else None
+
+    @property
+    def bits(self) -> int:
+        """Of a quantized tensor; 0 of a dense one."""
+        return self.recipe.bits if self.recipe is not None else 0
+
+    @property
+    def outliers(self) -> int:
+        """Number of its weights in the sidecar."""
+        return self.recipe.outliers if self.recipe is not None else 0
 
     @property
     def nbytes(self) -> int:
@@ -62,7 +76,7 @@ class TensorPlan:
 
     @property
     def sidecar_bytes(self) -> int:
-        return patch_bytes(self.points, self.source.dtype) if self.points else 0
+        return sum(patch.nbytes for patch in self.patches)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -116,58 +130,79 @@ def make_plan(
     folds: Sequence[Fold] = (),
     bits: Mapping[str, int] | None = None,
 ) -> Plan:
-    """Decide for every tensor. bits: of tensors that are not to take those of the options. Raises SwquantError where an option
-    fits nothing, or --strict-block fails."""
-    found: dict[str, list[tuple[int, int]]] = {}
+    """Decide for every tensor. bits: of tensors that are not to take those of the options. Raises SwquantError where an
+    option fits nothing, or --strict-block fails."""
+    coordinates: dict[str, list[tuple[int, int]]] = {}
     for weight in super_weights:
-        found.setdefault(weight.name, []).append((weight.row, weight.col))
+        coordinates.setdefault(weight.name, []).append((weight.row, weight.col))
     check_patterns(options.dense, checkpoint.tensors)
     left_out = _tied(checkpoint)
-    block_of_experts = expert_block(checkpoint, architecture, found, options)
+    of_experts = expert_block(checkpoint, architecture, coordinates, options)
     int8_inputs = _int8_inputs(architecture, options)
     tensors: list[TensorPlan] = []
-    fitted: dict[str, int] = {}
     for name, stored in checkpoint.tensors.items():
         if name in left_out:
             continue
         linear = architecture.weights.get(name)
-        points = tuple(found.get(name, ()))
-        is_expert = linear is not None and linear.kind == "expert"
-        choice = block_of_experts if is_expert else choose_block(name, stored, linear, points, architecture, options)
+        own = tuple(coordinates.get(name, ()))
+        choice: Block | Dense | None = of_experts
+        if linear is None or linear.kind is not LinearKind.EXPERT:
+            choice = choose_block(name, stored, linear, own, architecture, options)
         assert choice is not None
-        if isinstance(choice, str):
-            dtype = dense_dtype(checkpoint, stored, options)
+        dtype = dense_dtype(checkpoint, stored, options)
+        if isinstance(choice, Dense):
             layout: Layout = {name: (dtype, stored.shape)}
-            tensors.append(TensorPlan(name, stored, layout, reason=choice, super_weights=points))
+            tensors.append(TensorPlan(name, stored, layout, reason=choice.reason, super_weights=own))
             continue
-        if choice != options.parsed_block:
-            fitted[str(choice)] = fitted.get(str(choice), 0) + 1
-        own_bits = (bits or {}).get(name, options.bits)
-        tensors.append(_quantized(name, stored, choice, own_bits, points, checkpoint, options, int8_inputs))
+        columns_of = options.keep_columns if linear is not None and linear.kind is LinearKind.LINEAR else 0
+        recipe = Recipe(
+            block=choice,
+            bits=(bits or {}).get(name, options.bits),
+            symmetric=options.symmetric,
+            clip=options.parsed_clip,
+            scale_dtype=dtype,
+            super_weights=own,
+            outliers=_outliers(stored.numel, own, options),
+            columns=min(columns_of, stored.shape[1]),
+        )
+        tensors.append(_quantized(name, stored, recipe, int8_inputs))
     if not any(tensor.block for tensor in tensors):
         raise SwquantError(_nothing(checkpoint, tensors))
     tensors = _folded(tensors, folds)
+    shards = _shards(tensors, parse_bytes(options.shard_size))
+    return Plan(options, tuple(tensors), shards, left_out, _notes(tensors, of_experts, options), int8_inputs)
+
+
+def _notes(tensors: Sequence[TensorPlan], of_experts: Block | None, options: CompressOptions) -> tuple[str, ...]:
+    """What a user should know of the plan beside its table."""
+    blocks = [tensor.block for tensor in tensors if tensor.block not in (None, options.parsed_block)]
     notes = [
         f"block {options.block_name} does not divide {count} tensors, which take {block}"
-        for block, count in fitted.items()
+        for block, count in Counter(map(str, blocks)).items()
     ]
-    if options.activations == "int8" and block_of_experts is not None:
+    if options.activations == "int8" and of_experts is not None:
         notes.append("the inputs of experts stay in float; those of the other linear layers are rounded to int8")
-    shards = _shards(tensors, parse_bytes(options.shard_size))
-    return Plan(options, tuple(tensors), shards, left_out, tuple(notes), int8_inputs)
+    return tuple(notes)
+
+
+def _outliers(weights: int, super_weights: Sequence[tuple[int, int]], options: CompressOptions) -> int:
+    """How many of a tensor's weights go into the sidecar."""
+    if not options.restore:
+        return 0
+    return min(len(set(super_weights)) + int(options.outlier_fraction * weights), weights)
 
 
 def _int8_inputs(architecture: Architecture, options: CompressOptions) -> bool:
-    """Whether stock loaders can be told to round activations as we do, the kept channels aside: `int-quantized` knows rows
-    of 8-bit codes and a scale for every token, and no experts. For all else they are told of the weights alone, which is
-    safe: a float activation is closer to the original than a rounded one."""
+    """Whether stock loaders can be told to round activations as we do, the kept channels aside: `int-quantized` knows
+    rows of 8-bit codes and a scale for every token, and no experts. For all else they are told of the weights alone,
+    which is safe: a float activation is closer to the original than a rounded one."""
     return (
         options.activations == "int8"
         and options.bits == 8
         and options.symmetric
         and options.per_token
-        and isinstance(options.parsed_block, Channel | Tensor)
-        and all(linear.kind != "expert" for linear in architecture.weights.values())
+        and isinstance(options.parsed_block, Channel | Whole)
+        and all(linear.kind is not LinearKind.EXPERT for linear in architecture.weights.values())
     )
 
 
@@ -200,35 +235,26 @@ def _tied(checkpoint: Checkpoint) -> dict[str, str]:
     return {name: "tied to the embedding" for name in checkpoint.tensors if tied and name == "lm_head.weight"}
 
 
-def _quantized(
-    name: str,
-    stored: Stored,
-    block: Block,
-    bits: int,
-    points: tuple[tuple[int, int], ...],
-    checkpoint: Checkpoint,
-    options: CompressOptions,
-    int8_inputs: bool,
-) -> TensorPlan:
-    shape = (stored.shape[0], stored.shape[1])
+def _quantized(name: str, stored: Stored, recipe: Recipe, int8_inputs: bool) -> TensorPlan:
+    shape, module = (stored.shape[0], stored.shape[1]), name.removesuffix(".weight")
+    assert recipe.scale_dtype is not None
     local = compressed_tensors.tensor_layout(
         shape,
-        block,
-        bits,
-        symmetric=options.symmetric,
-        scale_dtype=dense_dtype(checkpoint, stored, options),
+        recipe.block,
+        recipe.bits,
+        symmetric=recipe.symmetric,
+        scale_dtype=recipe.scale_dtype,
         int8_inputs=int8_inputs,
     )
-    module = name.removesuffix(".weight")
-    kept = (len(set(points)) + int(options.outlier_fraction * stored.numel)) if options.restore else 0
+    counts = {COLUMNS: recipe.columns, OUTLIERS: recipe.outliers}
     return TensorPlan(
         name=name,
         source=stored,
         layout={f"{module}.{key}": form for key, form in local.items()},
-        block=block,
-        bits=bits,
-        points=min(kept, stored.numel),
-        super_weights=points,
+        recipe=recipe,
+        patches=tuple(PlannedPatch(of, name, count, shape, stored.dtype) for of, count in counts.items() if count),
+        super_weights=recipe.super_weights,
+        int8_inputs=int8_inputs,
     )
 
 

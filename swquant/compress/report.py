@@ -1,15 +1,17 @@
 """`swquant/report.html` of a compressed checkpoint: what is in it, for whoever opens the folder in a year.
 
-The study's page, shorter: it says what detection found and what rounding cost, from numbers that `compress` has anyway. It
-depends on nothing but the result, so equal checkpoints have equal reports.
+The study's page, shorter: it says what detection found and what rounding cost, from numbers that `compress` has anyway.
+It depends on nothing but the result, so equal checkpoints have equal reports.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from swquant.checkpoints.manifest import rounded, stored_as
+from swquant.checkpoints.schema import RoundedRecord, TensorRecord
 from swquant.compress.loaders import loader_table
 from swquant.detect.section import describe
 from swquant.drawing.charts import draw
@@ -29,7 +31,7 @@ REPORT = "swquant/report.html"
 _WORST = 10
 
 
-def checkpoint_report(name: str, found: Found, plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> str:
+def checkpoint_report(name: str, found: Found, plan: Plan, records: Mapping[str, TensorRecord]) -> str:
     """The page. name: of the source. records: the manifest's of every tensor."""
     options = plan.options
     bits = options.bits if options.bits_budget is None else "own bits for each tensor"
@@ -65,8 +67,9 @@ def _activations(options: CompressOptions) -> str:
     return f"{options.activations}, {scale}, {where}{', massive channels in float' if options.restore else ''}"
 
 
-def _rounding(found: Found, plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> Section:
-    errors = {name: float(record["relative_error"]) for name, record in records.items() if "relative_error" in record}
+def _rounding(found: Found, plan: Plan, records: Mapping[str, TensorRecord]) -> Section:
+    tensors = rounded(records)
+    errors = {name: record["relative_error"] for name, record in tensors.items()}
     by_layer: dict[int, list[float]] = {}
     for name, error in errors.items():
         by_layer.setdefault(found.architecture.weights[name].layer, []).append(error)
@@ -84,7 +87,7 @@ def _rounding(found: Found, plan: Plan, records: Mapping[str, Mapping[str, Any]]
         ),
     )
     worst = sorted(errors, key=lambda name: -errors[name])[:_WORST]
-    kept = sum(int(record.get("outliers", 0)) for record in records.values())
+    kept = sum(record["outliers"] for record in tensors.values())
     return Section(
         name="rounding",
         title="What rounding changed",
@@ -99,15 +102,15 @@ def _rounding(found: Found, plan: Plan, records: Mapping[str, Mapping[str, Any]]
                 "worst",
                 "The tensors with the largest relative errors.",
                 ("tensor", "stored as", "relative error", "largest error", "weights in the sidecar"),
-                tuple(_worst_row(name, records[name]) for name in worst),
+                tuple(_worst_row(name, tensors[name]) for name in worst),
             ),
             Table(
                 "safety",
                 "Super weights in rounded tensors, and what a loader sees that ignores the sidecar.",
                 ("tensor", "[row, col]", "value", "without sidecar"),
                 tuple(
-                    (name, f"[{point['row']}, {point['col']}]", float(point["value"]), float(point["without_sidecar"]))
-                    for name, record in records.items()
+                    (name, f"[{point['row']}, {point['col']}]", point["value"], point["without_sidecar"])
+                    for name, record in tensors.items()
                     for point in record.get("super_weights", ())
                 ),
             ),
@@ -116,14 +119,14 @@ def _rounding(found: Found, plan: Plan, records: Mapping[str, Mapping[str, Any]]
     )
 
 
-def _worst_row(name: str, record: Mapping[str, Any]) -> tuple[Cell, ...]:
+def _worst_row(name: str, record: RoundedRecord) -> tuple[Cell, ...]:
     return name, record["stored_as"], record["relative_error"], record["largest_error"], record["outliers"]
 
 
-def _tensors(records: Mapping[str, Mapping[str, Any]]) -> Section:
+def _tensors(records: Mapping[str, TensorRecord]) -> Section:
     kinds: dict[str, list[int]] = {}
     for record in records.values():
-        kinds.setdefault(record.get("stored_as") or f"dense: {record['dense']}", []).append(int(record["bytes"]))
+        kinds.setdefault(stored_as(record), []).append(record["bytes"])
     dense = sum(len(sizes) for kind, sizes in kinds.items() if kind.startswith("dense: "))
     return Section(
         name="tensors",

@@ -1,23 +1,90 @@
-"""One tensor."""
+"""One tensor: from its plan, its weight and what is known of its inputs to what is written of it.
+
+`round_tensor` is a pure function and its result a value: no file, no model, no progress bar. Another process, or
+another machine, can be given the three and gives back the same bytes; the writer is the only one that knows files.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 
-from calibrationless import (
-    Outliers,
-    QuantizedTensor,
-    block_elements,
-    block_index,
-    for_pieces,
-    quantize,
-    worst,
-)
+from calibrationless import Evidence, Patch, Rounded, WeightError, dequantize, follow, for_pieces
+from exporters import compressed_tensors
 from exporters.errors import SwquantError
-from swquant.compress.options import CompressOptions
 from swquant.compress.plan import TensorPlan
+from swquant.detect.folds import fold_columns, fold_gain
 
-__all__ = ["cast", "check_finite", "choose_outliers", "coordinates", "round_weight"]
+__all__ = ["RoundedTensor", "SuperWeightCode", "round_tensor"]
+
+
+@dataclass(frozen=True)
+class SuperWeightCode:
+    """A super weight, and what a loader sees that does not know the sidecar: the safety rule, in numbers."""
+
+    row: int
+    col: int
+    value: float
+    without_sidecar: float
+
+
+@dataclass(frozen=True)
+class RoundedTensor:
+    """What is written of one tensor.
+
+    parts: stored name -> tensor, as the plan's layout announces them (the weight itself of a dense one). patches: set
+    -> what the sidecar holds. error: what rounding cost, None for a dense tensor.
+    """
+
+    name: str
+    parts: Mapping[str, torch.Tensor]
+    patches: Mapping[str, Patch]
+    error: WeightError | None = None
+    super_weights: tuple[SuperWeightCode, ...] = ()
+
+
+def round_tensor(plan: TensorPlan, weight: torch.Tensor, evidence: Evidence) -> RoundedTensor:
+    """Carry out the plan of one tensor. Raises SwquantError for NaN, infinity, and values that a dtype cannot hold."""
+    if plan.recipe is None:
+        return _dense(plan, weight)
+    if plan.fold is not None:
+        weight = fold_columns(weight, plan.fold)
+    try:
+        rounded = follow(plan.recipe, weight, evidence)
+    except ValueError as error:
+        _check_finite(plan.name, weight)
+        raise SwquantError(f"{plan.name}: {error}; use --dtype bfloat16") from None
+    local = compressed_tensors.to_tensors(rounded.quantized, int8_inputs=plan.int8_inputs)
+    return RoundedTensor(
+        name=plan.name,
+        parts={f"{plan.module}.{key}": part for key, part in local.items()},
+        patches=rounded.patches,
+        error=rounded.error,
+        super_weights=_codes(plan, weight, rounded),
+    )
+
+
+def _codes(plan: TensorPlan, weight: torch.Tensor, rounded: Rounded) -> tuple[SuperWeightCode, ...]:
+    if not plan.super_weights:
+        return ()
+    decoded = dequantize(rounded.quantized, torch.float32)
+    return tuple(
+        SuperWeightCode(row, col, float(weight[row, col]), float(decoded[row, col])) for row, col in plan.super_weights
+    )
+
+
+def _dense(plan: TensorPlan, weight: torch.Tensor) -> RoundedTensor:
+    ((name, (dtype, _)),) = plan.layout.items()
+    _check_finite(plan.name, weight)
+    if plan.fold is not None:
+        weight = fold_gain(weight, plan.fold, is_bias=plan.name == plan.fold.bias)
+    cast = weight.to(dtype)
+    if dtype is not weight.dtype and not _all_finite(cast):
+        kind = str(dtype).removeprefix("torch.")
+        raise SwquantError(f"{name}: a value of {weight.abs().max():.3g} does not fit {kind}; use --dtype bfloat16")
+    return RoundedTensor(plan.name, {name: cast}, {})
 
 
 def _all_finite(weight: torch.Tensor) -> bool:
@@ -31,57 +98,6 @@ def _all_finite(weight: torch.Tensor) -> bool:
     return all(for_pieces(finite, values.numel(), 1))
 
 
-def check_finite(name: str, weight: torch.Tensor) -> None:
-    """Raise SwquantError for NaN or infinity."""
+def _check_finite(name: str, weight: torch.Tensor) -> None:
     if not _all_finite(weight):
         raise SwquantError(f"{name}: holds a NaN or infinite value; the source is damaged, fetch it again")
-
-
-def cast(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A dense tensor as it is stored."""
-    cast = weight.to(dtype)
-    if dtype is not weight.dtype and not _all_finite(cast):
-        kind = str(dtype).removeprefix("torch.")
-        raise SwquantError(f"{name}: a value of {weight.abs().max():.3g} does not fit {kind}; use --dtype bfloat16")
-    return cast
-
-
-def round_weight(
-    weight: torch.Tensor, tensor: TensorPlan, options: CompressOptions, importance: torch.Tensor | None = None
-) -> QuantizedTensor:
-    """Round one weight as planned; blocks that hold a super weight keep their extreme."""
-    assert tensor.block is not None
-    scale_dtype = tensor.layout[f"{tensor.module}.weight_scale"][0]
-    keep_extreme = None
-    if tensor.super_weights:
-        rows, cols = coordinates(tensor)
-        count = tensor.source.numel // block_elements(tensor.block, tensor.shape)
-        keep_extreme = torch.zeros(count, dtype=torch.bool)
-        keep_extreme[block_index(rows, cols, tensor.block, tensor.shape)] = True
-    try:
-        return quantize(
-            weight,
-            tensor.block,
-            tensor.bits,
-            symmetric=options.symmetric,
-            clip=options.parsed_clip,
-            importance=importance,
-            keep_extreme=keep_extreme,
-            scale_dtype=scale_dtype,
-        )
-    except ValueError as error:
-        check_finite(tensor.name, weight)
-        raise SwquantError(f"{tensor.name}: {error}; use --dtype bfloat16") from None
-
-
-def choose_outliers(
-    weight: torch.Tensor, quantized: QuantizedTensor, tensor: TensorPlan, importance: torch.Tensor | None = None
-) -> Outliers:
-    """The points of a tensor's sidecar: its super weights, and as many of the worst rounded as were planned."""
-    return worst(weight, quantized, tensor.points, always=tensor.super_weights, importance=importance)
-
-
-def coordinates(tensor: TensorPlan) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows and columns of a tensor's super weights."""
-    rows, cols = torch.tensor(tensor.super_weights, dtype=torch.int64).T
-    return rows, cols

@@ -1,38 +1,35 @@
-"""The writer."""
+"""The writer: takes rounded tensors in the order of the plan, and writes shards, sidecar and all other files.
+
+It is the only one that writes, so the bytes cannot depend on where the tensors were rounded.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from calibrationless import (
-    Outliers,
-    dequantize,
-    feed_back,
-    measure,
-)
 from exporters import compressed_tensors
 from exporters.json_file import write_json
 from exporters.safetensors_file import FileRecord, SafetensorsWriter
 from exporters.sidecar import SIDECAR, SidecarWriter
 from swquant.checkpoints.base import Checkpoint
-from swquant.checkpoints.manifest import write_manifest
+from swquant.checkpoints.manifest import MANIFEST, write_manifest
+from swquant.checkpoints.schema import CheckpointManifest, TensorRecord
+from swquant.compress.evidence import evidence_for, text_of
 from swquant.compress.loaders import loader_table
 from swquant.compress.plan import Plan, TensorPlan
-from swquant.compress.records import activations_record, input_record, tensor_record
+from swquant.compress.records import activations_record, measured_record, tensor_record
 from swquant.compress.report import REPORT, checkpoint_report
-from swquant.compress.tensor import cast, check_finite, choose_outliers, coordinates, round_weight
-from swquant.detect.folds import fold_columns, fold_gain
+from swquant.compress.tensor import RoundedTensor, round_tensor
 from swquant.detect.found import Found
-from swquant.detect.own_text import SelfText, self_text
+from swquant.detect.own_text import SelfText
 from swquant.detect.record import detection_record
 from swquant.output.verification import file_table
-from swquant.progress import Progress
+from swquant.progress import Bar, Progress
 from swquant.version import __version__
 
 __all__ = ["Prepared", "write_all"]
@@ -51,7 +48,7 @@ class Prepared:
     low_memory: bool = False
 
 
-def write_all(prepared: Prepared, folder: Path, progress: Progress) -> Mapping[str, Any]:
+def write_all(prepared: Prepared, folder: Path, progress: Progress) -> CheckpointManifest:
     """Everything that belongs into OUT. Returns the manifest."""
     checkpoint, plan = prepared.checkpoint, prepared.plan
     (folder / "swquant").mkdir()
@@ -86,112 +83,59 @@ def write_all(prepared: Prepared, folder: Path, progress: Progress) -> Mapping[s
     )
 
 
+def _rounded(prepared: Prepared, bar: Bar, text: SelfText | None) -> Iterator[tuple[TensorPlan, RoundedTensor]]:
+    """Every tensor in the order of the plan, one in memory at a time."""
+    found, refinement = prepared.found, prepared.plan.options.refinement
+    for tensor in prepared.plan.tensors:
+        bar.advance(tensor.name, tensor.source.nbytes)
+        # No name for the weight: it would live on beside the next one.
+        yield (
+            tensor,
+            round_tensor(tensor, prepared.checkpoint.read(tensor.name), evidence_for(tensor, found, refinement, text)),
+        )
+
+
 def _write_weights(
     prepared: Prepared, folder: Path, progress: Progress
-) -> tuple[dict[str, dict[str, Any]], dict[str, FileRecord]]:
-    """The shards, their index and the sidecar. Returns the tensors' records and the files'."""
-    plan = prepared.plan
+) -> tuple[dict[str, TensorRecord], dict[str, FileRecord]]:
+    """The shards, their index and the sidecar, the only files that weights are written to. Returns the tensors' records
+    and the files'."""
+    plan, found = prepared.plan, prepared.found
     files: dict[str, FileRecord] = {}
-    records: dict[str, dict[str, Any]] = {}
+    records: dict[str, TensorRecord] = {}
     weight_map: dict[str, str] = {}
-    patched = [(tensor.name, tensor.points, tensor.source.dtype) for tensor in plan.tensors if tensor.points]
+    patched = [patch for tensor in plan.tensors for patch in tensor.patches]
     with ExitStack() as stack:
-        text = stack.enter_context(_text_of(prepared, progress))
+        text = stack.enter_context(
+            text_of(prepared.checkpoint, found, plan, low_memory=prepared.low_memory, progress=progress)
+        )
         sidecar = SidecarWriter(folder / SIDECAR, patched) if patched else None
         if sidecar is not None:
             stack.callback(sidecar.close)
-        bar = stack.enter_context(progress.bytes("Compressing", plan.source_bytes))
+        tensors = _rounded(prepared, stack.enter_context(progress.bytes("Compressing", plan.source_bytes)), text)
         for index, shard in enumerate(plan.shards, start=1):
             name = f"model-{index:05d}-of-{len(plan.shards):05d}.safetensors"
             layout = [(key, *form) for tensor in shard for key, form in tensor.layout.items()]
             writer = SafetensorsWriter(folder / name, layout, {"format": "pt"})
             stack.callback(writer.close)
-            errors = {tensor.name: _write_tensor(tensor, prepared, writer, sidecar, text, bar) for tensor in shard}
+            measured: dict[str, dict[str, Any]] = {}
+            for tensor, rounded in islice(tensors, len(shard)):
+                for key, part in rounded.parts.items():
+                    writer.write(key, part)
+                for of_set, patch in rounded.patches.items():
+                    assert sidecar is not None
+                    sidecar.write(of_set, tensor.name, patch)
+                measured[tensor.name] = measured_record(tensor, rounded, found, plan.options)
+                del rounded  # before the next one is made
             files[name] = writer.finish()
             for tensor in shard:
-                records[tensor.name] = tensor_record(tensor, plan, name, files[name].tensors) | errors[tensor.name]
+                records[tensor.name] = tensor_record(tensor, plan, name, files[name].tensors, measured[tensor.name])
                 weight_map |= dict.fromkeys(tensor.layout, name)
         if sidecar is not None:
             files[SIDECAR] = sidecar.finish()
     total = sum(tensor.nbytes for tensor in plan.tensors)
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
     return records, files
-
-
-def _text_of(prepared: Prepared, progress: Progress) -> AbstractContextManager[SelfText | None]:
-    """The model with text of its own, where the refinement needs it."""
-    options = prepared.plan.options
-    if options.refinement != "self":
-        return nullcontext()
-    names = [tensor.name for tensor in prepared.plan.quantized]
-    return self_text(
-        prepared.checkpoint,
-        prepared.found,
-        names,
-        texts=options.texts,
-        low_memory=prepared.low_memory,
-        seed=options.seed,
-        progress=progress,
-    )
-
-
-def _write_tensor(
-    tensor: TensorPlan,
-    prepared: Prepared,
-    writer: SafetensorsWriter,
-    sidecar: SidecarWriter | None,
-    text: SelfText | None,
-    bar: Any,
-) -> dict[str, Any]:
-    """Read, round, pack and write one tensor. Returns what its rounding cost (nothing for a dense one)."""
-    weight = prepared.checkpoint.read(tensor.name)
-    bar.advance(tensor.name, tensor.source.nbytes)
-    fold = tensor.fold
-    if tensor.block is None:
-        ((name, (dtype, _)),) = tensor.layout.items()
-        check_finite(tensor.name, weight)
-        if fold is not None:
-            weight = fold_gain(weight, fold, is_bias=tensor.name == fold.bias)
-        writer.write(name, cast(tensor.name, weight, dtype))
-        return {"scaled": True} if fold else {}
-    energy = prepared.found.energy(tensor.name)
-    if fold is not None:
-        weight = fold_columns(weight, fold)
-        energy = torch.ldexp(energy, -2 * fold.exponents.to(torch.int32)) if energy is not None else None
-    options = prepared.plan.options
-    importance = energy if options.refinement != "none" else None
-    own = text.statistics(tensor.name, fold.exponents if fold else None) if text is not None else None
-    if own is not None:
-        energy = importance = own[1]
-    quantized = round_weight(weight, tensor, options, importance)
-    kept = choose_outliers(weight, quantized, tensor, importance) if tensor.points else None
-    if own is not None:
-        # Without a sidecar, too, a super weight keeps its own code: its extreme is all that represents it.
-        held = kept if kept is not None or not tensor.super_weights else Outliers.at(weight, *coordinates(tensor))
-        quantized = feed_back(weight, quantized, own[0], held)
-    for key, part in compressed_tensors.to_tensors(quantized, int8_inputs=prepared.plan.int8_inputs).items():
-        writer.write(f"{tensor.module}.{key}", part)
-    if kept is not None and sidecar is not None:
-        sidecar.write(tensor.name, kept)
-    error = measure(weight, quantized, kept, energy)
-    record: dict[str, Any] = {
-        "relative_error": float(f"{error.relative:.7g}"),
-        "largest_error": float(f"{error.largest:.7g}"),
-    }
-    if error.output is not None:
-        record["output_error"] = float(f"{error.output:.7g}")
-    if fold is not None:
-        record["scaled"] = True
-    if (inputs := input_record(tensor, prepared.found, options)) is not None:
-        record["inputs"] = inputs
-    if tensor.super_weights:
-        # What a loader sees that does not know the sidecar: the safety rule, in numbers.
-        decoded = dequantize(quantized, torch.float32)
-        record["super_weights"] = [
-            {"row": row, "col": col, "value": float(weight[row, col]), "without_sidecar": float(decoded[row, col])}
-            for row, col in tensor.super_weights
-        ]
-    return record
 
 
 def _config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
@@ -211,5 +155,5 @@ def _config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
         config["dtype"] = plan.options.dtype
         config.pop("torch_dtype", None)
     config["quantization_config"] = compressed_tensors.quantization_config(schemes, dense, _FORMAT_VERSION)
-    config["swquant"] = {"version": __version__, "manifest": "swquant/manifest.json", "sidecar": SIDECAR}
+    config["swquant"] = {"version": __version__, "manifest": MANIFEST, "sidecar": SIDECAR}
     return config

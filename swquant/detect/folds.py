@@ -1,9 +1,9 @@
 """Which norms can take over a scaling of the weights that read them, proved on the prompt.
 
-The probe says which norm every linear weight reads. Whether something else reads it, too (a router, a second branch), and
-how the norm applies its gain (Gemma's is 1 + weight) is not looked up but tried: the prompt runs once more with the scaled
-norms and weights, and since powers of two round nothing, the logits must not change. A kind of norm that changes them is
-left alone.
+The probe says which norm every linear weight reads. Whether something else reads it, too (a router, a second branch),
+and how the norm applies its gain (Gemma's is 1 + weight) is not looked up but tried: the prompt runs once more with the
+scaled norms and weights, and since powers of two round nothing, the logits must not change. A kind of norm that changes
+them is left alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _UNCHANGED = 1e-5  # of the range of the logits
 class Fold:
     """A norm and the weights that read it.
 
-    gain, bias: the norm's stored tensors (bias "" if it has none). offset: what the norm adds to the stored gain (Gemma: 1).
+    gain, bias: the norm's stored tensors (bias "" if it has none). offset: what the norm adds to the stored gain
+    (Gemma: 1).
     readers: stored names of the linear weights. exponents: int8 [channels].
     """
 

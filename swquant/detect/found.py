@@ -1,12 +1,15 @@
-"""What was found."""
+"""What a detection hands on: the super weights with their evidence, and what it rests on.
+
+A type alone, one floor below those who make it (`pipeline`) and those who use it (`compress`, `study`, `terminal`).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from calibrationless import Detection, LinearRecord
+from calibrationless import Detection, LinearRecord, Probe
 from swquant.detect.folds import Fold
 from swquant.detect.published import Published
 from swquant.models.architecture import Architecture
@@ -16,21 +19,23 @@ __all__ = ["Found"]
 
 @dataclass(frozen=True)
 class Found:
-    """The detection and what it rests on. token_ids: the prompt as the model read it, BOS included where it has one.
-    folds: the norms that can take over a scaling of weights, if they were asked for."""
+    """The detection and what it rests on. probe: what the first pass of the prompt showed. token_ids: the prompt as the
+    model read it, BOS included where it has one. folds: the norms that can take over a scaling of weights, if they were
+    asked for. model: the checkpoint's name."""
 
     detection: Detection
+    probe: Probe = field(compare=False, repr=False)
     architecture: Architecture
     prompt: str
     token_ids: tuple[int, ...]
     tokens: tuple[str, ...]
     folds: tuple[Fold, ...] = ()
     published: tuple[Published, ...] = ()
+    model: str = ""
 
     def record(self, name: str) -> LinearRecord | None:
         """What the probe saw of a stored linear weight; None for an expert that no token visited."""
-        probe, weight = self.detection.probe, self.architecture.weights[name]
-        return probe.linears.get(weight.watch) if probe is not None else None
+        return self.probe.linears.get(self.architecture.weights[name].watch)
 
     def energy(self, name: str) -> torch.Tensor | None:
         """float32 [in]: the energy of the inputs of a stored linear weight, where it was seen."""

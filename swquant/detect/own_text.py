@@ -1,8 +1,9 @@
 """Text that the model writes itself, and what its own text does to its inputs: second-order statistics without data.
 
-Texts of 256 tokens, sixteen unless asked for more, are sampled at temperature 1, each from BOS or, where the tokenizer has none, from a random token.
-For the weights of a few layers at a time the texts are read once more, and for every input of a linear weight the Gram
-matrix X^T X is summed up. How many at a time is set by memory: Gram matrices of all layers would be larger than the model.
+Texts of 256 tokens, sixteen unless asked for more, are sampled at temperature 1, each from BOS or, where the tokenizer
+has none, from a random token. For the weights of a few layers at a time the texts are read once more, and for every
+input of a linear weight the Gram matrix X^T X is summed up. How many at a time is set by memory: Gram matrices of all
+layers would be larger than the model.
 
 Everything runs on one thread with a seeded generator, so the same model gives the same text and the same bytes.
 """
@@ -21,6 +22,7 @@ from calibrationless import damping_for, inverse_factor
 from swquant.checkpoints.base import Checkpoint
 from swquant.detect.found import Found
 from swquant.detect.pipeline import probed_model, watchable
+from swquant.models.architecture import LinearKind
 from swquant.progress import Progress
 
 __all__ = ["SelfText", "self_text", "start_token", "write_text"]
@@ -74,7 +76,7 @@ class SelfText:
         self._last: tuple[tuple[str, bool], Factor, Tensor] | None = None
 
     def statistics(self, name: str, exponents: Tensor | None) -> tuple[Factor, Tensor] | None:
-        """(factor, importance [in]) for a stored weight whose columns were scaled by 2^exponents; None for an expert."""
+        """(factor, importance [in]) of a stored weight, its columns scaled by 2^exponents; None for an expert."""
         key = self._key(name)
         if key is None:
             return None
@@ -92,10 +94,10 @@ class SelfText:
 
     def _key(self, name: str) -> str | None:
         """Weights that read the same norm share one matrix."""
-        weight, probe = self._found.architecture.weights[name], self._found.detection.probe
-        if weight.kind != "linear" or probe is None:
+        weight = self._found.architecture.weights[name]
+        if weight.kind is not LinearKind.LINEAR:
             return None
-        return probe.linears[weight.watch].norm or name
+        return self._found.probe.linears[weight.watch].norm or name
 
     def _collect(self, name: str) -> None:
         """Matrices of this weight and of those that come after it, as many as fit."""

@@ -43,8 +43,8 @@ def prompt_tokens(checkpoint: Checkpoint, prompt: str) -> tuple[int, ...]:
 
 @contextmanager
 def probed_model(checkpoint: Checkpoint, low_memory: bool) -> Iterator[PreTrainedModel]:
-    """The model in float32, its weights left in their files where they do not fit in memory or `low_memory` asks for it."""
-    if low_memory or (checkpoint.kind == "safetensors" and not fits_in_memory(checkpoint, torch.float32)):
+    """The model in float32, its weights left in their files where memory is too small or `low_memory` asks for it."""
+    if low_memory or (checkpoint.can_stay_on_disk and not fits_in_memory(checkpoint, torch.float32)):
         with offloaded_model(checkpoint, torch.float32) as model:
             yield model
     else:
@@ -53,8 +53,8 @@ def probed_model(checkpoint: Checkpoint, low_memory: bool) -> Iterator[PreTraine
 
 @contextmanager
 def watchable(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model runs on one thread, and its experts one after the other, as plain products: the fused kernels cannot
-    be watched."""
+    """Inside, the model runs on one thread, and its experts one after the other, as plain products: the fused kernels
+    cannot be watched."""
     threads, experts = torch.get_num_threads(), getattr(model.config, "_experts_implementation", None)
     torch.set_num_threads(1)
     model.config._experts_implementation = "eager"
@@ -87,8 +87,8 @@ def find_super_weights(
     """Find the super weights of a checkpoint with forward passes of one prompt.
 
     low_memory: keep one module's weights in memory at a time (chosen by itself for models that take more than half of
-    the free memory in float32). model: the checkpoint's model in float32, where it is in memory anyway. folds: also find out
-    which norms can take over a scaling of weights.
+    the free memory in float32). model: the checkpoint's model in float32, where it is in memory anyway. folds: also
+    find out which norms can take over a scaling of weights.
     Raises SwquantError where the prompt, the tokenizer or the weights are unusable.
     """
     ids = prompt_tokens(checkpoint, prompt)
@@ -113,24 +113,19 @@ def find_super_weights(
             return replace(probe, logits=probe.logits[0])
 
         try:
-            detection = detect(run, architecture.downs, tokens)
+            detection, probe = detect(run, architecture.downs, tokens)
         except ValueError as error:
             raise SwquantError(f"{checkpoint.name}: {error}; check the weights (NaN, Inf) and the prompt") from None
-        assert detection.probe is not None
         foldable = (
-            find_folds(checkpoint, architecture, detection.probe, lambda scales: run(scales=scales).logits)
-            if folds
-            else ()
+            find_folds(checkpoint, architecture, probe, lambda scales: run(scales=scales).logits) if folds else ()
         )
-    unseen = [
-        watch.name
-        for watch in architecture.watches
-        if watch.expert is None and watch.name not in detection.probe.linears
-    ]
+    unseen = [watch.name for watch in architecture.watches if watch.expert is None and watch.name not in probe.linears]
     if unseen:
         raise SwquantError(
             f"{checkpoint.name}: the probe did not see the product of {unseen[0]} (of {len(unseen)}); "
             "this architecture multiplies in a way that swquant does not know"
         )
     words = tuple(checkpoint.tokenizer().convert_ids_to_tokens(list(ids)))
-    return Found(detection, architecture, prompt, ids, words, foldable, published_for(checkpoint))
+    return Found(
+        detection, probe, architecture, prompt, ids, words, foldable, published_for(checkpoint), checkpoint.name
+    )

@@ -1,4 +1,4 @@
-"""A detection as JSON."""
+"""A detection as JSON can hold it: the same for `detect --json`, the manifest, and the tables that people see."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from swquant.checkpoints.schema import DetectionRecord
+from swquant.units import short
+
 if TYPE_CHECKING:
     from swquant.detect.found import Found
 
 __all__ = ["detection_record"]
 
 
-def detection_record(found: Found) -> dict[str, Any]:
+def detection_record(found: Found) -> DetectionRecord:
     """What was detected, as JSON: the same for `detect --json` and the manifest."""
     detection = found.detection
 
@@ -35,7 +38,7 @@ def detection_record(found: Found) -> dict[str, Any]:
 def _rounded(value: Any) -> Any:
     """Floats with seven significant digits: more would be noise of float32."""
     if isinstance(value, float):
-        return float(f"{value:.7g}")
+        return short(value)
     if isinstance(value, Mapping):
         return {key: _rounded(item) for key, item in value.items()}
     return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,4 +1,7 @@
-"""A detection as a section of a page."""
+"""A detection as a section of a page: what was found, the paper's Figure 3, and the evidence as tables.
+
+Both pages have it, the report of a compressed checkpoint and the study's first experiment.
+"""
 
 from __future__ import annotations
 

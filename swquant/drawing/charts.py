@@ -1,8 +1,8 @@
 """Charts as SVG: small, with text as text, told apart by everyone, light and dark.
 
-matplotlib draws; then its colours are replaced by CSS variables with the light colours as fallback, so that a figure follows
-the page that it stands in, or, alone in a file, the reader's own light or dark setting. Colours are those of Okabe and Ito, and
-every series has a marker and a dash of its own besides. Equal charts give equal bytes.
+matplotlib draws; then its colours are replaced by CSS variables with the light colours as fallback, so that a figure
+follows the page that it stands in, or, alone in a file, the reader's own light or dark setting. Colours are those of
+Okabe and Ito, and every series has a marker and a dash of its own besides. Equal charts give equal bytes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One self-contained HTML page: sections of sentences, figures and tables. It opens offline, prints, and has no script.
 
-Light or dark follows the reader's setting, two figures stand side by side where there is room, tables scroll by themselves
-on a phone.
+Light or dark follows the reader's setting, two figures stand side by side where there is room, tables scroll by
+themselves on a phone.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def facts(pairs: Sequence[tuple[str, str]]) -> str:
 
 
 def section_html(section: Section, figures: Mapping[str, str]) -> str:
-    """One experiment: what the paper found, what this model shows, figures, tables. figures: name of chart -> its <svg>."""
+    """One experiment: what the paper found, what this model shows, figures (name of chart -> its <svg>), tables."""
     parts = [f'<section id="{section.name}">', f"<h2>{escape(section.title)}</h2>"]
     if section.paper:
         parts.append(f'<p class="paper">The paper: {escape(section.paper)}</p>')

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from swquant.units import thousands
+
 __all__ = ["Bars", "Cell", "Chart", "Interval", "Mark", "Section", "Series", "Table", "number"]
 
 
@@ -60,10 +62,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves over a common axis. name: of its file. alt: what it shows, for those who cannot see it.
-
-    ticks: labels of the x axis at 0, 1, 2 … where x is no number.
-    """
+    """Curves over a common axis. name: of its file. alt: what it shows, for those who cannot see it."""
 
     name: str
     title: str
@@ -74,7 +73,6 @@ class Chart:
     marks: tuple[Mark, ...] = ()
     xlog: bool = False
     ylog: bool = False
-    ticks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,4 +115,4 @@ def number(value: Any) -> str:
         return "not finite"
     if value != 0 and not 1e-4 <= abs(value) < 1e7:
         return f"{value:.3g}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return thousands(value)

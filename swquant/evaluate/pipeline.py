@@ -14,7 +14,6 @@ The protocol, in full, because perplexities with different ones do not compare:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +23,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from exporters.errors import SwquantError
-from swquant.checkpoints.base import Checkpoint
-from swquant.checkpoints.onnx import OnnxCheckpoint
+from swquant.checkpoints.base import Checkpoint, ModelFolder
+from swquant.checkpoints.onnx import OnnxFolder
 from swquant.models.loading import quiet, running_model
 from swquant.models.onnx_model import OnnxModel
 from swquant.progress import Progress, silent
@@ -75,7 +74,7 @@ class Windows:
         return self.bos == other.bos and [ids.tolist() for ids in self.ids] == [ids.tolist() for ids in other.ids]
 
 
-def make_windows(checkpoint: Checkpoint, text: str, window: int, limit: int | None = None) -> Windows:
+def make_windows(checkpoint: ModelFolder, text: str, window: int, limit: int | None = None) -> Windows:
     """Cut a text. limit: at most so many windows. Raises SwquantError for a text too short to predict anything."""
     if window < 2:
         raise SwquantError(f"a window of {window} tokens predicts nothing; use 2048, or what the model takes")
@@ -95,17 +94,18 @@ def make_windows(checkpoint: Checkpoint, text: str, window: int, limit: int | No
     return Windows(tuple(pieces), bos)
 
 
-def fit_window(checkpoint: Checkpoint, window: int) -> int:
+def fit_window(checkpoint: ModelFolder, window: int) -> int:
     """`window`, or as many tokens as the model takes with one more in front."""
     config = checkpoint.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 30
     return min(window, int(context) - 1)
 
 
-def runnable_model(checkpoint: Checkpoint) -> PreTrainedModel | OnnxModel:
+def runnable_model(checkpoint: ModelFolder) -> PreTrainedModel | OnnxModel:
     """The model in float32; an ONNX graph in what it was exported for."""
-    if isinstance(checkpoint, OnnxCheckpoint):
+    if isinstance(checkpoint, OnnxFolder):
         return OnnxModel.open(checkpoint.graph, checkpoint.config, checkpoint.end_tokens)
+    assert isinstance(checkpoint, Checkpoint)
     return running_model(checkpoint, torch.float32)
 
 
@@ -156,9 +156,9 @@ def _log_softmax(logits: Tensor) -> Tensor:
 
 
 def evaluate_model(
-    checkpoint: Checkpoint,
+    checkpoint: ModelFolder,
     text: str,
-    against: Checkpoint | None = None,
+    against: ModelFolder | None = None,
     *,
     window: int = 2048,
     limit: int | None = None,
@@ -219,9 +219,7 @@ def perplexity_of(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def generate_text(
-    checkpoint: Checkpoint, prompt: str, *, tokens: int = 40, on_token: Callable[[str], None] | None = None
-) -> str:
+def generate_text(checkpoint: ModelFolder, prompt: str, *, tokens: int = 40) -> str:
     """Continue a prompt greedily by at most `tokens` tokens. Returns prompt and continuation."""
     if tokens < 1:
         raise SwquantError(f"{tokens} tokens are nothing to generate; give 1 or more")

@@ -1,13 +1,7 @@
 """What a model is made of: which stored tensors are linear weights, in which layer, and which are down projections.
 
 transformers builds the model without memory (on the meta device) and says under which parameter each stored
-tensor ends up; its modules say the rest. Five kinds of linear weights exist:
-
-    linear   nn.Linear                          stored [out, in]
-    custom   a subclass with a forward its own  stored [out, in]
-    conv1d   GPT-2's Conv1D                     stored [in, out]
-    expert   one expert of a mixture            stored alone [out, in], fused with the others while loading
-    fused    all experts of a layer             stored as one 3-D tensor
+tensor ends up; its modules say the rest. Five kinds of linear weights exist, see `LinearKind`.
 
 Everything else gets a reason why it is not compressed. To add an architecture whose down projection has an
 unusual name, add the name to `DOWN_PROJECTIONS`.
@@ -18,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 
 import torch
 from torch import nn
@@ -36,7 +31,7 @@ from calibrationless import Watch
 from exporters.errors import SwquantError, first_line
 from swquant.checkpoints.base import Checkpoint, check_depth
 
-__all__ = ["DOWN_PROJECTIONS", "Architecture", "LinearWeight", "describe", "empty_model"]
+__all__ = ["DOWN_PROJECTIONS", "Architecture", "Dense", "LinearKind", "LinearWeight", "describe", "empty_model"]
 
 DOWN_PROJECTIONS = (
     "down_proj", "fc2", "dense_4h_to_h", "c_proj", "w2", "wo", "fc_out", "output_dense", "linear_2", "lin2", "output_linear",
@@ -45,16 +40,26 @@ _ROUTERS = ("gate", "router", "shared_expert_gate", "classifier")
 _ATTENTION = re.compile(r"att(entio)?n", re.IGNORECASE)
 
 
+class LinearKind(StrEnum):
+    """What computes with a linear weight, and how it is stored."""
+
+    LINEAR = "linear"  # nn.Linear, [out, in]
+    CUSTOM = "custom"  # a subclass of nn.Linear with a forward of its own, [out, in]
+    CONV1D = "conv1d"  # GPT-2's Conv1D, [in, out]
+    EXPERT = "expert"  # one expert of a mixture, stored alone [out, in], fused with the others while loading
+    FUSED = "fused"  # all experts of a layer, one 3-D tensor
+
+
 @dataclass(frozen=True)
 class LinearWeight:
     """A stored tensor that is a linear weight of a decoder layer.
 
-    kind: linear, custom, conv1d, expert or fused (see above). module, parameter, expert: where the model holds it.
+    module, parameter, expert: where the model holds it.
     watch: name under which the probe sees it (fused tensors: one name per expert, `name[3]`).
     """
 
     name: str
-    kind: str
+    kind: LinearKind
     layer: int
     module: str
     parameter: str
@@ -64,14 +69,21 @@ class LinearWeight:
 
     @property
     def transposed(self) -> bool:
-        return self.kind == "conv1d"
+        return self.kind is LinearKind.CONV1D
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A tensor is not rounded, and why."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
 class Architecture:
     """layers: names of the decoder layers. weights: linear weights by stored name. dense: stored name -> why it is
-    none. watches: what the probe looks at. downs: watched down projections -> layer. vectors: parameter with one dimension
-    (gains and biases of norms) -> stored name."""
+    none. watches: what the probe looks at. downs: watched down projections -> layer. vectors: parameter with one
+    dimension (gains and biases of norms) -> stored name."""
 
     layers: tuple[str, ...]
     weights: Mapping[str, LinearWeight]
@@ -82,13 +94,8 @@ class Architecture:
 
 
 def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model without memory for its weights. Raises SwquantError where transformers has no causal model for it, or where
-    the configuration claims so many weights that making room for them could bring down the machine."""
-    if checkpoint.kind == "onnx":
-        raise SwquantError(
-            f"{checkpoint.name}: an ONNX graph, which can only be run (swquant generate, swquant eval); "
-            "use the checkpoint that it was made from"
-        )
+    """The model without memory for its weights. Raises SwquantError where transformers has no causal model for it, or
+    where the configuration claims so many weights that making room for them could bring down the machine."""
     check_depth(checkpoint.name, checkpoint.config, len(checkpoint.tensors))
     model = _build(checkpoint)
     stored = sum(tensor.numel for tensor in checkpoint.tensors.values())
@@ -193,8 +200,8 @@ def describe(checkpoint: Checkpoint, model: PreTrainedModel | None = None) -> Ar
             dense[name] = _outside(target, model)
         else:
             linear = _classify(name, target, how, layer, model, downs, hidden, tuple(state[target].shape))
-            if isinstance(linear, str):
-                dense[name] = linear
+            if isinstance(linear, Dense):
+                dense[name] = linear.reason
             else:
                 weights[name] = linear
     watches = _watches(weights.values(), model)
@@ -222,10 +229,10 @@ def _outside(target: str, model: PreTrainedModel) -> str:
     return "embedding" if isinstance(module, nn.Embedding) else "outside the decoder layers"
 
 
-def _kind(module: nn.Module) -> str:
+def _kind(module: nn.Module) -> LinearKind:
     if isinstance(module, Conv1D):
-        return "conv1d"
-    return "linear" if type(module).forward is nn.Linear.forward else "custom"
+        return LinearKind.CONV1D
+    return LinearKind.LINEAR if type(module).forward is nn.Linear.forward else LinearKind.CUSTOM
 
 
 def _classify(
@@ -237,31 +244,31 @@ def _classify(
     downs: set[str],
     hidden: int,
     shape: tuple[int, ...],
-) -> LinearWeight | str:
+) -> LinearWeight | Dense:
     module_name, _, parameter = target.rpartition(".")
     module = model.get_submodule(module_name)
     if len(shape) == 3 and "expert" in module_name:
         down = parameter in DOWN_PROJECTIONS and hidden in shape[1:]
         if how == "as stored":
-            return LinearWeight(name, "fused", layer, module_name, parameter, None, down, name)
+            return LinearWeight(name, LinearKind.FUSED, layer, module_name, parameter, None, down, name)
         index = re.search(r"experts\.(\d+)\.", name)
         if index is None:
-            return "expert without a number"
+            return Dense("expert without a number")
         expert = int(index[1])
         # Projections that are concatenated (gate and up) share their input, so they share the watch.
         watch = name if down else f"{target}[{expert}]"
-        return LinearWeight(name, "expert", layer, module_name, parameter, expert, down, watch)
+        return LinearWeight(name, LinearKind.EXPERT, layer, module_name, parameter, expert, down, watch)
     if module_name.rpartition(".")[2] in _ROUTERS:
-        return "router"
+        return Dense("router")
     if parameter == "weight" and isinstance(module, nn.Linear | Conv1D):
         return LinearWeight(name, _kind(module), layer, module_name, parameter, None, module_name in downs, name)
-    return f"{type(module).__name__} is not a linear layer"
+    return Dense(f"{type(module).__name__} is not a linear layer")
 
 
 def _watches(weights: Iterable[LinearWeight], model: PreTrainedModel) -> tuple[Watch, ...]:
     watches: dict[str, Watch] = {}
     for weight in weights:
-        if weight.kind == "fused":
+        if weight.kind is LinearKind.FUSED:
             experts = model.get_submodule(weight.module)
             transposed = bool(getattr(experts, "is_transposed", False))
             for expert in range(getattr(experts, weight.parameter).shape[0]):

@@ -50,7 +50,7 @@ def quiet() -> Iterator[None]:
 
 
 def _load(checkpoint: Checkpoint, folder: str | None, **options: Any) -> PreTrainedModel:
-    """from_pretrained, which leaves random numbers where a weight is missing or has another shape: here both are errors."""
+    """from_pretrained, which leaves random numbers where a weight is missing or misshapen: here both are errors."""
     model_class: Any = type(empty_model(checkpoint))
     try:
         model, info = model_class.from_pretrained(
@@ -69,7 +69,7 @@ def _load(checkpoint: Checkpoint, folder: str | None, **options: Any) -> PreTrai
 
 
 def build_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: str = "cpu") -> PreTrainedModel:
-    """The model with all weights in memory, as `dtype` (its own if None). Raises SwquantError where weights are missing."""
+    """The model with all weights in memory, as `dtype` (its own if None). Raises SwquantError if some are missing."""
     with quiet():
         state = {name: checkpoint.read(name) for name in checkpoint.tensors}
         # transformers wraps .to() in a way mypy cannot follow, hence Any.
@@ -80,7 +80,7 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device
 def running_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: str = "cpu") -> PreTrainedModel:
     """The model as it is to be run: `build_model`, with activations rounded where the checkpoint says so."""
     model = build_model(checkpoint, dtype, device)
-    if isinstance(checkpoint, CompressedCheckpoint) and checkpoint.manifest.get("activations"):
+    if isinstance(checkpoint, CompressedCheckpoint) and checkpoint.manifest["activations"]:
         return round_inputs(model, checkpoint.manifest, describe(checkpoint), restored=checkpoint.restored)
     return model
 
@@ -91,7 +91,7 @@ def offloaded_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[PreT
 
     Weights that transformers converts while loading (fused experts) are rewritten into a temporary folder.
     """
-    if checkpoint.kind != "safetensors":
+    if not checkpoint.can_stay_on_disk:
         raise SwquantError(
             f"{checkpoint.name}: a {checkpoint.kind} model must fit in memory; convert it to safetensors first"
         )

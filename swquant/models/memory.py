@@ -1,4 +1,4 @@
-"""How much memory there is."""
+"""How much memory there is, and whether a model fits into it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""An exported folder as a model: logits of a sequence, greedy text. What `eval` and `generate` run in place of transformers."""
+"""An exported folder as a model: logits of a sequence, greedy text. What `eval` and `generate` run in place of
+transformers."""
 
 from __future__ import annotations
 
@@ -55,8 +56,8 @@ class OnnxModel:
         return [np.zeros((batch, item.shape[1], 0, item.shape[3]), _DTYPES[item.type]) for item in items]
 
     def step(self, ids: np.ndarray, past: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Run int64 ids [batch, sequence] behind `past`. Returns (logits, the new past). Raises SwquantError where the runtime
-        loaded the graph but has no kernel for one of its nodes."""
+        """Run int64 ids [batch, sequence] behind `past`. Returns (logits, the new past). Raises SwquantError where the
+        runtime loaded the graph but has no kernel for one of its nodes."""
         batch, count = ids.shape
         before = past[0].shape[2]
         feeds: dict[str, np.ndarray] = {

@@ -1,9 +1,9 @@
 """INT8 activations of a checkpoint: what its manifest says of every linear layer, and the modules that do it.
 
-A tensor's record then has `inputs`: the channels that are kept in float, the most that each held on the prompt, the median
-channel beside them, the norm that it reads (None: it reads no norm), and for a static range the scale. The manifest's `activations` says how all of them are rounded. A
-module rounds its input and multiplies the result with its dense weight: the same numbers, but for the order of sums, as an
-integer product with the kept channels added in float.
+A tensor's record then has `inputs`: the channels that are kept in float, the most that each held on the prompt, the
+median channel beside them, the norm that it reads (None: it reads no norm), and for a static range the scale. The
+manifest's `activations` says how all of them are rounded. A module rounds its input and multiplies the result with its
+dense weight: the same numbers, but for the order of sums, as an integer product with the kept channels added in float.
 
 The channels do not depend on tokens, so a prompt without BOS, padding on the left, or a cache that is past the token of
 the super activation change nothing: where a kept channel is small, keeping it does no harm.
@@ -12,8 +12,7 @@ the super activation change nothing: where a kept channel is small, keeping it d
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,8 @@ from transformers import PreTrainedModel
 
 from calibrationless import round_activations
 from exporters.errors import SwquantError
+from swquant.checkpoints.manifest import rounded
+from swquant.checkpoints.schema import CheckpointManifest, TensorRecord
 
 if TYPE_CHECKING:
     from swquant.models.architecture import Architecture
@@ -28,14 +29,13 @@ if TYPE_CHECKING:
 __all__ = ["RoundedLinear", "kept_channels", "round_inputs"]
 
 
-def kept_channels(name: str, record: Mapping[str, Any]) -> Tensor | None:
-    """int64 [k] of a tensor's record, None where its inputs stay in float. Raises SwquantError for what is outside the weight:
-    the manifest is a file."""
-    inputs = record.get("inputs")
-    if inputs is None:
+def kept_channels(name: str, record: TensorRecord) -> Tensor | None:
+    """int64 [k] of a tensor's record, None where its inputs stay in float. Raises SwquantError for what is outside the
+    weight: the manifest is a file."""
+    if "dense" in record or "inputs" not in record:
         return None
-    size, channels = int(record["shape"][1]), inputs["channels"]
-    if not all(isinstance(channel, int) and 0 <= channel < size for channel in channels):
+    size, channels = record["shape"][1], record["inputs"]["channels"]
+    if not all(0 <= channel < size for channel in channels):
         raise SwquantError(f"{name}: kept channels {channels} are not all in 0 to {size - 1}; the manifest is damaged")
     return torch.tensor(channels, dtype=torch.int64)
 
@@ -71,30 +71,32 @@ class RoundedLinear(nn.Linear):
 
 
 def round_inputs(
-    model: PreTrainedModel, manifest: Mapping[str, Any], architecture: Architecture, *, restored: bool = True
+    model: PreTrainedModel, manifest: CheckpointManifest, architecture: Architecture, *, restored: bool = True
 ) -> PreTrainedModel:
     """Let a model round its activations as the manifest says. Returns the model, its linear layers replaced.
 
     restored: False keeps no channel, and does nothing where stock loaders are not told to round: what they see. Raises
     SwquantError for a manifest that contradicts the model.
     """
-    scheme = manifest.get("activations")
+    scheme = manifest["activations"]
     if scheme is None or not (restored or scheme["declared"]):
         return model
-    for name, record in manifest["tensors"].items():
+    for name, record in rounded(manifest["tensors"]).items():
         channels = kept_channels(name, record)
-        if channels is None:
+        if "inputs" not in record or channels is None:
             continue
         scale = record["inputs"].get("scale")
         if (scheme["range"] == "static") != (scale is not None) or not (
-            scale is None or (isinstance(scale, float) and math.isfinite(scale) and scale > 0)
+            scale is None or (math.isfinite(scale) and scale > 0)
         ):
             raise SwquantError(f"{name}: scale {scale} of its inputs is not one of range {scheme['range']}")
+        if name not in architecture.weights:
+            raise SwquantError(f"{name}: no linear weight of this model; the manifest is damaged")
         module = architecture.weights[name].module
         linear = model.get_submodule(module)
         if not isinstance(linear, nn.Linear):
             raise SwquantError(f"{name}: {type(linear).__name__} is not a linear layer; its inputs cannot be rounded")
         per_token = scheme["scale"] == "per-token"
-        rounded = RoundedLinear(linear, channels if restored else channels[:0], per_token=per_token, scale=scale)
-        model.set_submodule(module, rounded)
+        channels = channels if restored else channels[:0]
+        model.set_submodule(module, RoundedLinear(linear, channels, per_token=per_token, scale=scale))
     return model

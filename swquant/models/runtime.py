@@ -63,7 +63,7 @@ def open_session(
     library: bool = True,
     device: str = "cpu",
 ) -> onnxruntime.InferenceSession:
-    """A session with as many threads as torch uses. Raises SwquantError where the runtime refuses the file or the device.
+    """A session with as many threads as torch uses. Raises SwquantError where it refuses file or device.
 
     library: whether to use the operator library, where it is installed. device: cpu or cuda.
     """

@@ -15,14 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from exporters.errors import SwquantError
-from swquant.checkpoints.base import Checkpoint
+from swquant.checkpoints.base import ModelFolder
 from swquant.checkpoints.manifest import MANIFEST
 from swquant.interrupts import sigterm_interrupts, uninterrupted
 
-__all__ = ["check_destination", "check_space", "no_space", "replace", "unfinished"]
+__all__ = ["check_destination", "check_space", "replace", "unfinished", "write_whole", "writing"]
 
 
-def check_destination(out: Path, overwrite: bool, source: Checkpoint) -> None:
+def check_destination(out: Path, overwrite: bool, source: ModelFolder) -> None:
     """Raise SwquantError unless OUT can be created. Called before the probe: nobody waits to be refused."""
     try:
         out.lstat()
@@ -40,7 +40,7 @@ def check_destination(out: Path, overwrite: bool, source: Checkpoint) -> None:
         raise SwquantError(f"{out}: exists already; give another OUT, or --overwrite to replace it")
     if exists and not _ours(out):
         raise SwquantError(f"{out}: exists and is not a checkpoint; --overwrite replaces only checkpoints of swquant")
-    if source.kind != "gguf" and target.is_relative_to(source.folder.resolve()):
+    if source.fills_folder and target.is_relative_to(source.folder.resolve()):
         raise SwquantError(f"{out}: lies inside the source {source.name}; give an OUT beside it")
     if not target.parent.is_dir():
         raise SwquantError(f"{out}: the folder {target.parent} does not exist; create it first")
@@ -56,19 +56,41 @@ def _ours(out: Path) -> bool:
         return False
 
 
-def no_space(out: Path, needed: int) -> SwquantError:
+def _no_space(out: Path, needed: int | None) -> SwquantError:
     """The error that says so, with the numbers."""
     folder = out.resolve().parent
-    free = shutil.disk_usage(folder).free
-    return SwquantError(
-        f"{folder}: no space left; {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; choose another OUT"
-    )
+    sizes = "" if needed is None else f"{needed / 1e9:.2f} GB are needed, "
+    sizes += f"{shutil.disk_usage(folder).free / 1e9:.2f} GB are free"
+    return SwquantError(f"{folder}: no space left; {sizes}; choose another OUT")
 
 
 def check_space(out: Path, needed: int) -> None:
     """Raise SwquantError where fewer than `needed` bytes are free."""
     if shutil.disk_usage(out.resolve().parent).free < needed:
-        raise no_space(out, needed)
+        raise _no_space(out, needed)
+
+
+@contextmanager
+def writing(out: Path, needed: int | None = None, *, option: str = "OUT") -> Iterator[None]:
+    """Whatever the system has against writing `out` becomes one SwquantError. needed: bytes, where they are known.
+    option: how the user named `out`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _no_space(out, needed) from None
+        problem = f"{error.filename or out}: cannot be written ({error.strerror or error})"
+        raise SwquantError(f"{problem}; give another {option}") from None
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """A file that appears with all of its content or not at all."""
+    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -86,8 +108,8 @@ def unfinished(out: Path) -> Iterator[Path]:
 
 
 def replace(folder: Path, out: Path, overwrite: bool) -> None:
-    """Rename the finished folder to its name. An old checkpoint there moves aside first, comes back if that fails, and is
-    deleted last."""
+    """Rename the finished folder to its name. An old checkpoint there moves aside first, comes back if that fails, and
+    is deleted last."""
     target = out.resolve()
     aside = folder.with_name(folder.name.replace(".partial-", ".replaced-"))
     with uninterrupted():
@@ -98,7 +120,7 @@ def replace(folder: Path, out: Path, overwrite: bool) -> None:
         except BaseException as error:
             if aside.exists():
                 aside.rename(target)
-            # The system renames no folder onto one that has something in it: this is the check, and nothing can slip by.
+            # The system renames no folder onto one that has something in it: nothing can slip by this check.
             if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise SwquantError(f"{out}: exists already, it appeared meanwhile; give another OUT") from None
             raise

@@ -6,12 +6,13 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from exporters.errors import CheckpointError, SwquantError
 from exporters.safetensors_file import FileRecord, SafetensorsReader
 from exporters.sidecar import SIDECAR, SidecarReader
-from swquant.checkpoints.manifest import MANIFEST, outlier_counts, read_manifest
+from swquant.checkpoints.manifest import MANIFEST, read_manifest
+from swquant.checkpoints.patch_sets import uncounted
+from swquant.checkpoints.schema import FileEntry, Manifest
 
 __all__ = ["file_table", "verify"]
 
@@ -22,9 +23,9 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_table(folder: Path, known: Mapping[str, FileRecord] = MappingProxyType({})) -> dict[str, dict[str, Any]]:
-    """The manifest's `files`: name -> bytes and sha256 of everything in a folder. known: files hashed while they were written."""
-    table: dict[str, dict[str, Any]] = {}
+def file_table(folder: Path, known: Mapping[str, FileRecord] = MappingProxyType({})) -> dict[str, FileEntry]:
+    """The manifest's `files`: name -> bytes and sha256 of everything in a folder. known: those hashed already."""
+    table: dict[str, FileEntry] = {}
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     for name, path in sorted(paths.items()):
         record = known.get(name)
@@ -56,7 +57,7 @@ def verify(folder: Path) -> list[str]:
     return problems
 
 
-def _verify_file(path: Path, name: str, manifest: Mapping[str, Any]) -> list[str]:
+def _verify_file(path: Path, name: str, manifest: Manifest) -> list[str]:
     listed, size = manifest["files"][name], path.stat().st_size
     if size != listed["bytes"]:
         return [f"{name}: {size} bytes, the manifest says {listed['bytes']}"]
@@ -65,7 +66,7 @@ def _verify_file(path: Path, name: str, manifest: Mapping[str, Any]) -> list[str
     return [] if _sha256(path) == listed["sha256"] else [f"{name}: its sha256 is not the manifest's"]
 
 
-def _verify_weights(path: Path, name: str, manifest: Mapping[str, Any]) -> list[str]:
+def _verify_weights(path: Path, name: str, manifest: Manifest) -> list[str]:
     if _sha256(path) != manifest["files"][name]["sha256"]:
         return [f"{name}: its sha256 is not the manifest's" + _damaged_tensor(path, name, manifest)]
     try:
@@ -78,12 +79,12 @@ def _verify_weights(path: Path, name: str, manifest: Mapping[str, Any]) -> list[
             if promised != set(reader.entries):
                 odd = sorted(promised ^ set(reader.entries))[0]
                 return [f"{name}: {odd} is in one of file and manifest only"]
-    except (CheckpointError, SwquantError) as error:
+    except SwquantError as error:
         return [str(error)]
     return []
 
 
-def _damaged_tensor(path: Path, name: str, manifest: Mapping[str, Any]) -> str:
+def _damaged_tensor(path: Path, name: str, manifest: Manifest) -> str:
     """Which tensor of a damaged file is damaged, where that can be told."""
     try:
         with SafetensorsReader(path) as reader:
@@ -99,21 +100,20 @@ def _damaged_tensor(path: Path, name: str, manifest: Mapping[str, Any]) -> str:
     return ""
 
 
-def _verify_sidecar(path: Path, manifest: Mapping[str, Any]) -> list[str]:
-    problems = []
+def _verify_sidecar(path: Path, manifest: Manifest) -> list[str]:
     sidecar = SidecarReader(path)
     try:
-        if outlier_counts(manifest) != sidecar.counts:
-            problems.append(f"{SIDECAR}: does not hold the outliers that the manifest counts")
+        odd = uncounted(sidecar, manifest)
+        problems = [f"{SIDECAR}: does not hold the {odd} that the manifest counts"] if odd is not None else []
         for name in sidecar.tensors:
-            points, shape = sidecar.read(name), manifest["tensors"].get(name, {}).get("shape", [0, 0])
-            if len(points) and (
-                int(points.rows.max()) >= shape[0]
-                or int(points.cols.max()) >= shape[1]
-                or int(points.rows.min()) < 0
-                or int(points.cols.min()) < 0
-            ):
-                problems.append(f"{SIDECAR}: an outlier of {name} lies outside its shape {shape}")
+            shape = manifest["tensors"][name]["shape"] if name in manifest["tensors"] else []
+            if len(shape) != 2:
+                problems.append(f"{SIDECAR}: {name} is no matrix of the manifest")
+                continue
+            try:
+                sidecar.read_all(name, (shape[0], shape[1]))
+            except CheckpointError as error:
+                problems.append(str(error))
+        return problems
     finally:
         sidecar.close()
-    return problems

@@ -1,8 +1,8 @@
 """Experiment 7: the inputs of all linear layers in INT8 (the paper's Table 3).
 
-One scale for a tensor, or for each token of it, and what is massive rounded like the rest, or kept: the paper's one scalar, or
-the fixed channels that `compress --activations int8` keeps. Weights stay as they are, so that the loss is that of the
-activations alone.
+One scale for a tensor, or for each token of it, and what is massive rounded like the rest, or kept: the paper's one
+scalar, or the fixed channels that `compress --activations int8` keeps. Weights stay as they are, so that the loss is
+that of the activations alone.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from calibrationless import massive_channels, round_activations
 from swquant.drawing.section import Bars, Cell, Section, Table
+from swquant.models.architecture import LinearKind
 from swquant.study import bootstrap
 from swquant.study.changes import Change, original
 from swquant.study.measuring import Measured
@@ -72,7 +73,7 @@ def _massive(subject: Subject) -> dict[str, Tensor]:
     channels: dict[str, Tensor] = {}
     for name, linear in subject.found.architecture.weights.items():
         record = subject.found.record(name)
-        if record is not None and linear.kind not in ("expert", "fused"):
+        if record is not None and linear.kind not in (LinearKind.EXPERT, LinearKind.FUSED):
             channels[linear.module] = torch.zeros(len(record.peaks), dtype=torch.bool)
             channels[linear.module][massive_channels(record.peaks).long()] = True
     return channels

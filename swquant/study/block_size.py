@@ -89,7 +89,7 @@ def conclude(subject: Subject, measured: Measured) -> Section:
                 ),
             ),
         ),
-        notes=(gguf,) if subject.checkpoint.kind == "gguf" else (),
+        notes=() if subject.checkpoint.stores_floats else (gguf,),
     )
 
 

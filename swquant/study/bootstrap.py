@@ -1,7 +1,7 @@
 """How much a number would vary with another text: resample the windows, 2,000 times, always in the same way.
 
-An interval holds the middle 95 % of the resampled values. Two measurements are compared on the same resampled windows, so
-what both find hard or easy in a text cancels. With few windows intervals are a little too narrow.
+An interval holds the middle 95 % of the resampled values. Two measurements are compared on the same resampled windows,
+so what both find hard or easy in a text cancels. With few windows intervals are a little too narrow.
 """
 
 from __future__ import annotations

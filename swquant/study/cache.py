@@ -7,14 +7,14 @@ A file that is damaged or lacks something is measured again. Nothing else is eve
 from __future__ import annotations
 
 import hashlib
-import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
+
+from swquant.output.destination import write_whole
 
 __all__ = ["Cache"]
 
@@ -43,10 +43,4 @@ class Cache:
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep tensors under a key. The file appears whole or not at all."""
-        path = self._path(key)
-        partial = path.with_suffix(f".partial-{secrets.token_hex(4)}")
-        try:
-            partial.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(self._path(key), save({name: tensor.contiguous() for name, tensor in tensors.items()}))

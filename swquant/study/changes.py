@@ -1,8 +1,8 @@
-"""Changes to a model that can be undone: super weights scaled, other weights left out, an activation restored, everything
-rounded.
+"""Changes to a model that can be undone: super weights scaled, other weights left out, an activation restored,
+everything rounded.
 
-A change edits the weights of the one model in memory and puts the old values back at the end. Its key names it in the cache
-and makes equal wishes of different experiments one measurement.
+A change edits the weights of the one model in memory and puts the old values back at the end. Its key names it in the
+cache and makes equal wishes of different experiments one measurement.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from calibrationless import (
+    Block,
     Clip,
-    Outliers,
+    Evidence,
+    Recipe,
     SuperWeight,
     block_elements,
     dequantize,
     fit,
+    follow,
     parse_block,
-    quantize,
     restore,
-    worst,
+    shape_of,
 )
-from exporters.sidecar import patch_bytes
+from exporters.sidecar import OUTLIERS, PlannedPatch
 from swquant.study.subject import Subject
 
 __all__ = [
@@ -205,12 +207,26 @@ def _points(subject: Subject) -> dict[int, list[tuple[int, int]]]:
 
 def _scale_dtype(subject: Subject) -> torch.dtype:
     """What `compress` would store the scales as."""
-    if subject.checkpoint.kind == "gguf":
+    if not subject.checkpoint.stores_floats:
         return torch.bfloat16
     return next(
         stored.dtype
         for name, stored in subject.checkpoint.tensors.items()
         if name in subject.found.architecture.weights
+    )
+
+
+def _recipe(method: str, block: Block, points: Sequence[tuple[int, int]], weights: int, subject: Subject) -> Recipe:
+    """How a matrix of so many weights is rounded by one of `METHODS`: the super weights held out, as in the paper."""
+    kept = points if method in ("restored", "refined") else ()
+    return Recipe(
+        block=block,
+        bits=subject.bits,
+        clip=CLIP if method in ("clipped", "restored") else None,
+        scale_dtype=_scale_dtype(subject),
+        super_weights=tuple(kept),
+        outliers=len(kept) + (int(KEPT * weights) if method == "refined" else 0),
+        hold_out=True,
     )
 
 
@@ -222,24 +238,12 @@ def _round(
     energy: Tensor | None,
     subject: Subject,
 ) -> Tensor:
-    fitted = fit(parse_block(block), (matrix.shape[0], matrix.shape[1]))
+    fitted = fit(parse_block(block), shape_of(matrix))
     if fitted is None:
         return matrix
-    held = matrix
-    if points and method in ("restored", "refined"):
-        rows, cols = torch.tensor(points).T
-        held = matrix.clone()
-        held[rows, cols] = 0.0
-    clip = CLIP if method in ("clipped", "restored") else None
-    dtype = _scale_dtype(subject)
-    quantized = quantize(held, fitted, subject.bits, clip=clip, importance=energy, scale_dtype=dtype)
-    result = dequantize(quantized, torch.float32)
-    if method == "refined":
-        count = len(points) + int(KEPT * matrix.numel())
-        restore(result, worst(matrix, quantized, count, always=points, importance=energy))
-    elif held is not matrix:
-        restore(result, Outliers.at(matrix, rows, cols))
-    return result
+    recipe = _recipe(method, fitted, points, matrix.numel(), subject)
+    rounded = follow(recipe, matrix, Evidence(importance=energy))
+    return restore(dequantize(rounded.quantized, torch.float32), *rounded.patches.values())
 
 
 def bits_per_weight(block: str, method: str, subject: Subject) -> float:
@@ -248,13 +252,13 @@ def bits_per_weight(block: str, method: str, subject: Subject) -> float:
     dtype = _scale_dtype(subject)
     total = 0.0
     for matrix in subject.matrices():
-        shape = (matrix.shape[0], matrix.shape[1])
+        shape = shape_of(matrix)
         fitted = fit(parse_block(block), shape)
         if fitted is None:
             total += 8 * dtype.itemsize * matrix.numel()
             continue
-        kept = len(points.get(matrix.data_ptr(), [])) if method in ("restored", "refined") else 0
-        kept += int(KEPT * matrix.numel()) if method == "refined" else 0
+        kept = _recipe(method, fitted, points.get(matrix.data_ptr(), []), matrix.numel(), subject).outliers
         scales = matrix.numel() // block_elements(fitted, shape)
-        total += subject.bits * matrix.numel() + 8 * dtype.itemsize * scales + 8 * patch_bytes(kept, dtype)
+        sidecar = PlannedPatch(OUTLIERS, "", kept, shape, dtype).nbytes
+        total += subject.bits * matrix.numel() + 8 * dtype.itemsize * scales + 8 * sidecar
     return total / subject.weights

@@ -1,6 +1,6 @@
 """Experiment 1: how to identify super weights (the paper's Figures 3 and 10).
 
-The largest |input| and |output| of every layer's down projection on one prompt. A super weight shows as a spike in both.
+The largest |input| and |output| of every layer's down projection on one prompt. A super weight is a spike in both.
 """
 
 from __future__ import annotations

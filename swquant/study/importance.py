@@ -1,8 +1,8 @@
 """Experiment 2: how much a super weight matters (the paper's Table 1).
 
-Prune the super weights; prune thousands of the largest other weights; prune the super weights but restore the activation
-that they make. Zero-shot tasks need data sets, which nothing here downloads: perplexity, KL divergence and agreement stand
-in for them.
+Prune the super weights; prune thousands of the largest other weights; prune the super weights but restore the
+activation that they make. Zero-shot tasks need data sets, which nothing here downloads: perplexity, KL divergence and
+agreement stand in for them.
 """
 
 from __future__ import annotations

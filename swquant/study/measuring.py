@@ -1,11 +1,11 @@
 """Measure changed models on windows of text, against the original, each change once.
 
-The numbers are those of `swquant eval`: windows, logits and scores come from `swquant.evaluation`. The original's logits
-are computed first and kept, as many windows at a time as fit in memory, and every change is held against them.
+The numbers are those of `swquant eval`: windows, logits and scores come from `swquant.evaluate`. The original's
+logits are computed first and kept, as many windows at a time as fit in memory, and every change is held against them.
 
-Windows run side by side on threads that use one core each. torch would split every single product over the cores and wait
-for the slowest, which takes eight times as long when something else uses one of them; and the results would depend on the
-number of threads.
+Windows run side by side on threads that use one core each. torch would split every single product over the cores and
+wait for the slowest, which takes eight times as long when something else uses one of them; and the results would depend
+on the number of threads.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _ROUNDED = 20e6
 
 @dataclass(frozen=True)
 class Scores:
-    """Sums over each window's predicted tokens: float64 [windows]. mass: float32 [windows, vocabulary], mean probability
-    of every token, None where nobody asked for it."""
+    """Sums over each window's predicted tokens: float64 [windows]. mass: float32 [windows, vocabulary], mean
+    probability of every token, None where nobody asked for it."""
 
     tokens: Tensor
     nll: Tensor

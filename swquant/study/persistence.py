@@ -1,7 +1,7 @@
 """Experiment 3: the super activation persists (the paper's Figure 4).
 
-The largest value of its channel of the residual stream after every layer, with and without the super weights that make it,
-on prompts in several languages: is it always there, in the same channel, at the same token?
+The largest value of its channel of the residual stream after every layer, with and without the super weights that make
+it, on prompts in several languages: is it always there, in the same channel, at the same token?
 """
 
 from __future__ import annotations

@@ -2,19 +2,16 @@
 
     load -> detect -> measure every change once (from the cache where it is known) -> conclude -> report
 
-OUT holds report.html (everything, offline), figures/*.svg, tables/*.csv, study.json, and cache/, from which a second run, or one
-that was stopped, takes what it measured already.
+OUT holds report.html (everything, offline), figures/*.svg, tables/*.csv, study.json, and cache/, from which a second
+run, or one that was stopped, takes what it measured already.
 """
 
 from __future__ import annotations
 
 import csv
-import errno
 import io
 import json
 import math
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +29,7 @@ from swquant.drawing.section import Cell, Interval, Section, Table
 from swquant.evaluate.pipeline import Windows, fit_window, make_windows
 from swquant.models.loading import build_model
 from swquant.models.memory import available_memory, fits_in_memory
-from swquant.output.destination import check_space, no_space
+from swquant.output.destination import check_space, write_whole, writing
 from swquant.progress import Progress, silent
 from swquant.study import activations, amplification, block_size, identify, importance, persistence, stopwords
 from swquant.study.cache import Cache
@@ -45,11 +42,17 @@ from swquant.version import __version__
 
 __all__ = ["Study", "check_study_folder", "study_checkpoint"]
 
-_MODULES: Mapping[str, ModuleType] = dict(
-    zip(
-        EXPERIMENTS, (identify, importance, persistence, stopwords, amplification, block_size, activations), strict=True
-    )
-)
+# In the order of EXPERIMENTS, which stands apart because the command line's help does not wait for torch.
+_MODULES: Mapping[str, ModuleType] = {
+    "identify": identify,
+    "importance": importance,
+    "persistence": persistence,
+    "stopwords": stopwords,
+    "amplification": amplification,
+    "block-size": block_size,
+    "activations": activations,
+}
+assert tuple(_MODULES) == EXPERIMENTS
 # Says, to us and to backup programs, what the folder is: https://bford.info/cachedir/
 _TAG, _SIGNATURE = (
     "cache/CACHEDIR.TAG",
@@ -96,7 +99,7 @@ def study_checkpoint(
         check_tasks(options.tasks)
     windows = _windows(checkpoint, text, options)
     needed = _PAGES + 8 * len(windows.ids) * int(getattr(checkpoint.config.get_text_config(), "vocab_size", 0))
-    try:
+    with writing(out, needed, option="--out"):
         (out / _TAG).parent.mkdir(parents=True, exist_ok=True)
         check_space(out, needed)
         (out / _TAG).write_text(_SIGNATURE, encoding="utf-8")
@@ -110,12 +113,6 @@ def study_checkpoint(
             sections = (*sections, tasks)
         record = _record(subject, sections, options, text_name)
         _write_all(out, subject, sections, record)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise no_space(out, needed) from None
-        raise SwquantError(
-            f"{error.filename or out}: cannot be written ({error.strerror}); give another --out"
-        ) from None
     return Study(out, sections, record)
 
 
@@ -244,14 +241,4 @@ def _write_all(out: Path, subject: Subject, sections: Sequence[Section], record:
             if f"{folder}/{path.name}" not in files:
                 path.unlink()
     for name, content in files.items():
-        _write(out / name, content)
-
-
-def _write(path: Path, content: str) -> None:
-    """The file appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
-    try:
-        partial.write_text(content, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        write_whole(out / name, content.encode())

@@ -1,7 +1,7 @@
 """Experiment 4: without super weights the model writes stopwords (the paper's Figures 5 and 11).
 
-The mean probability that the model gives to every token of its vocabulary, over all positions of the text, before and after:
-how much of it lies on stopwords, and which tokens gain and lose most.
+The mean probability that the model gives to every token of its vocabulary, over all positions of the text, before and
+after: how much of it lies on stopwords, and which tokens gain and lose most.
 """
 
 from __future__ import annotations

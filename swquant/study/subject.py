@@ -15,6 +15,7 @@ from calibrationless import SuperWeight, Watch
 from swquant.checkpoints.base import Checkpoint
 from swquant.detect.found import Found
 from swquant.evaluate.pipeline import Windows
+from swquant.models.architecture import LinearKind
 
 __all__ = ["Subject"]
 
@@ -61,14 +62,13 @@ class Subject:
     def energies(self) -> dict[int, Tensor]:
         """Address of each of these matrices -> energy of its inputs on the prompt, float32 [in]. Experts that no token
         visited have none."""
-        probe = self.found.detection.probe
         energies: dict[int, Tensor] = {}
         for linear in self.found.architecture.weights.values():
             parameter = self.model.get_submodule(linear.module).get_parameter(linear.parameter)
             slices = [parameter] if parameter.ndim == 2 else list(parameter)
             for index, weight in enumerate(slices):
-                watch = f"{linear.name}[{index}]" if linear.kind == "fused" else linear.watch
-                record = probe.linears.get(watch) if probe is not None else None
+                watch = f"{linear.name}[{index}]" if linear.kind is LinearKind.FUSED else linear.watch
+                record = self.found.probe.linears.get(watch)
                 if record is not None and linear.expert in (None, index):
                     energies[weight.data_ptr()] = record.energy
         return energies
@@ -79,7 +79,7 @@ class Subject:
         return sum(matrix.numel() for matrix in self.matrices())
 
     def fingerprint(self) -> str:
-        """sha256 over everything that a measurement depends on, every weight included: a file may change under its name."""
+        """sha256 over all that a measurement depends on, every weight included: a file may change under its name."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())

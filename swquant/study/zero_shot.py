@@ -1,7 +1,7 @@
-"""Zero-shot tasks with and without the super weights (the right half of the paper's Table 1), by lm-eval as in the paper.
+"""Zero-shot tasks with and without the super weights (the paper's Table 1, right half), by lm-eval as in the paper.
 
-A task is one that lm-eval knows by name, or a task file (YAML) of the user's. Its data must be on this machine: nothing is
-fetched unless the user says so. lm-eval is the extra `tasks`.
+A task is one that lm-eval knows by name, or a task file (YAML) of the user's. Its data must be on this machine: nothing
+is fetched unless the user says so. lm-eval is the extra `tasks`.
 """
 
 from __future__ import annotations

@@ -1,21 +1,24 @@
-"""What a person sees of rounded activations: which super activations pass through which layers, and what is kept where."""
+"""What a person sees of rounded activations: which layers super activations pass through, and what is kept where."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
+from swquant.checkpoints.manifest import rounded
+from swquant.checkpoints.schema import CheckpointManifest, InputsRecord
+from swquant.terminal.detection import token_name
 from swquant.terminal.table import make_table, show_table
+from swquant.units import thousands
 
 __all__ = ["show_activations"]
 
 
-def _place(name: str) -> tuple[int, str]:
+def _layer_and_kind(name: str) -> tuple[int, str]:
     """model.layers.11.mlp.down_proj.weight -> (11, "mlp.down_proj")."""
     match = re.search(r"\.(\d+)\.(.+)\.weight$", name)
     return (int(match[1]), match[2]) if match else (-1, name)
@@ -32,12 +35,12 @@ def _ranges(numbers: Iterable[int]) -> str:
     return ", ".join("-".join(map(str, part)) for part in parts)
 
 
-def _passes(channel: int, inputs: Mapping[str, Mapping[str, Any]]) -> str:
+def _passes(channel: int, inputs: Mapping[str, InputsRecord]) -> str:
     """The layers that read a channel of the residual stream through a norm and keep it: "q_proj, k_proj 12-28"."""
     layers: dict[str, list[int]] = {}
     for name, record in inputs.items():
         if record["norm"] is not None and channel in record["channels"]:
-            layer, kind = _place(name)
+            layer, kind = _layer_and_kind(name)
             layers.setdefault(kind.rpartition(".")[2], []).append(layer)
     kinds: dict[str, list[str]] = {}
     for kind, where in layers.items():
@@ -45,12 +48,12 @@ def _passes(channel: int, inputs: Mapping[str, Mapping[str, Any]]) -> str:
     return "; ".join(f"{', '.join(names)} {where}" for where, names in kinds.items()) or "nowhere: the norms tame it"
 
 
-def show_activations(console: Console, manifest: Mapping[str, Any]) -> None:
+def show_activations(console: Console, manifest: CheckpointManifest) -> None:
     """For a checkpoint whose activations are rounded; prints nothing for others."""
-    scheme = manifest.get("activations")
+    scheme = manifest["activations"]
     if scheme is None:
         return
-    inputs = {name: record["inputs"] for name, record in manifest["tensors"].items() if "inputs" in record}
+    inputs = {name: record["inputs"] for name, record in rounded(manifest["tensors"]).items() if "inputs" in record}
     detection = manifest["detection"]
     if detection["super_activations"]:
         table = make_table(
@@ -63,16 +66,19 @@ def show_activations(console: Console, manifest: Mapping[str, Any]) -> None:
             ("kept in the inputs of layers", "left"),
         )
         for item in detection["super_activations"]:
-            token = f"{item['token']} {escape(repr(detection['tokens'][item['token']]))}"
             gone = "never" if item["gone"] is None else f"layer {item['gone']}"
-            largest = f"{item['value']:,.0f}" if abs(item["value"]) >= 1000 else f"{item['value']:.4g}"
             table.add_row(
-                str(item["channel"]), token, largest, f"layer {item['born']}", gone, _passes(item["channel"], inputs)
+                str(item["channel"]),
+                token_name(detection, item["token"]),
+                thousands(item["value"]),
+                f"layer {item['born']}",
+                gone,
+                _passes(item["channel"], inputs),
             )
         show_table(console, table)
-    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    kinds: dict[str, list[InputsRecord]] = {}
     for name, record in inputs.items():
-        kinds.setdefault(_place(name)[1], []).append(record)
+        kinds.setdefault(_layer_and_kind(name)[1], []).append(record)
     table = make_table(
         f"Activations rounded to {scheme['dtype']}, {scheme['scale']}, {scheme['range']}",
         ("inputs of", "left"),

@@ -1,20 +1,21 @@
-"""A detection as a person sees it."""
+"""A detection as a person sees it: super weights, cancellers, super activations, published coordinates."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from swquant.terminal.table import make_table, number, short_name, show_table
+from swquant.checkpoints.schema import DetectionRecord, SuperWeightRecord
+from swquant.terminal.table import make_table, short_name, show_table
+from swquant.units import thousands
 
-__all__ = ["show_detection", "weights_table"]
+__all__ = ["show_detection", "token_name", "weights_table"]
 
 
-def weights_table(title: str, weights: Iterable[Mapping[str, Any]], scored: bool) -> Table:
+def weights_table(title: str, weights: Iterable[SuperWeightRecord], scored: bool) -> Table:
     """Super weights or cancellers with their evidence; scored: with what pruning each would do."""
     numbers = ("value", "input", "output", "share", *(["KL if\npruned"] if scored else []))
     table = make_table(
@@ -26,22 +27,28 @@ def weights_table(title: str, weights: Iterable[Mapping[str, Any]], scored: bool
             short_name(weight["name"]),
             f"{weight['row']}, {weight['col']}",
             f"{weight['value']:.3g}",
-            number(weight["input"]),
-            number(weight["output"]),
+            thousands(weight["input"]),
+            thousands(weight["output"]),
             f"{weight['share']:.0%}",
             *([f"{weight['kl']:.3g}"] if scored else []),
         )
     return table
 
 
-def show_detection(console: Console, name: str, record: Mapping[str, Any]) -> None:
-    """Super weights with their evidence, cancellers, super activations, and the published coordinates if there are any."""
+def token_name(record: DetectionRecord, index: int) -> str:
+    """A token of the prompt as a cell shows it: its index and, where there is one, its text."""
+    tokens = record["tokens"]
+    return f"{index} {escape(repr(tokens[index]))}" if 0 <= index < len(tokens) else str(index)
+
+
+def show_detection(console: Console, name: str, record: DetectionRecord) -> None:
+    """Super weights with their evidence, cancellers, super activations, and published coordinates if there are any."""
     weights = record["super_weights"]
     if not weights:
         console.print(f"{escape(name)} has no super weight on this prompt.")
         for peak in sorted(record["layers"], key=lambda item: -item["output"])[:1]:
             console.print(
-                f"The largest output of a down projection is {number(peak['output'])} (layer {peak['layer']}, channel "
+                f"The largest output of a down projection is {thousands(peak['output'])} (layer {peak['layer']}, channel "
                 f"{peak['output_channel']})."
             )
     else:
@@ -59,9 +66,9 @@ def show_detection(console: Console, name: str, record: Mapping[str, Any]) -> No
             ("until layer", "right"),
         )
         for item in record["super_activations"]:
-            token = f"{item['token']} {escape(repr(record['tokens'][item['token']]))}"
+            token = token_name(record, item["token"])
             until = "the end" if item["gone"] is None else str(item["gone"])
-            table.add_row(str(item["channel"]), token, number(item["value"]), str(item["born"]), until)
+            table.add_row(str(item["channel"]), token, thousands(item["value"]), str(item["born"]), until)
         show_table(console, table)
     for entry in record["published"]:
         found = {(weight["layer"], weight["row"], weight["col"]) for weight in weights}

@@ -1,4 +1,4 @@
-"""What `doctor` shows."""
+"""What `doctor` shows: versions, devices, and how to mend what is missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `eval` shows."""
+"""What `eval` shows: perplexity, divergence and agreement, in one short table."""
 
 from __future__ import annotations
 

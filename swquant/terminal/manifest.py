@@ -1,53 +1,55 @@
-"""A checkpoint as `inspect` shows it."""
+"""A compressed checkpoint as `inspect` shows it: origin, schemes, outliers, losses, loaders."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
+from swquant.checkpoints.manifest import rounded, stored_as
+from swquant.checkpoints.schema import CheckpointManifest, RoundedRecord
+from swquant.compress.options import CompressOptions
+from swquant.declared import flag
 from swquant.terminal.table import make_table, short_name, show_table
 from swquant.units import human_bytes
 
 __all__ = ["show_losses", "show_manifest", "show_schemes"]
 
 
-def show_schemes(console: Console, tensors: Mapping[str, Mapping[str, Any]]) -> None:
-    """One row per scheme and per reason for staying dense."""
-    kinds: dict[str, list[str]] = {}
-    for name, tensor in tensors.items():
-        kinds.setdefault(tensor.get("stored_as") or f"dense: {tensor['dense']}", []).append(name)
+def show_schemes(console: Console, tensors: Iterable[tuple[str, str, int]]) -> None:
+    """One row per scheme and per reason for staying dense. tensors: (name, how it is stored, bytes)."""
+    kinds: dict[str, list[tuple[str, int]]] = {}
+    for name, kind, size in tensors:
+        kinds.setdefault(kind, []).append((name, size))
     table = make_table(
         "Tensors", ("stored as", "left"), ("tensors", "right"), ("size", "right"), ("for example", "left")
     )
-    for kind, names in kinds.items():
-        size = sum(tensors[name]["bytes"] for name in names)
-        table.add_row(escape(kind), str(len(names)), human_bytes(size), short_name(names[0]))
+    for kind, members in kinds.items():
+        size = sum(size for _, size in members)
+        table.add_row(escape(kind), str(len(members)), human_bytes(size), short_name(members[0][0]))
     show_table(console, table)
 
 
-def _as_typed(options: Mapping[str, Any]) -> str:
+def _as_typed(options: Mapping[str, object]) -> str:
     """Options as the command line takes them; those that change nothing are left out."""
+    off = {item.name: item.metadata["off"] for item in fields(CompressOptions)}
     words: list[str] = []
     for key, value in options.items():
-        flag = "--" + key.replace("_", "-")
-        if key in ("symmetric", "restore"):
-            off = {"symmetric": "--asymmetric", "restore": "--no-restore"}[key]
-            words.append(flag if value else off)
-        elif isinstance(value, bool):
-            words += [flag] if value else []
+        if isinstance(value, bool):
+            typed = key if value else off.get(key)
+            words += [flag(typed)] if typed else []
         elif isinstance(value, list):
-            words += [word for item in value for word in (flag, item)]
+            words += [word for item in value for word in (flag(key), item)]
         elif value not in (None, 0.0, "auto"):
-            words += [flag, str(value)]
+            words += [flag(key), str(value)]
     return shlex.join(words)
 
 
-def show_manifest(console: Console, path: Path, manifest: Mapping[str, Any]) -> None:
+def show_manifest(console: Console, path: Path, manifest: CheckpointManifest) -> None:
     """`inspect`: origin, totals, schemes, outliers, dense tensors and loaders."""
     totals, options = manifest["totals"], manifest["options"]
     console.print(
@@ -58,7 +60,7 @@ def show_manifest(console: Console, path: Path, manifest: Mapping[str, Any]) -> 
         f"{totals['bits_per_quantized_weight']:.3f} bits each with scales and outliers"
     )
     console.print(f"Options: {_as_typed(options)}", markup=False)
-    show_schemes(console, manifest["tensors"])
+    show_schemes(console, ((name, stored_as(tensor), tensor["bytes"]) for name, tensor in manifest["tensors"].items()))
     _show_outliers(console, manifest)
     show_losses(console, manifest)
     table = make_table("Loaders", ("loader", "left"), ("loads it?", "left"))
@@ -69,9 +71,9 @@ def show_manifest(console: Console, path: Path, manifest: Mapping[str, Any]) -> 
         console.print(f"Note: {note}", markup=False)
 
 
-def show_losses(console: Console, manifest: Mapping[str, Any]) -> None:
+def show_losses(console: Console, manifest: CheckpointManifest) -> None:
     """The tensors whose rounding cost most, as it was measured when they were compressed."""
-    quantized = {name: tensor for name, tensor in manifest["tensors"].items() if "dense" not in tensor}
+    quantized = rounded(manifest["tensors"])
     table = make_table(
         "Tensors that lose most",
         ("tensor", "left"),
@@ -84,12 +86,12 @@ def show_losses(console: Console, manifest: Mapping[str, Any]) -> None:
     show_table(console, table)
 
 
-def _lost(record: Mapping[str, Any]) -> float:
+def _lost(record: RoundedRecord) -> float:
     """Expected relative error of a tensor's output; of the weight itself where the prompt did not reach it."""
-    return float(record.get("output_error", record["relative_error"]))
+    return record.get("output_error", record["relative_error"])
 
 
-def _show_outliers(console: Console, manifest: Mapping[str, Any]) -> None:
+def _show_outliers(console: Console, manifest: CheckpointManifest) -> None:
     weights = {(item["name"], item["row"], item["col"]): item for item in manifest["detection"]["super_weights"]}
     table = make_table(
         "Super weights",
@@ -100,20 +102,24 @@ def _show_outliers(console: Console, manifest: Mapping[str, Any]) -> None:
         ("KL if\npruned", "right"),
         ("kept in", "left"),
     )
+    tensors = rounded(manifest["tensors"])
+    seen = {
+        (name, point["row"], point["col"]): point["without_sidecar"]
+        for name, tensor in tensors.items()
+        for point in tensor.get("super_weights", ())
+    }
     for (name, row, col), item in weights.items():
-        tensor = manifest["tensors"].get(name, {})
-        if "dense" in tensor or not tensor:
+        if name not in tensors:
             without, kept = f"{item['value']:.5g}", "dense tensor"
         else:
-            point = next(point for point in tensor["super_weights"] if (point["row"], point["col"]) == (row, col))
-            without, kept = (
-                f"{point['without_sidecar']:.5g}",
-                "block, sidecar" if manifest["options"]["restore"] else "block",
-            )
+            without = f"{seen[name, row, col]:.5g}" if (name, row, col) in seen else ""
+            kept = "block, sidecar" if manifest["options"]["restore"] else "block"
         table.add_row(short_name(name), f"{row}, {col}", f"{item['value']:.5g}", without, f"{item['kl']:.4g}", kept)
     if weights:
         show_table(console, table)
     else:
         console.print("No super weights were found.")
-    count = sum(tensor.get("outliers", 0) for tensor in manifest["tensors"].values())
-    console.print(f"The sidecar holds {count:,} original value{'' if count == 1 else 's'}.")
+    count = sum(tensor["outliers"] for tensor in tensors.values())
+    columns = sum(tensor.get("columns", 0) for tensor in tensors.values())
+    more = f" and {columns:,} whole input channel{'' if columns == 1 else 's'}" if columns else ""
+    console.print(f"The sidecar holds {count:,} original value{'' if count == 1 else 's'}{more}.")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 
+from swquant.checkpoints.schema import CheckRecord, NodeRecord, OnnxManifest
 from swquant.terminal.table import make_table, show_table
 from swquant.units import human_bytes
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["show_export", "show_onnx_manifest"]
 
 
-def _show_nodes(console: Console, manifest: Mapping[str, Any]) -> None:
-    kinds: dict[str, list[Mapping[str, Any]]] = {}
+def _show_nodes(console: Console, manifest: OnnxManifest) -> None:
+    kinds: dict[str, list[NodeRecord]] = {}
     for weight in manifest["weights"].values():
         kinds.setdefault(f"{weight['operator']}, {weight['bits']} bits, block {weight['block']}", []).append(weight)
     nodes = make_table(
@@ -32,7 +32,7 @@ def _show_nodes(console: Console, manifest: Mapping[str, Any]) -> None:
     show_table(console, nodes)
 
 
-def _check_lines(check: Mapping[str, Any]) -> list[str]:
+def _check_lines(check: CheckRecord) -> list[str]:
     lines = [
         f"Checked on {check['runtime']}{' and with the operator library' if check['operator_library'] else ''}: logits within {check['largest_difference']:.2g} of their range, "
         f"{check['same_tokens']} of {check['generated_tokens']} greedy tokens the same"
@@ -54,7 +54,7 @@ def show_export(console: Console, result: Exported) -> None:
     console.print(f"Next: swquant generate {path} PROMPT   swquant eval {path} --text FILE", soft_wrap=True)
 
 
-def show_onnx_manifest(console: Console, path: Path, manifest: Mapping[str, Any]) -> None:
+def show_onnx_manifest(console: Console, path: Path, manifest: OnnxManifest) -> None:
     """`inspect` of an ONNX folder: origin, nodes, check, operators."""
     options = manifest["options"]
     console.print(

@@ -1,9 +1,8 @@
-"""A plan as a person sees it."""
+"""A plan and its result as a person sees them: what will be done with every tensor, and what was."""
 
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -18,16 +17,16 @@ from swquant.units import human_bytes
 
 if TYPE_CHECKING:
     from swquant.compress.pipeline import Compressed
-    from swquant.compress.writing import Prepared
+    from swquant.export.formats import Planned
 
 __all__ = ["plan_record", "show_plan", "show_result"]
 
 
-def plan_record(prepared: Prepared, target: Path) -> dict[str, Any]:
+def plan_record(planned: Planned) -> dict[str, Any]:
     """The plan as JSON can hold it, for `--dry-run --json`."""
-    plan = prepared.plan
+    prepared, plan = planned.prepared, planned.prepared.plan
     return {
-        "out": str(target),
+        "out": str(planned.out),
         "options": plan.options.as_dict(),
         "detection": detection_record(prepared.found),
         "loaders": loader_table(plan),
@@ -43,22 +42,31 @@ def plan_record(prepared: Prepared, target: Path) -> dict[str, Any]:
                 **(
                     {"dense": tensor.reason}
                     if tensor.block is None
-                    else {"stored_as": str(plan.scheme(tensor)), "block": str(tensor.block), "outliers": tensor.points}
+                    else {
+                        "stored_as": str(plan.scheme(tensor)),
+                        "block": str(tensor.block),
+                        "outliers": tensor.outliers,
+                    }
                 ),
             }
             for tensor in plan.tensors
         },
+        "format": planned.format.name,
+        "export": None if planned.export is None else planned.export.as_dict(),
     }
 
 
-def show_plan(console: Console, prepared: Prepared, target: Path, *, every_tensor: bool) -> None:
+def show_plan(console: Console, planned: Planned, *, every_tensor: bool) -> None:
     """What will be done; with every_tensor one row each."""
-    record = plan_record(prepared, target)
+    record, checkpoint = plan_record(planned), planned.prepared.checkpoint
     weights = record["detection"]["super_weights"]
     if weights:
-        show_table(console, weights_table(f"Super weights of {escape(prepared.checkpoint.name)}", weights, scored=True))
+        show_table(console, weights_table(f"Super weights of {escape(checkpoint.name)}", weights, scored=True))
     else:
-        console.print(f"{escape(prepared.checkpoint.name)} has no super weight on this prompt.")
+        console.print(f"{escape(checkpoint.name)} has no super weight on this prompt.")
+    stored = {
+        name: tensor.get("stored_as") or f"dense: {tensor['dense']}" for name, tensor in record["tensors"].items()
+    }
     if every_tensor:
         table = make_table(
             "Plan",
@@ -70,25 +78,24 @@ def show_plan(console: Console, prepared: Prepared, target: Path, *, every_tenso
         )
         for name, tensor in record["tensors"].items():
             shape = "x".join(map(str, tensor["shape"]))
-            stored = tensor.get("stored_as") or f"dense: {tensor['dense']}"
             table.add_row(
-                short_name(name), shape, stored, str(tensor.get("outliers", "")), human_bytes(tensor["bytes"])
+                short_name(name), shape, stored[name], str(tensor.get("outliers", "")), human_bytes(tensor["bytes"])
             )
         show_table(console, table)
     else:
-        show_schemes(console, record["tensors"])
+        show_schemes(console, ((name, stored[name], tensor["bytes"]) for name, tensor in record["tensors"].items()))
     for name, reason in record["left_out"].items():
         console.print(f"Left out: {name} ({reason})", markup=False)
     for note in record["notes"]:
         console.print(f"Note: {note}", markup=False)
-    decoded = ", decoded to float32," if prepared.checkpoint.kind == "gguf" else ""
+    decoded = "" if checkpoint.stores_floats else ", decoded to float32,"
     console.print(
         f"{human_bytes(record['source_bytes'])} of weights{decoded} become {human_bytes(record['bytes'])}, "
         f"{record['bits_per_quantized_weight']:.3f} bits per quantized weight."
     )
     if every_tensor:
         console.print(
-            f"Nothing was written; without --dry-run this would become {target}", markup=False, soft_wrap=True
+            f"Nothing was written; without --dry-run this would become {planned.out}", markup=False, soft_wrap=True
         )
 
 

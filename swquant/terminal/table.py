@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["make_table", "number", "short_name", "show_table"]
+__all__ = ["make_table", "short_name", "show_table"]
 
 
 def make_table(title: str, *columns: tuple[str, str]) -> Table:
@@ -27,11 +27,6 @@ def show_table(console: Console, table: Table) -> None:
     if console.width < 80:
         table.width = 80
     console.print(table, crop=False)
-
-
-def number(value: float) -> str:
-    """Four digits, or whole thousands with commas: what a cell shows."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def short_name(name: str) -> str:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from support.paths import PROJECT
 from torch import nn
 
 from calibrationless import massive_channels, round_activations
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
+sys.path.insert(0, str(PROJECT / "benchmarks"))
 
 from activation_methods import METHODS, Rounder, round_weights, smoothing
 

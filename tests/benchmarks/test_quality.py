@@ -8,16 +8,15 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import plant, save_model, save_tokenizer, tiny_model
+from support.paths import PROJECT
+from support.tiny_models import plant, save_model, save_tokenizer, tiny_model
 
 import swquant
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture
 def peers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.syspath_prepend(PROJECT / "benchmarks")
     import peers
 
     return peers

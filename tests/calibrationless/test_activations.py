@@ -17,7 +17,6 @@ from calibrationless import (
     static_scale,
 )
 
-relaxed = settings(max_examples=60, deadline=None, derandomize=True)
 shapes = st.tuples(st.integers(1, 5), st.integers(3, 40))
 
 
@@ -36,7 +35,7 @@ def paper(values: list[float], kept: set[int]) -> list[float]:
     return [value if index in kept else rounded[index] for index, value in enumerate(values)]
 
 
-@relaxed
+@settings(max_examples=60)
 @given(shapes, st.integers(0, 10**6), st.integers(0, 3), st.booleans())
 def test_rounding_is_the_papers(shape: tuple[int, int], seed: int, kept: int, per_token: bool) -> None:
     x = activations(shape, seed)
@@ -62,7 +61,7 @@ def test_rounding_is_the_papers(shape: tuple[int, int], seed: int, kept: int, pe
     assert torch.equal(result[keep], x[keep])
 
 
-@relaxed
+@settings(max_examples=60)
 @given(shapes, st.integers(0, 10**6), st.booleans(), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
 def test_no_value_is_off_by_more_than_half_a_step(
     shape: tuple[int, int], seed: int, per_token: bool, dtype: torch.dtype
@@ -131,7 +130,7 @@ def test_what_is_not_finite_is_not_made_to_look_sound(bad: float, scale: float |
     assert not bool(torch.isfinite(round_activations(x, per_token=True, scale=scale)[1, 3]))
 
 
-@relaxed
+@settings(max_examples=60)
 @given(st.integers(1, 60), st.integers(0, 6), st.integers(0, 10**6))
 def test_massive_channels_are_the_largest_that_tower_over_the_median(size: int, planted: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -1,11 +1,11 @@
-"""Bits under a budget: never over it, never worse than any allocation that keeps to the same sizes and convex losses."""
+"""Bits under a budget: never over it, never worse than any allocation of the same sizes and convex losses."""
 
 from __future__ import annotations
 
 from itertools import product
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibrationless import allocate
@@ -26,6 +26,7 @@ def best(sizes: list[list[int]], losses: list[list[float]], budget: float) -> fl
     return min(sum(g[i] for g, i in zip(losses, picks, strict=True)) for picks in fitting)
 
 
+@settings(max_examples=100)
 @given(groups, st.floats(0, 1))
 def test_the_allocation_fits_and_is_as_good_as_the_best_but_for_one_step(layers, share):
     sizes, losses = map(list, zip(*(choices(*layer) for layer in layers), strict=True))
@@ -40,6 +41,7 @@ def test_the_allocation_fits_and_is_as_good_as_the_best_but_for_one_step(layers,
     assert optimum - 1e-12 <= loss <= optimum + step + 1e-12
 
 
+@settings(max_examples=100)
 @given(st.integers(1, 30), st.integers(1, 5))
 def test_equal_groups_get_equal_bits_where_the_budget_allows_it(weights, count):
     sizes, losses = map(list, zip(*[choices(weights, 1.0)] * count, strict=True))

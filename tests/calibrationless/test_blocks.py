@@ -6,14 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.strategies import blocks_that_divide
 
 from calibrationless import (
     Block,
     Channel,
     Flat,
     Group,
-    Tensor,
     Tile,
+    Whole,
     block_elements,
     block_index,
     divides,
@@ -26,31 +27,14 @@ from calibrationless import (
     to_blocks,
 )
 
-relaxed = settings(max_examples=50, deadline=None, derandomize=True)
-small = st.integers(1, 13)
 sizes = st.integers(1, 10_000)
 any_block = st.one_of(
     st.builds(Group, sizes),
     st.builds(Tile, sizes, sizes),
     st.builds(Flat, sizes),
     st.just(Channel()),
-    st.just(Tensor()),
+    st.just(Whole()),
 )
-
-
-@st.composite
-def blocks_that_divide(draw: st.DrawFn) -> tuple[Block, tuple[int, int]]:
-    rows, cols, times, across = draw(small), draw(small), draw(small), draw(st.integers(1, 4))
-    kind = draw(st.sampled_from([Group, Tile, Channel, Tensor, Flat]))
-    if kind is Group:
-        return Group(cols), (rows, cols * times)
-    if kind is Tile:
-        return Tile(rows, cols), (rows * times, cols * across)
-    if kind is Flat:
-        elements = rows * cols
-        size = draw(st.sampled_from([size for size in range(1, elements + 1) if elements % size == 0]))
-        return Flat(size), (rows, cols)
-    return kind(), (rows, cols)
 
 
 def reference_place(block: Block, shape: tuple[int, int], row: int, col: int) -> tuple[int, int]:
@@ -63,7 +47,7 @@ def reference_place(block: Block, shape: tuple[int, int], row: int, col: int) ->
             return (row // rows) * (in_features // cols) + col // cols, (row % rows) * cols + col % cols
         case Channel():
             return row, col
-        case Tensor():
+        case Whole():
             return 0, row * in_features + col
         case Flat(size):
             return (row * in_features + col) // size, (row * in_features + col) % size
@@ -74,7 +58,7 @@ def numbered(shape: tuple[int, int]) -> torch.Tensor:
 
 
 @given(blocks_that_divide())
-@relaxed
+@settings(max_examples=50)
 def test_every_weight_is_in_the_block_and_place_that_the_table_says(case):
     block, shape = case
     weight = numbered(shape)
@@ -86,7 +70,7 @@ def test_every_weight_is_in_the_block_and_place_that_the_table_says(case):
 
 
 @given(blocks_that_divide())
-@relaxed
+@settings(max_examples=50)
 def test_from_blocks_undoes_to_blocks(case):
     block, shape = case
     weight = numbered(shape)
@@ -96,7 +80,7 @@ def test_from_blocks_undoes_to_blocks(case):
 
 
 @given(blocks_that_divide())
-@relaxed
+@settings(max_examples=50)
 def test_expand_and_block_index_give_every_weight_its_own_blocks_value(case):
     block, shape = case
     scale = torch.randn(scale_shape(block, shape))
@@ -113,7 +97,7 @@ def test_expand_and_block_index_give_every_weight_its_own_blocks_value(case):
 
 @pytest.mark.parametrize(
     ("block", "shape"),
-    [(Group(64), (512, 4)), (Tile(128, 32), (4, 8)), (Channel(), (512, 1)), (Tensor(), (1, 1)), (Flat(1024), (128,))],
+    [(Group(64), (512, 4)), (Tile(128, 32), (4, 8)), (Channel(), (512, 1)), (Whole(), (1, 1)), (Flat(1024), (128,))],
     ids=str,
 )
 def test_scale_shapes_are_those_of_the_documentation(block, shape):
@@ -121,7 +105,7 @@ def test_scale_shapes_are_those_of_the_documentation(block, shape):
 
 
 @given(blocks_that_divide(), st.booleans())
-@relaxed
+@settings(max_examples=50)
 def test_scale_shape_is_the_shape_that_quantize_returns(case, symmetric):
     block, shape = case
     quantized = quantize(torch.randn(shape), block, 4, symmetric=symmetric)
@@ -130,7 +114,7 @@ def test_scale_shape_is_the_shape_that_quantize_returns(case, symmetric):
         assert tuple(quantized.zero_point.shape) == scale_shape(block, shape)
 
 
-@pytest.mark.parametrize("block", [Group(4), Channel(), Tensor(), Flat(16)])
+@pytest.mark.parametrize("block", [Group(4), Channel(), Whole(), Flat(16)])
 def test_blocks_are_a_view_of_the_weight_unless_they_are_tiles(block):
     weight = numbered((6, 8))
     assert to_blocks(weight, block).data_ptr() == weight.data_ptr()
@@ -151,7 +135,7 @@ def test_a_block_that_does_not_divide_is_refused_with_the_shape(block):
         ("64x32", Tile(64, 32)),
         ("1X16", Tile(1, 16)),
         (" Channel ", Channel()),
-        ("TENSOR", Tensor()),
+        ("TENSOR", Whole()),
         ("flat:512", Flat(512)),
     ],
 )
@@ -160,7 +144,7 @@ def test_words_of_the_table_are_understood(word, block):
 
 
 @given(any_block)
-@relaxed
+@settings(max_examples=50)
 def test_a_block_is_read_back_from_its_own_word(block):
     assert parse_block(str(block)) == block
 
@@ -195,7 +179,7 @@ def test_other_words_are_answered_with_the_forms(word):
         (Flat(512), (32, 17), Flat(32)),
         (Flat(512), (49, 545), None),
         (Channel(), (1, 7), Channel()),
-        (Tensor(), (7, 1), Tensor()),
+        (Whole(), (7, 1), Whole()),
     ],
 )
 def test_fit_takes_the_block_or_the_largest_power_of_two(block, shape, fitted):
@@ -208,7 +192,7 @@ def reference_fallback(limit: int, number: int) -> int:
 
 
 @given(any_block, st.integers(1, 1200), st.integers(1, 1200))
-@settings(relaxed, max_examples=60)
+@settings(max_examples=60)
 def test_what_fit_returns_divides_and_nothing_larger_would(block, rows, cols):
     shape = (rows, cols)
     fitted = fit(block, shape)

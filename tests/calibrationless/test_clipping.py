@@ -5,12 +5,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from calibrationless import RULES, Clip, clip_threshold, parse_clip
 
-relaxed = settings(max_examples=40, deadline=None, derandomize=True)
 counts = st.sampled_from([1, 2, 3, 4, 5, 16, 31, 64, 127, 545, 4095, 4096, 4097, 8192])
 
 
@@ -41,7 +40,6 @@ def rows_of(blocks: torch.Tensor) -> np.ndarray:
 
 
 @given(st.integers(1, 5), counts, st.sampled_from([0.5, 3.0, 9.0]), st.integers(0, 99))
-@relaxed
 def test_z_is_the_mean_plus_z_unbiased_deviations_of_the_magnitudes(blocks, elements, z, seed):
     weight = heavy_tailed(blocks, elements, seed)
     expected = [[reference_z(row, z)] for row in rows_of(weight)]
@@ -49,7 +47,6 @@ def test_z_is_the_mean_plus_z_unbiased_deviations_of_the_magnitudes(blocks, elem
 
 
 @given(st.integers(1, 5), counts, st.sampled_from([0.5, 1.5, 3.0]), st.integers(0, 99))
-@relaxed
 def test_iqr_is_the_third_quartile_plus_k_interquartile_ranges(blocks, elements, factor, seed):
     weight = heavy_tailed(blocks, elements, seed)
     expected = [[reference_iqr(row, factor)] for row in rows_of(weight)]
@@ -57,7 +54,6 @@ def test_iqr_is_the_third_quartile_plus_k_interquartile_ranges(blocks, elements,
 
 
 @given(st.integers(1, 5), counts, st.integers(1, 1000), st.integers(0, 99))
-@relaxed
 def test_quantile_is_a_magnitude_of_the_block_below_which_nothing_is_cut(blocks, elements, thousandths, seed):
     weight = heavy_tailed(blocks, elements, seed)
     threshold = clip_threshold(weight, Clip("quantile", thousandths / 1000))
@@ -114,7 +110,6 @@ def test_words_of_the_table_are_understood(word, clip):
 
 
 @given(st.sampled_from(list(RULES)), st.floats(1e-6, 1.0, allow_nan=False))
-@relaxed
 def test_a_clip_is_read_back_from_its_own_word(rule, value):
     assert parse_clip(str(Clip(rule, value))) == Clip(rule, value)
 

@@ -8,7 +8,7 @@ import torch
 from calibrationless import (
     Channel,
     Group,
-    Outliers,
+    Points,
     Tile,
     damping_for,
     dequantize,
@@ -57,7 +57,7 @@ def test_feedback_is_that_of_a_plain_loop(block, symmetric):
     weight = torch.randn(8, 160)
     factor = inverse_factor(x.T @ x)
     plain = quantize(weight, block, 3, symmetric=symmetric)
-    kept = Outliers.at(weight, torch.tensor([0, 3, 7]), torch.tensor([5, 159, 0]))
+    kept = Points.at(weight, torch.tensor([0, 3, 7]), torch.tensor([5, 159, 0]))
     found = restore(dequantize(feed_back(weight, plain, factor, kept)), kept)
     expected = loop(weight, plain, factor, kept)
     assert float(((found - expected).abs() > 1e-4).float().mean()) < 0.01  # a tie may fall to the other side

@@ -4,16 +4,17 @@ import pytest
 import torch
 from compressed_tensors.compressors import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.strategies import random_weight
 
 from calibrationless import (
     Channel,
     Group,
-    Outliers,
+    Points,
     QuantizedTensor,
-    Tensor,
     Tile,
+    Whole,
     dequantize,
     expand,
     quantize,
@@ -21,12 +22,7 @@ from calibrationless import (
 )
 from exporters.compressed_tensors import to_tensors
 
-relaxed = settings(max_examples=40, deadline=None, derandomize=True)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def random_weight(shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def stock_decompress(quantized: QuantizedTensor) -> torch.Tensor:
@@ -80,9 +76,8 @@ def reference_dequantize(quantized: QuantizedTensor) -> torch.Tensor:
 
 @given(
     st.integers(1, 9), st.integers(1, 9), st.integers(2, 8), st.sampled_from(DTYPES), st.booleans(),
-    st.sampled_from([Channel(), Tensor(), Tile(1, 2), Tile(3, 1)]),
+    st.sampled_from([Channel(), Whole(), Tile(1, 2), Tile(3, 1)]),
 )  # fmt: skip
-@relaxed
 def test_decoded_weights_equal_a_product_rounded_once(rows, cols, bits, dtype, symmetric, block):
     shape = (3 * rows, 2 * cols)
     quantized = quantize(random_weight(shape), block, bits, symmetric=symmetric, scale_dtype=dtype)
@@ -110,12 +105,11 @@ def test_a_width_that_codes_cannot_have_is_refused(bits):
 
 
 @given(st.integers(1, 13), st.integers(1, 13), st.sampled_from(DTYPES), st.data())
-@relaxed
 def test_outliers_are_sorted_by_position_without_duplicates(rows, cols, dtype, data):
     weight = random_weight((rows, cols)).to(dtype)
     points = data.draw(st.lists(st.tuples(st.integers(0, rows - 1), st.integers(0, cols - 1)), max_size=20))
     wanted = torch.tensor(points, dtype=torch.int32).reshape(-1, 2)
-    outliers = Outliers.at(weight, wanted[:, 0], wanted[:, 1])
+    outliers = Points.at(weight, wanted[:, 0], wanted[:, 1])
     expected = sorted(set(points))
     assert list(zip(outliers.rows.tolist(), outliers.cols.tolist(), strict=True)) == expected
     assert outliers.values.tolist() == [weight[point].item() for point in expected]
@@ -125,18 +119,17 @@ def test_outliers_are_sorted_by_position_without_duplicates(rows, cols, dtype, d
 
 def test_outliers_keep_their_values_when_the_weight_changes():
     weight = torch.ones(2, 3)
-    outliers = Outliers.at(weight, torch.tensor([1]), torch.tensor([2]))
+    outliers = Points.at(weight, torch.tensor([1]), torch.tensor([2]))
     weight.zero_()
     assert outliers.values.tolist() == [1]
 
 
 @given(st.integers(1, 13), st.integers(1, 13), st.sampled_from(DTYPES), st.integers(0, 30), st.integers(0, 99))
-@relaxed
 def test_restore_makes_the_outliers_exact_and_touches_nothing_else(rows, cols, dtype, count, seed):
     weight = random_weight((rows, cols), seed).to(dtype)
     decoded = dequantize(quantize(weight, Channel(), 2))
     index = torch.randint(rows * cols, (count,), generator=torch.Generator().manual_seed(seed))
-    outliers = Outliers.at(weight, index // cols, index % cols)
+    outliers = Points.at(weight, index // cols, index % cols)
     restored = restore(decoded.clone(), outliers)
     chosen = torch.zeros(rows, cols, dtype=torch.bool)
     chosen.view(-1)[index] = True
@@ -145,7 +138,7 @@ def test_restore_makes_the_outliers_exact_and_touches_nothing_else(rows, cols, d
 
 def test_restore_works_in_place_and_casts_to_the_weights_dtype():
     weight = torch.zeros(3, 4, dtype=torch.bfloat16)
-    outliers = Outliers(torch.tensor([2], dtype=torch.int32), torch.tensor([3], dtype=torch.int32), torch.tensor([1.7]))
+    outliers = Points(torch.tensor([2], dtype=torch.int32), torch.tensor([3], dtype=torch.int32), torch.tensor([1.7]))
     assert restore(weight, outliers) is weight
     assert weight[2, 3] == torch.tensor(1.7).bfloat16()
 
@@ -158,5 +151,5 @@ def test_a_coordinate_outside_the_weight_is_refused_before_anything_is_written(r
     weight = torch.zeros(3, 5)
     rows, cols = torch.tensor([1, row], dtype=torch.int32), torch.tensor([1, col], dtype=torch.int32)
     with pytest.raises(ValueError, match=what):
-        restore(weight, Outliers(rows, cols, torch.ones(2)))
+        restore(weight, Points(rows, cols, torch.ones(2)))
     assert bool((weight == 0).all())

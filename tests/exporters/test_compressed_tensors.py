@@ -7,9 +7,10 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from compressed_tensors.utils.match import is_match, match_named_modules
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.strategies import blocks_that_divide, dtypes, random_weight, small, widths
 from torch import nn
 
-from calibrationless import Block, Channel, Flat, Group, Tensor, Tile, dequantize, quantize
+from calibrationless import Channel, Flat, Group, Tile, Whole, dequantize, quantize
 from exporters.compressed_tensors import (
     LOCAL_NAMES,
     Scheme,
@@ -20,33 +21,11 @@ from exporters.compressed_tensors import (
     to_tensors,
 )
 
-relaxed = settings(max_examples=50, deadline=None, derandomize=True)
-small = st.integers(1, 11)
-widths = st.integers(2, 8)
-dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
+expressible = blocks_that_divide(straddling=False)
 
 
-@st.composite
-def expressible(draw: st.DrawFn) -> tuple[Block, tuple[int, int]]:
-    rows, cols, times, across = draw(small), draw(small), draw(small), draw(st.integers(1, 3))
-    shape = (rows * across, cols * times)
-    kind = draw(st.sampled_from(["group", "tile", "channel", "tensor", "part of a row", "rows"]))
-    return {
-        "group": Group(cols),
-        "tile": Tile(rows, cols),
-        "channel": Channel(),
-        "tensor": Tensor(),
-        "part of a row": Flat(cols),
-        "rows": Flat(across * cols * times),
-    }[kind], shape
-
-
-def random_weight(shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-@given(expressible(), widths, st.booleans(), dtypes)
-@relaxed
+@given(expressible, widths, st.booleans(), dtypes)
+@settings(max_examples=50)
 def test_what_is_read_back_decodes_to_the_same_weights(case, bits, symmetric, dtype):
     block, shape = case
     quantized = quantize(random_weight(shape), block, bits, symmetric=symmetric, scale_dtype=dtype)
@@ -57,8 +36,8 @@ def test_what_is_read_back_decodes_to_the_same_weights(case, bits, symmetric, dt
     assert read.block in (express(block, shape), Channel())
 
 
-@given(expressible(), widths, st.booleans(), dtypes)
-@relaxed
+@given(expressible, widths, st.booleans(), dtypes)
+@settings(max_examples=50)
 def test_the_layout_is_known_before_the_weight_is(case, bits, symmetric, dtype):
     block, shape = case
     tensors = to_tensors(quantize(random_weight(shape), block, bits, symmetric=symmetric, scale_dtype=dtype))
@@ -69,8 +48,8 @@ def test_the_layout_is_known_before_the_weight_is(case, bits, symmetric, dtype):
     assert all(tensor.is_contiguous() for tensor in tensors.values())
 
 
-@given(small, small, dtypes, st.sampled_from([Channel(), Tensor()]))
-@relaxed
+@given(small, small, dtypes, st.sampled_from([Channel(), Whole()]))
+@settings(max_examples=50)
 def test_int_quantized_is_decoded_by_a_stock_loader_and_by_ours(rows, cols, dtype, block):
     quantized = quantize(random_weight((rows, cols)), block, 8, scale_dtype=dtype)
     tensors = to_tensors(quantized, int8_inputs=True)
@@ -107,7 +86,7 @@ def test_int8_inputs_are_declared_for_rows_of_symmetric_8_bit_codes_only(scheme)
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize(
     ("block", "shape"),
-    [(Tile(3, 11), (33, 55)), (Tile(4, 7), (8, 7)), (Tensor(), (37, 41)), (Flat(13), (5, 39))],
+    [(Tile(3, 11), (33, 55)), (Tile(4, 7), (8, 7)), (Whole(), (37, 41)), (Flat(13), (5, 39))],
     ids=str,
 )
 def test_blocks_that_the_format_lacks_are_decoded_by_a_stock_loader_all_the_same(block, shape, bits, symmetric):
@@ -131,7 +110,7 @@ def test_blocks_that_the_format_lacks_are_decoded_by_a_stock_loader_all_the_same
     [
         (Group(8), Group(8)),
         (Channel(), Channel()),
-        (Tensor(), Channel()),
+        (Whole(), Channel()),
         (Tile(2, 8), Group(8)),
         (Tile(2, 24), Channel()),
         (Flat(24), Channel()),
@@ -224,7 +203,7 @@ def assert_targets_match_exactly(schemes: dict[str, Scheme]) -> QuantizationConf
 
 
 @given(st.lists(st.sampled_from([None, *SCHEMES]), min_size=len(LINEARS), max_size=len(LINEARS)))
-@settings(relaxed, max_examples=30)
+@settings(max_examples=30)
 def test_every_module_is_matched_by_its_own_scheme_and_no_other(choice):
     assert_targets_match_exactly({name: scheme for name, scheme in zip(LINEARS, choice, strict=True) if scheme})
 
@@ -234,7 +213,7 @@ def test_every_module_is_matched_by_its_own_scheme_and_no_other(choice):
         {kind: st.sampled_from([None, *SCHEMES]) for kind in ("q_proj", "k_proj", "mlp.down_proj", "w2", "w22", "head")}
     )
 )
-@settings(relaxed, max_examples=30)
+@settings(max_examples=30)
 def test_a_scheme_for_each_kind_of_layer_is_matched_exactly(choice):
     chosen = {name: scheme for kind, scheme in choice.items() for name in LINEARS if name.endswith(kind) and scheme}
     assert_targets_match_exactly(chosen)

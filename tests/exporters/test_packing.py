@@ -5,12 +5,11 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.strategies import widths
 
 from exporters.packing import pack, packed_words, unpack
 
-relaxed = settings(max_examples=60, deadline=None, derandomize=True)
 every_width = pytest.mark.parametrize("bits", range(2, 9))
-widths = st.integers(2, 8)
 SHAPES = [(1, 1), (1, 31), (3, 32), (7, 33), (83, 55), (37, 97), (5, 545), (64, 1), (2, 1024)]
 
 
@@ -30,7 +29,7 @@ def reference_pack(codes: torch.Tensor, bits: int) -> list[list[int]]:
 
 
 @given(st.integers(1, 5), st.integers(1, 130), widths, st.integers(0, 99))
-@relaxed
+@settings(max_examples=60)
 def test_code_i_of_a_row_takes_the_bits_from_i_times_b(rows, cols, bits, seed):
     codes = random_codes((rows, cols), bits, seed)
     packed = pack(codes, bits)
@@ -40,7 +39,7 @@ def test_code_i_of_a_row_takes_the_bits_from_i_times_b(rows, cols, bits, seed):
 
 
 @given(st.integers(1, 5), st.integers(1, 130), widths, st.integers(0, 99))
-@relaxed
+@settings(max_examples=60)
 def test_unpack_undoes_pack(rows, cols, bits, seed):
     codes = random_codes((rows, cols), bits, seed)
     assert torch.equal(unpack(pack(codes, bits), bits, cols), codes)
@@ -95,7 +94,7 @@ def test_codes_and_words_may_be_views_of_something_larger(cols, bits):
 
 
 @given(st.integers(0, 10_000), widths)
-@relaxed
+@settings(max_examples=60)
 def test_packed_words_are_the_fewest_that_hold_all_bits(count, bits):
     words = packed_words(count, bits)
     assert words * 32 >= count * bits > (words - 1) * 32

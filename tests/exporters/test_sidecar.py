@@ -9,25 +9,29 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibrationless import Outliers
+from calibrationless import KINDS, Columns, Patch, Points, as_points, covered, parts_of, restore
+from exporters import sidecar
 from exporters.errors import CheckpointError
-from exporters.sidecar import SidecarReader, SidecarWriter, patch_bytes
+from exporters.sidecar import COLUMNS, OUTLIERS, PlannedPatch, SidecarReader, SidecarWriter
 
 SETS = {"outliers": {"kind": "points", "mode": "replace"}}
 METADATA = {"format": "swquant-patches", "version": "1", "sets": json.dumps(SETS)}
+SHAPE = (50, 60)
 NAMES = ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.experts.7.w2", "lm_head", "weight.rows"]
 
 
-def points(count: int, dtype: torch.dtype, seed: int = 0) -> Outliers:
+def points(count: int, dtype: torch.dtype, seed: int = 0) -> Points:
     weight = torch.randn(50, 60, generator=torch.Generator().manual_seed(seed)).to(dtype)
     index = torch.randperm(3000, generator=torch.Generator().manual_seed(seed))[:count]
-    return Outliers.at(weight, index // 60, index % 60)
+    return Points.at(weight, index // 60, index % 60)
 
 
-def save(path: Path, outliers: dict[str, Outliers]) -> int:
-    writer = SidecarWriter(path, [(name, len(each), each.values.dtype) for name, each in outliers.items()])
+def save(path: Path, outliers: dict[str, Points]) -> int:
+    writer = SidecarWriter(
+        path, [PlannedPatch(OUTLIERS, name, len(each), SHAPE, each.values.dtype) for name, each in outliers.items()]
+    )
     for name, each in outliers.items():
-        writer.write(name, each)
+        writer.write(OUTLIERS, name, each)
     return writer.finish().nbytes
 
 
@@ -47,7 +51,7 @@ def parts(tensor: str = "x", count: int = 2, **changed: torch.Tensor) -> dict[st
         st.tuples(st.integers(0, 40), st.sampled_from([torch.float32, torch.float16, torch.bfloat16])),
     )
 )
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 def test_what_goes_in_comes_out(tmp_path_factory, sizes):
     path = tmp_path_factory.mktemp("sidecar") / "outliers.safetensors"
     written = {name: points(count, dtype, seed) for seed, (name, (count, dtype)) in enumerate(sizes.items())}
@@ -55,13 +59,14 @@ def test_what_goes_in_comes_out(tmp_path_factory, sizes):
     reader = SidecarReader(path)
     assert sorted(reader.tensors) == sorted(written)
     for name, outliers in written.items():
-        read = reader.read(name)
-        assert reader.counts[name] == len(outliers)
+        read = reader.read(OUTLIERS, name, SHAPE)
+        assert isinstance(read, Points)
+        assert reader.counts[OUTLIERS][name] == len(outliers)
         assert torch.equal(read.rows, outliers.rows)
         assert torch.equal(read.cols, outliers.cols)
         assert torch.equal(read.values, outliers.values)
         assert read.values.dtype is outliers.values.dtype
-    assert "another" not in reader.counts
+    assert all("another" not in counts for counts in reader.counts.values())
     reader.close()
 
 
@@ -81,14 +86,14 @@ def test_the_file_has_the_names_and_the_metadata_of_the_documentation(tmp_path):
 def test_a_point_takes_the_bytes_that_the_plan_counts(tmp_path, dtype):
     nbytes = save(tmp_path / "file", {"x": points(164, dtype)})
     header = int.from_bytes((tmp_path / "file").read_bytes()[:8], "little")
-    assert nbytes == 8 + header + patch_bytes(164, dtype)
+    assert nbytes == 8 + header + PlannedPatch(OUTLIERS, "x", 164, SHAPE, dtype).nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn])
 def test_values_that_no_weight_has_are_refused(tmp_path, dtype):
     safetensors.torch.save_file(parts(values=torch.ones(2).to(dtype)), tmp_path / "file", METADATA)
     with pytest.raises(CheckpointError, match=r"file.*x"):
-        SidecarReader(tmp_path / "file").read("x")
+        SidecarReader(tmp_path / "file").read(OUTLIERS, "x", SHAPE)
 
 
 OTHER_SETS = {
@@ -153,7 +158,7 @@ def test_points_of_a_set_that_the_metadata_does_not_name_are_refused(tmp_path):
 def test_a_value_that_is_not_finite_is_refused_with_the_tensor(tmp_path, value):
     safetensors.torch.save_file(parts(values=torch.tensor([1.0, value])), tmp_path / "file", METADATA)
     with pytest.raises(CheckpointError, match=r"file.*outlier of x is NaN or infinite"):
-        SidecarReader(tmp_path / "file").read("x")
+        SidecarReader(tmp_path / "file").read(OUTLIERS, "x", SHAPE)
 
 
 @pytest.mark.parametrize(
@@ -183,15 +188,90 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path, changed):
         count_and_read(tmp_path / "file")
 
 
-def count_and_read(path: Path) -> tuple[int, Outliers]:
+def count_and_read(path: Path) -> tuple[int, Patch]:
     reader = SidecarReader(path)
-    return reader.counts["x"], reader.read("x")
+    return reader.counts[OUTLIERS]["x"], reader.read(OUTLIERS, "x", SHAPE)
 
 
 def test_points_of_another_number_than_announced_are_refused(tmp_path):
-    writer = SidecarWriter(tmp_path / "file", [("x", 3, torch.float32)])
+    writer = SidecarWriter(tmp_path / "file", [PlannedPatch(OUTLIERS, "x", 3, SHAPE, torch.float32)])
     with pytest.raises(ValueError, match=r"outliers/x.rows.*\[3\] was announced"):
-        writer.write("x", points(2, torch.float32))
+        writer.write(OUTLIERS, "x", points(2, torch.float32))
     with pytest.raises(ValueError, match="not written"):
         writer.finish()
     writer.close()
+
+
+@given(
+    st.tuples(st.integers(1, 9), st.integers(1, 40)),
+    st.data(),
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)
+@settings(max_examples=40)
+def test_every_kind_is_written_read_and_restored(tmp_path_factory, shape, data, dtype):
+    """All sets together on one weight, against a restoring of plain loops."""
+    path = tmp_path_factory.mktemp("sidecar") / "outliers.safetensors"
+    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(7)).to(dtype)
+    cells = data.draw(st.sets(st.tuples(st.integers(0, shape[0] - 1), st.integers(0, shape[1] - 1)), min_size=1))
+    columns = data.draw(st.sets(st.integers(0, shape[1] - 1), min_size=1))
+    patches = {
+        COLUMNS: Columns.at(weight, torch.tensor(sorted(columns))),
+        OUTLIERS: Points.at(weight, *torch.tensor(sorted(cells)).T),
+    }
+    assert {type(patch) for patch in patches.values()} == {kind.patch for kind in KINDS.values()}
+    planned = [PlannedPatch(of_set, "x", len(patch), shape, dtype) for of_set, patch in patches.items()]
+    writer = SidecarWriter(path, planned)
+    for of_set, patch in patches.items():
+        writer.write(of_set, "x", patch)
+    nbytes = writer.finish().nbytes
+    assert nbytes == 8 + int.from_bytes(path.read_bytes()[:8], "little") + sum(patch.nbytes for patch in planned)
+    reader = SidecarReader(path)
+    assert reader.counts == {of_set: {"x": len(patch)} for of_set, patch in patches.items()}
+    read = reader.read_all("x", shape)
+    for before, after in zip(patches.values(), read, strict=True):
+        for part, value in parts_of(before).items():
+            assert torch.equal(getattr(after, part), value)
+    expected = torch.zeros(shape, dtype=dtype)
+    for row, col in {*cells, *((row, col) for row in range(shape[0]) for col in columns)}:
+        expected[row, col] = weight[row, col]
+    assert torch.equal(restore(torch.zeros(shape, dtype=dtype), *read), expected)
+    points, mask = as_points(read, shape), covered(read, shape)
+    assert points is not None
+    assert torch.equal(restore(torch.zeros(shape, dtype=dtype), points), expected)
+    assert mask is not None
+    assert int(mask.sum()) == len(points)
+    reader.close()
+
+
+COLUMN_PARTS = {"columns/x.cols": torch.tensor([1, 5], dtype=torch.int32), "columns/x.values": torch.ones(50, 2)}
+COLUMN_METADATA = {**METADATA, "sets": json.dumps({"columns": {"kind": "columns", "mode": "replace"}})}
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"cols": torch.tensor([1, 60], dtype=torch.int32)}, "column is outside 0 .. 59"),
+        ({"cols": torch.tensor([-1, 5], dtype=torch.int32)}, "column is outside 0 .. 59"),
+        ({"cols": torch.tensor([5, 5], dtype=torch.int32)}, "same place occurs twice"),
+        ({"values": torch.ones(49, 2)}, "do not belong"),
+        ({"values": torch.ones(50, 3)}, "do not belong"),
+        ({"values": torch.full((50, 2), float("nan"))}, "NaN or infinite"),
+    ],
+    ids=str,
+)
+def test_columns_that_do_not_fit_are_refused(tmp_path, changed, problem):
+    tensors = {**COLUMN_PARTS, **{f"columns/x.{part}": value for part, value in changed.items()}}
+    safetensors.torch.save_file(tensors, tmp_path / "file", COLUMN_METADATA)
+    with pytest.raises(CheckpointError, match=rf"file.*kept column of x.*{problem}"):
+        SidecarReader(tmp_path / "file").read(COLUMNS, "x", SHAPE)
+
+
+def test_a_point_that_occurs_twice_is_refused(tmp_path):
+    twice = parts(rows=torch.tensor([3, 3], dtype=torch.int32), cols=torch.tensor([4, 4], dtype=torch.int32))
+    safetensors.torch.save_file(twice, tmp_path / "file", METADATA)
+    with pytest.raises(CheckpointError, match=r"file.*outlier of x.*twice"):
+        SidecarReader(tmp_path / "file").read(OUTLIERS, "x", SHAPE)
+
+
+def test_every_set_has_a_kind():
+    assert set(sidecar.SETS.values()) == set(KINDS)

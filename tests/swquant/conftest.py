@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROMPT, Planted, plant, planted_model, save_model, tiny_model
+from support.tiny_models import PROMPT, Planted, plant, planted_model, save_model, tiny_model
 
 import swquant
 

@@ -7,18 +7,18 @@ import importlib.metadata
 import json
 import re
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Ran
+from support.command_line import Cli
+from support.paths import PROJECT
 
 from swquant import doctor
 
 
 @pytest.mark.parametrize("package", sorted(doctor._NEEDED))
 def test_a_missing_package_is_named_with_the_command_that_installs_it(
-    cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, package: str
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
     version, load = importlib.metadata.version, importlib.import_module
 
@@ -59,13 +59,13 @@ def test_a_broken_package_is_missing_too(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_every_dependency_is_examined() -> None:
     """Those without which the command line does not even start need no examination."""
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
     names = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"]}  # type: ignore[index]
     assert names - {"rich", "typer"} == set(doctor._NEEDED)
 
 
 def test_a_library_that_was_not_compiled_comes_with_the_command(
-    cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("exporters.ops.library_path", lambda: None)
     monkeypatch.setattr("exporters.ops.build.find_compiler", lambda: "/usr/bin/c++")

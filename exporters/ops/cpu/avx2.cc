@@ -17,6 +17,8 @@
 #pragma GCC target("avx2,fma")
 #endif
 
+#include "strips.h"
+
 namespace swquant::cpu {
 namespace {
 
@@ -106,61 +108,35 @@ void int8_rows(const Layout& layout, int64_t group, const int8_t* q, const Piece
 }
 
 template <int kPer>
-void int8_strips(const Layout& layout, int64_t group, const int8_t* q, const PieceScale* scales, int64_t rows, float* y) {
-  const auto pieces = static_cast<int64_t>(layout.pieces.size());
-  const auto next = [&](int64_t done) {
-    q += done * layout.padded;
-    scales += done * pieces;
-    y += done * kGroup;
-    rows -= done;
-  };
-  if constexpr (kPer != 1) {
-    for (; rows >= 4; next(4)) int8_rows<kPer, 4>(layout, group, q, scales, y);
-  }
-  for (; rows >= 2; next(2)) int8_rows<kPer, 2>(layout, group, q, scales, y);
-  for (; rows >= 1; next(1)) int8_rows<kPer, 1>(layout, group, q, scales, y);
-}
-
-void multiply_int8(const Layout& layout, int64_t group, const int8_t* q, const PieceScale* scales, int64_t rows, float* y) {
-  switch (layout.per_byte) {
-    case 4: return int8_strips<4>(layout, group, q, scales, rows, y);
-    case 2: return int8_strips<2>(layout, group, q, scales, rows, y);
-    default: return int8_strips<1>(layout, group, q, scales, rows, y);
-  }
-}
-
-void dequantize(const Layout& layout, int64_t group, int64_t first, int64_t last, float* panel) {
-  const __m256i mask = _mm256_set1_epi32((1 << layout.bits_stored) - 1);
-  for (int64_t p = first; p < last; ++p) {
-    const Piece& piece = layout.pieces[static_cast<size_t>(p)];
-    const uint8_t* lanes = layout.group_codes(group) + piece.unit * kUnit;
-    const float* scale = layout.block_scales(group, piece.block);
-    const float* zeros = layout.block_zeros(group, piece.block);
+void dequantize_piece(const Layout& layout, int units, const uint8_t* lanes, const float* scale, const float* zeros,
+                      float* panel) {
+  constexpr int kBits = 8 / kPer;
+  const __m256i mask = _mm256_set1_epi32((1 << kBits) - 1);
 #pragma GCC unroll 16
-    for (int h = 0; h < 2; ++h) {
-      const __m256 w = _mm256_load_ps(scale + 8 * h);
-      const __m256 zero_point = zeros ? _mm256_load_ps(zeros + 8 * h) : _mm256_set1_ps(layout.zero_point);
-      float* to = panel + 8 * h;
-      for (int unit = 0; unit < piece.units; ++unit) {
-        const __m256i four = _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes + unit * kUnit + 32 * h));
-        for (int i = 0; i < layout.per_byte; ++i) {
-          __m256i codes = _mm256_srl_epi32(four, _mm_cvtsi32_si128(i * layout.bits_stored));
+  for (int h = 0; h < 2; ++h) {
+    const __m256 w = _mm256_load_ps(scale + 8 * h);
+    const __m256 zero_point = zeros ? _mm256_load_ps(zeros + 8 * h) : _mm256_set1_ps(layout.zero_point);
+    float* to = panel + 8 * h;
+    for (int unit = 0; unit < units; ++unit) {
+      const __m256i four = _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes + unit * kUnit + 32 * h));
 #pragma GCC unroll 16
-          for (int j = 0; j < 4; ++j, to += kGroup) {
-            const __m256 code = _mm256_cvtepi32_ps(_mm256_and_si256(codes, mask));
-            _mm256_store_ps(to, _mm256_mul_ps(_mm256_sub_ps(code, zero_point), w));
-            codes = _mm256_srli_epi32(codes, 8);
-          }
+      for (int i = 0; i < kPer; ++i) {
+        __m256i codes = _mm256_srli_epi32(four, i * kBits);
+#pragma GCC unroll 16
+        for (int j = 0; j < 4; ++j, to += kGroup) {
+          const __m256 code = _mm256_cvtepi32_ps(_mm256_and_si256(codes, mask));
+          _mm256_store_ps(to, _mm256_mul_ps(_mm256_sub_ps(code, zero_point), w));
+          codes = _mm256_srli_epi32(codes, 8);
         }
       }
     }
-    panel += piece.units * layout.unit_columns() * kGroup;
   }
 }
 
-// kChains independent sums per row hide the latency of the additions where there are few rows. columns: a multiple of 4.
-template <int kRows, int kChains>
+// kChains independent sums per row hide the latency of the additions where there are few rows.
+template <int kRows>
 void float_rows(const float* panel, int64_t columns, const float* a, int64_t stride, float* y) {
+  constexpr int kChains = kRows < 4 ? 4 / kRows : 1;
   __m256 sums[kChains][kRows][2];
 #pragma GCC unroll 16
   for (auto& chain : sums)
@@ -189,18 +165,6 @@ void float_rows(const float* panel, int64_t columns, const float* a, int64_t str
       _mm256_storeu_ps(y + m * kGroup + 8 * h, total);
     }
   }
-}
-
-void multiply(const float* panel, int64_t columns, const float* a, int64_t stride, int64_t rows, float* y) {
-  const auto next = [&](int64_t done) {
-    a += done * stride;
-    y += done * kGroup;
-    rows -= done;
-  };
-  for (; rows >= 6; next(6)) float_rows<6, 1>(panel, columns, a, stride, y);
-  for (; rows >= 4; next(4)) float_rows<4, 1>(panel, columns, a, stride, y);
-  for (; rows >= 2; next(2)) float_rows<2, 2>(panel, columns, a, stride, y);
-  for (; rows >= 1; next(1)) float_rows<1, 4>(panel, columns, a, stride, y);
 }
 
 }  // namespace
@@ -247,7 +211,7 @@ void quantize_avx2(const Layout& layout, const float* a, int8_t* q, PieceScale* 
   }
 }
 
-const Kernels kAvx2 = {"avx2", quantize_avx2, multiply_int8, dequantize, multiply};
+const Kernels kAvx2 = {"avx2", quantize_avx2, multiply_int8<4, 2>, dequantize, multiply<6>};
 
 }  // namespace swquant::cpu
 

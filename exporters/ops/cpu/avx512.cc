@@ -20,6 +20,8 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512vnni")
 #endif
 
+#include "strips.h"
+
 namespace swquant::cpu {
 namespace {
 
@@ -105,54 +107,31 @@ void int8_rows(const Layout& layout, int64_t group, const int8_t* q, const Piece
 }
 
 template <int kPer>
-void int8_strips(const Layout& layout, int64_t group, const int8_t* q, const PieceScale* scales, int64_t rows, float* y) {
-  const auto pieces = static_cast<int64_t>(layout.pieces.size());
-  const auto next = [&](int64_t done) {
-    q += done * layout.padded;
-    scales += done * pieces;
-    y += done * kGroup;
-    rows -= done;
-  };
-  for (; rows >= 8; next(8)) int8_rows<kPer, 8>(layout, group, q, scales, y);
-  for (; rows >= 4; next(4)) int8_rows<kPer, 4>(layout, group, q, scales, y);
-  for (; rows >= 2; next(2)) int8_rows<kPer, 2>(layout, group, q, scales, y);
-  for (; rows >= 1; next(1)) int8_rows<kPer, 1>(layout, group, q, scales, y);
-}
-
-void multiply_int8(const Layout& layout, int64_t group, const int8_t* q, const PieceScale* scales, int64_t rows, float* y) {
-  switch (layout.per_byte) {
-    case 4: return int8_strips<4>(layout, group, q, scales, rows, y);
-    case 2: return int8_strips<2>(layout, group, q, scales, rows, y);
-    default: return int8_strips<1>(layout, group, q, scales, rows, y);
-  }
-}
-
-void dequantize(const Layout& layout, int64_t group, int64_t first, int64_t last, float* panel) {
-  const __m512i mask = _mm512_set1_epi32((1 << layout.bits_stored) - 1);
-  for (int64_t p = first; p < last; ++p) {
-    const Piece& piece = layout.pieces[static_cast<size_t>(p)];
-    const uint8_t* lanes = layout.group_codes(group) + piece.unit * kUnit;
-    const __m512 scale = _mm512_load_ps(layout.block_scales(group, piece.block));
-    const float* zeros = layout.block_zeros(group, piece.block);
-    const __m512 zero_point = zeros ? _mm512_load_ps(zeros) : _mm512_set1_ps(layout.zero_point);
-    for (int unit = 0; unit < piece.units; ++unit, lanes += kUnit) {
-      const __m512i packed = _mm512_load_si512(lanes);
-      for (int i = 0; i < layout.per_byte; ++i) {
-        __m512i codes = _mm512_srli_epi32(packed, static_cast<unsigned>(i * layout.bits_stored));
+void dequantize_piece(const Layout& layout, int units, const uint8_t* lanes, const float* scale, const float* zeros,
+                      float* panel) {
+  constexpr int kBits = 8 / kPer;
+  const __m512i mask = _mm512_set1_epi32((1 << kBits) - 1);
+  const __m512 w = _mm512_load_ps(scale);
+  const __m512 zero_point = zeros ? _mm512_load_ps(zeros) : _mm512_set1_ps(layout.zero_point);
+  for (int unit = 0; unit < units; ++unit, lanes += kUnit) {
+    const __m512i packed = _mm512_load_si512(lanes);
 #pragma GCC unroll 16
-        for (int j = 0; j < 4; ++j, panel += kGroup) {
-          const __m512 code = _mm512_cvtepi32_ps(_mm512_and_si512(codes, mask));
-          _mm512_store_ps(panel, _mm512_mul_ps(_mm512_sub_ps(code, zero_point), scale));
-          codes = _mm512_srli_epi32(codes, 8);
-        }
+    for (int i = 0; i < kPer; ++i) {
+      __m512i codes = _mm512_srli_epi32(packed, static_cast<unsigned>(i * kBits));
+#pragma GCC unroll 16
+      for (int j = 0; j < 4; ++j, panel += kGroup) {
+        const __m512 code = _mm512_cvtepi32_ps(_mm512_and_si512(codes, mask));
+        _mm512_store_ps(panel, _mm512_mul_ps(_mm512_sub_ps(code, zero_point), w));
+        codes = _mm512_srli_epi32(codes, 8);
       }
     }
   }
 }
 
-// kChains independent sums per row hide the latency of the additions where there are few rows. columns: a multiple of 4.
-template <int kRows, int kChains>
+// kChains independent sums per row hide the latency of the additions where there are few rows.
+template <int kRows>
 void float_rows(const float* panel, int64_t columns, const float* a, int64_t stride, float* y) {
+  constexpr int kChains = kRows == 1 ? 4 : 8 / kRows;
   __m512 sums[kChains][kRows];
 #pragma GCC unroll 16
   for (auto& chain : sums)
@@ -177,21 +156,9 @@ void float_rows(const float* panel, int64_t columns, const float* a, int64_t str
   }
 }
 
-void multiply(const float* panel, int64_t columns, const float* a, int64_t stride, int64_t rows, float* y) {
-  const auto next = [&](int64_t done) {
-    a += done * stride;
-    y += done * kGroup;
-    rows -= done;
-  };
-  for (; rows >= 8; next(8)) float_rows<8, 1>(panel, columns, a, stride, y);
-  for (; rows >= 4; next(4)) float_rows<4, 2>(panel, columns, a, stride, y);
-  for (; rows >= 2; next(2)) float_rows<2, 4>(panel, columns, a, stride, y);
-  for (; rows >= 1; next(1)) float_rows<1, 4>(panel, columns, a, stride, y);
-}
-
 }  // namespace
 
-const Kernels kAvx512 = {"avx512", quantize_avx2, multiply_int8, dequantize, multiply};
+const Kernels kAvx512 = {"avx512", quantize_avx2, multiply_int8<8>, dequantize, multiply<8>};
 
 }  // namespace swquant::cpu
 

@@ -24,6 +24,19 @@ struct Outlier {
   float delta;
 };
 
+// One call, and what is made of A before it meets the weights.
+struct Call {
+  const ort::KernelContext* context;
+  Activations in;
+  const float* floats = nullptr;  // [rows][stride], at level 0: A itself, or `copy`
+  Buffer<float> copy;
+  Buffer<int8_t> q;      // [rows][padded], at level 4
+  Buffer<float> scales;  // [rows][pieces], PieceScale
+  Buffer<float> across;  // A by column, [strips][K][kRows], where many rows meet outliers
+
+  PieceScale* piece_scales() const { return reinterpret_cast<PieceScale*>(scales.get()); }
+};
+
 }  // namespace
 
 struct Linear::State {
@@ -42,10 +55,15 @@ struct Linear::State {
   State(const ort::Api* api, const ort::KernelInfo* info, ort::Type type);
   void decode_channels();
   void read(const void* a, int64_t row, float* to, float* plain) const;
-  void tile(const void* a, const float* floats, int64_t stride, const int8_t* q, const PieceScale* scales,
-            const float* across, int64_t group, int64_t m, int64_t rows, float* panel, float* y) const;
-  void add_outliers(const void* a, const float* across, int64_t group, int64_t m, int64_t rows, float* y) const;
-  void run(const ort::KernelContext* context, const void* a, int64_t rows, void* y) const;
+  void add_outliers(const Call& call, int64_t group, int64_t m, int64_t rows, float* y) const;
+  void tile(const Call& call, int64_t group, int64_t m, int64_t rows, float* panel, float* y) const;
+  void read_all(Call& call) const;
+  void lay_across(Call& call) const;
+  void multiply_all(const Call& call) const;
+
+  int64_t pieces() const { return static_cast<int64_t>(layout.pieces.size()); }
+  // Floats between rows: those that lie a power of two apart would fight for the same few lines of the first cache.
+  int64_t stride() const { return layout.padded + 16; }
 };
 
 Linear::State::State(const ort::Api* api, const ort::KernelInfo* info, ort::Type type)
@@ -108,12 +126,13 @@ void Linear::State::read(const void* a, int64_t row, float* to, float* plain) co
   }
 }
 
-// The outliers of a group to y[rows][16], for rows m … of A. across: these rows by column, [K][kRows], if there are many.
-void Linear::State::add_outliers(const void* a, const float* across, int64_t group, int64_t m, int64_t rows, float* y) const {
+// The outliers of a group to y[rows][16], for rows m … of A.
+void Linear::State::add_outliers(const Call& call, int64_t group, int64_t m, int64_t rows, float* y) const {
   const Outlier* first = outliers.data() + first_outlier[static_cast<size_t>(group)];
   const Outlier* end = outliers.data() + first_outlier[static_cast<size_t>(group + 1)];
   if (first == end) return;
-  if (across) {
+  if (call.across) {
+    const float* across = call.across.get() + m * layout.inputs;
     alignas(64) float sums[kGroup][kRows] = {};
     for (const Outlier* outlier = first; outlier != end; ++outlier) {
       const float* x = across + outlier->col * kRows;
@@ -128,43 +147,42 @@ void Linear::State::add_outliers(const void* a, const float* across, int64_t gro
   for (int64_t i = 0; i < rows; ++i, y += kGroup) {
     const int64_t at = (m + i) * layout.inputs;
     if (type == ort::kFloat) {
-      const float* x = static_cast<const float*>(a) + at;
+      const float* x = static_cast<const float*>(call.in.a) + at;
       for (const Outlier* outlier = first; outlier != end; ++outlier) y[outlier->lane] += x[outlier->col] * outlier->delta;
     } else {
       for (const Outlier* outlier = first; outlier != end; ++outlier) {
-        y[outlier->lane] += load(type, a, at + outlier->col) * outlier->delta;
+        y[outlier->lane] += load(type, call.in.a, at + outlier->col) * outlier->delta;
       }
     }
   }
 }
 
 // y[rows][16] of one group, for rows m … of A.
-void Linear::State::tile(const void* a, const float* floats, int64_t stride, const int8_t* q, const PieceScale* scales,
-                         const float* across, int64_t group, int64_t m, int64_t rows, float* panel, float* y) const {
-  const auto pieces = static_cast<int64_t>(layout.pieces.size());
+void Linear::State::tile(const Call& call, int64_t group, int64_t m, int64_t rows, float* panel, float* y) const {
   if (int8) {
-    kernels->multiply_int8(layout, group, q + m * layout.padded, scales + m * pieces, rows, y);
+    const PieceScale* scales = call.piece_scales() + m * pieces();
+    kernels->multiply_int8(layout, group, call.q.get() + m * layout.padded, scales, rows, y);
   } else {
     std::memset(y, 0, static_cast<size_t>(rows * kGroup) * 4);
-    for (int64_t first = 0; first < pieces;) {
+    for (int64_t first = 0; first < pieces();) {
       const int64_t start = layout.pieces[static_cast<size_t>(first)].offset;
       int64_t last = first, columns = 0;
-      for (; last < pieces; ++last) {
+      for (; last < pieces(); ++last) {
         const int64_t more = layout.pieces[static_cast<size_t>(last)].units * layout.unit_columns();
         if (last > first && columns + more > kPanel) break;
         columns += more;
       }
       kernels->dequantize(layout, group, first, last, panel);
-      kernels->multiply(panel, columns, floats + m * stride + start, stride, rows, y);
+      kernels->multiply(panel, columns, call.floats + m * stride() + start, stride(), rows, y);
       first = last;
     }
   }
-  add_outliers(a, across, group, m, rows, y);
+  add_outliers(call, group, m, rows, y);
   const float* extra = channel_weights.get() + group * static_cast<int64_t>(channels.size()) * kGroup;
   for (int64_t i = 0; i < rows; ++i, y += kGroup) {
     const int64_t at = (m + i) * layout.inputs;
     for (size_t c = 0; c < channels.size(); ++c) {
-      const float x = load(type, a, at + channels[c]);
+      const float x = load(type, call.in.a, at + channels[c]);
       for (int r = 0; r < kGroup; ++r) y[r] += x * extra[static_cast<int64_t>(c) * kGroup + r];
     }
     if (bias) {
@@ -176,6 +194,7 @@ void Linear::State::tile(const void* a, const float* floats, int64_t stride, con
 namespace {
 
 // The runtime's thread pool calls `body(index)` for 0 … count − 1. The first exception ends up in the caller.
+// Memory is taken before, where running out of it can still be reported.
 template <typename Body>
 void parallel(const ort::Api* api, const ort::KernelContext* context, int64_t count, const Body& body) {
   if (count <= 1) {
@@ -191,66 +210,66 @@ int64_t ceil_divide(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 }  // namespace
 
-void Linear::State::run(const ort::KernelContext* context, const void* a, int64_t rows, void* y) const {
-  const auto pieces = static_cast<int64_t>(layout.pieces.size());
-  const int64_t padded = layout.padded;
-  const bool direct = !int8 && type == ort::kFloat && rows == 1 && padded == layout.inputs;
-  // Rows that lie a power of two apart would fight for the same few lines of the first cache.
-  const int64_t stride = padded + 16;
-  // All memory is taken here, where running out of it can still be reported.
-  Buffer<float> floats = direct ? nullptr : allocate<float>(int8 ? 0 : rows * stride);
-  Buffer<int8_t> q = allocate<int8_t>(int8 ? rows * padded : 0);
-  Buffer<float> scales = allocate<float>(int8 ? rows * pieces * 2 : 0);
-  auto* piece_scales = reinterpret_cast<PieceScale*>(scales.get());
+// A for the product: as float32 at level 0, rounded to int8 at level 4.
+void Linear::State::read_all(Call& call) const {
+  const int64_t rows = call.in.rows, padded = layout.padded;
+  if (!int8 && type == ort::kFloat && rows == 1 && padded == layout.inputs) {
+    call.floats = static_cast<const float*>(call.in.a);
+    return;
+  }
+  call.floats = (call.copy = allocate<float>(int8 ? 0 : rows * stride())).get();
+  call.q = allocate<int8_t>(int8 ? rows * padded : 0);
+  call.scales = allocate<float>(int8 ? rows * pieces() * 2 : 0);
+  const int64_t share = std::max(ceil_divide(kTask / 8, padded), ceil_divide(rows, kTasks));
+  const int64_t readers = ceil_divide(rows, share);
+  const int64_t room = layout.inputs + (int8 ? padded : 0);
+  Buffer<float> temporary = allocate<float>(readers * room);
+  parallel(api, call.context, readers, [&](int64_t reader) {
+    float* plain = temporary.get() + reader * room;
+    for (int64_t m = reader * share; m < std::min(rows, (reader + 1) * share); ++m) {
+      float* to = int8 ? plain + layout.inputs : call.copy.get() + m * stride();
+      read(call.in.a, m, to, plain);
+      if (int8) kernels->quantize(layout, to, call.q.get() + m * padded, call.piece_scales() + m * pieces());
+    }
+  });
+}
 
-  const int64_t strips = ceil_divide(rows, kRows);
-  const int64_t group_work = std::min(rows, kRows) * padded * kGroup;
+// A by column for the outliers, zeros below its last row; nothing where rows are few.
+void Linear::State::lay_across(Call& call) const {
+  const int64_t rows = call.in.rows, strips = ceil_divide(rows, kRows);
+  if (rows < kAcross || outliers.empty()) return;
+  call.across = allocate<float>(strips * layout.inputs * kRows);
+  const int64_t share = std::max(ceil_divide(kTask / 8, kRows), ceil_divide(layout.inputs, kTasks));  // columns
+  const int64_t shares = ceil_divide(layout.inputs, share);
+  parallel(api, call.context, strips * shares, [&](int64_t task) {
+    const int64_t m = task / shares * kRows, count = std::min(kRows, rows - m), begin = task % shares * share;
+    for (int64_t k = begin; k < std::min(layout.inputs, begin + share); ++k) {
+      float* to = call.across.get() + m * layout.inputs + k * kRows;
+      for (int64_t i = 0; i < kRows; ++i) to[i] = i < count ? load(type, call.in.a, (m + i) * layout.inputs + k) : 0.0f;
+    }
+  });
+}
+
+// Y, in tasks of one strip of A and some groups of weights.
+void Linear::State::multiply_all(const Call& call) const {
+  const int64_t rows = call.in.rows;
+  const int64_t group_work = std::min(rows, kRows) * layout.padded * kGroup;
   const int64_t per_task = std::max(ceil_divide(kTask, group_work), ceil_divide(layout.groups, kTasks));  // groups
   const int64_t chunks = ceil_divide(layout.groups, per_task);
-
-  if (!direct) {
-    const int64_t share = std::max(ceil_divide(kTask / 8, padded), ceil_divide(rows, kTasks));
-    const int64_t readers = ceil_divide(rows, share);
-    const int64_t room = layout.inputs + (int8 ? padded : 0);
-    Buffer<float> temporary = allocate<float>(readers * room);
-    parallel(api, context, readers, [&](int64_t reader) {
-      float* plain = temporary.get() + reader * room;
-      for (int64_t m = reader * share; m < std::min(rows, (reader + 1) * share); ++m) {
-        float* to = int8 ? plain + layout.inputs : floats.get() + m * stride;
-        read(a, m, to, plain);
-        if (int8) kernels->quantize(layout, to, q.get() + m * padded, piece_scales + m * pieces);
-      }
-    });
-  }
-  const bool many = rows >= kAcross && !outliers.empty();
-  Buffer<float> across = allocate<float>(many ? strips * layout.inputs * kRows : 0);
-  if (many) {
-    const int64_t share = std::max(ceil_divide(kTask / 8, kRows), ceil_divide(layout.inputs, kTasks));  // columns
-    const int64_t shares = ceil_divide(layout.inputs, share);
-    parallel(api, context, strips * shares, [&](int64_t task) {
-      const int64_t m = task / shares * kRows, count = std::min(kRows, rows - m), begin = task % shares * share;
-      for (int64_t k = begin; k < std::min(layout.inputs, begin + share); ++k) {
-        float* to = across.get() + (m / kRows * layout.inputs + k) * kRows;
-        for (int64_t i = 0; i < kRows; ++i) to[i] = i < count ? load(type, a, (m + i) * layout.inputs + k) : 0.0f;
-      }
-    });
-  }
-  const float* source = direct ? static_cast<const float*>(a) : floats.get();
-  parallel(api, context, chunks * strips, [&](int64_t task) {
+  parallel(api, call.context, chunks * ceil_divide(rows, kRows), [&](int64_t task) {
     alignas(64) float panel[kPanel * kGroup], tile_y[kRows * kGroup];
     const int64_t m = task / chunks * kRows, count = std::min(kRows, rows - m);
     const int64_t begin = task % chunks * per_task, end = std::min(layout.groups, begin + per_task);
     for (int64_t group = begin; group < end; ++group) {
-      const float* strip = many ? across.get() + m / kRows * layout.inputs * kRows : nullptr;
-      tile(a, source, stride, q.get(), piece_scales, strip, group, m, count, panel, tile_y);
+      tile(call, group, m, count, panel, tile_y);
       const int64_t n = group * kGroup;
       const auto width = static_cast<int>(std::min<int64_t>(kGroup, layout.outputs - n));
       for (int64_t i = 0; i < count; ++i) {
         const int64_t to = (m + i) * layout.outputs + n;
         if (type == ort::kFloat) {
-          std::memcpy(static_cast<float*>(y) + to, tile_y + i * kGroup, static_cast<size_t>(width) * 4);
+          std::memcpy(static_cast<float*>(call.in.y) + to, tile_y + i * kGroup, static_cast<size_t>(width) * 4);
         } else {
-          for (int r = 0; r < width; ++r) store(type, y, to + r, tile_y[i * kGroup + r]);
+          for (int r = 0; r < width; ++r) store(type, call.in.y, to + r, tile_y[i * kGroup + r]);
         }
       }
     }
@@ -263,8 +282,11 @@ Linear::~Linear() = default;
 
 void Linear::compute(ort::KernelContext* context) const {
   const State& state = *state_;
-  const Activations in = read_activations(state.api, context, state.node, state.layout.inputs, state.layout.outputs);
-  if (in.rows) state.run(context, in.a, in.rows, in.y);
+  Call call{context, read_activations(state.api, context, state.node, state.layout.inputs, state.layout.outputs)};
+  if (!call.in.rows) return;
+  state.read_all(call);
+  state.lay_across(call);
+  state.multiply_all(call);
 }
 
 }  // namespace swquant::cpu

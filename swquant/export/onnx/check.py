@@ -1,8 +1,8 @@
 """The check after an export: the file is run on ONNX Runtime and compared with the torch model it was made from.
 
-Compared are the logits of the prompt at once, and then of every token that the torch model continues it with, one at a time
-through the cache; and what the restored outliers change. A file that differs by more than its arithmetic explains is not
-written under its final name.
+Compared are the logits of the prompt at once, and then of every token that the torch model continues it with, one at a
+time through the cache; and what the restored outliers change. A file that differs by more than its arithmetic explains
+is not written under its final name.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ import torch
 from transformers import PreTrainedModel
 
 from exporters.errors import SwquantError
-from exporters.onnx.write import MODEL
+from exporters.onnx.files import MODEL
+from swquant.checkpoints.schema import CheckRecord
 from swquant.export.onnx.options import ExportOptions
 from swquant.models.onnx_model import OnnxModel
 from swquant.models.runtime import library_path, open_session
+from swquant.units import short
 
 __all__ = ["Reference", "check_export", "make_reference"]
 
@@ -106,7 +108,7 @@ def _providers(folder: Path, config: Any, reference: Reference) -> dict[str, int
 
 def check_export(
     folder: Path, deltas: Mapping[str, np.ndarray], config: Any, reference: Reference, options: ExportOptions
-) -> dict[str, Any]:
+) -> CheckRecord:
     """Compare the model in `folder` with the reference. Raises SwquantError where it is another model.
 
     deltas: the initializers that hold outliers. Returns the record for the manifest.
@@ -128,8 +130,8 @@ def check_export(
         "generated_tokens": len(reference.chosen),
         "same_tokens": agreed,
         "operator_library": with_library is not None,
-        "largest_difference": float(f"{difference:.3g}"),
+        "largest_difference": short(difference, 3),
         "tolerance": tolerance,
-        "without_outliers": float(f"{_without_outliers(folder, deltas, config, reference):.3g}") if deltas else None,
+        "without_outliers": short(_without_outliers(folder, deltas, config, reference), 3) if deltas else None,
         "providers": _providers(folder, config, reference),
     }

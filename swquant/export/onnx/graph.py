@@ -1,10 +1,10 @@
 """The graph of a compressed model: through torch's exporter, any architecture that transformers builds, or through
 onnxruntime-genai's builder, faster, for those that it knows.
 
-Inputs and outputs have the names that the ecosystem agreed on (optimum, onnxruntime-genai, transformers.js): `input_ids`,
-`attention_mask`, `position_ids` and for every layer `past_key_values.N.key` and `.value` in, `logits` and `present.N.key`
-and `.value` out. All dimensions are dynamic, and the past may be empty: prompt and next token go through one graph. The
-builder's has no `position_ids`.
+Inputs and outputs have the names that the ecosystem agreed on (optimum, onnxruntime-genai, transformers.js):
+`input_ids`, `attention_mask`, `position_ids` and for every layer `past_key_values.N.key` and `.value` in, `logits` and
+`present.N.key` and `.value` out. All dimensions are dynamic, and the past may be empty: prompt and next token go
+through one graph. The builder's has no `position_ids`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 from exporters.errors import SwquantError, first_line
 from exporters.json_file import read_json, write_json
 from exporters.onnx.dynamo import Placeholder, export_graph
+from exporters.onnx.files import MODEL
 from exporters.onnx.genai import BuilderError, build_graph, place_weights
 from exporters.onnx.nodes import PackedWeight
 from swquant.models.loading import quiet
@@ -41,7 +42,7 @@ class CausalGraph(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
     ) -> tuple[Tensor, ...]:
         """Logits [batch, sequence, vocabulary], then the keys and values of every layer with the new ones appended."""
-        # A plain cache: one that is told of sliding windows would drop what the masks hide anyway, and its length with it.
+        # A plain cache: told of sliding windows, it would drop what the masks hide anyway, and its length with it.
         cache = DynamicCache()
         for layer in range(len(past) // 2):
             cache.update(past[2 * layer], past[2 * layer + 1], layer)
@@ -78,7 +79,7 @@ def dynamo_graph(
 ) -> onnx_ir.Model:
     """The ONNX graph of a model whose linears named in `weights` are packed; the model loses them.
 
-    tied: the output head among them whose codes are the embedding's, too. Raises SwquantError where torch cannot trace it.
+    tied: the output head among them whose codes are the embedding's, too. Raises SwquantError where torch cannot.
     """
     form = _cache_form(model)
     _put_placeholders(model, weights)
@@ -131,8 +132,9 @@ def save_for_builder(model: PreTrainedModel, folder: Path) -> None:
 
 
 def adapt_config(folder: Path) -> None:
-    """Where kinds of layers have rotary embeddings of their own (Gemma 3), transformers 5 nests their parameters by kind; the
-    builder (0.18) looks for those of full attention on top, and for the base of sliding attention under its old name."""
+    """Where kinds of layers have rotary embeddings of their own (Gemma 3), transformers 5 nests their parameters by
+    kind; the builder (0.18) looks for those of full attention on top, and for the base of sliding attention under its
+    old name."""
     config = read_json(folder / "config.json")
     rope = config.get("rope_parameters") or {}
     if "full_attention" in rope and "sliding_attention" in rope:
@@ -150,8 +152,9 @@ def genai_graph(
     *,
     half: bool,
 ) -> onnx_ir.Model:
-    """The builder's graph of the model in `source`, its MatMuls replaced. `out`: a scratch folder that the builder fills; its
-    files must live as long as the graph. half: in float16. Raises SwquantError where the builder does not know the architecture.
+    """The builder's graph of the model in `source`, its MatMuls replaced. `out`: a scratch folder that the builder
+    fills; its files must live as long as the graph. half: in float16. Raises SwquantError where the builder does not
+    know the architecture.
     """
     families: dict[str, set[tuple[object, ...]]] = {}
     for module, weight in weights.items():
@@ -162,7 +165,7 @@ def genai_graph(
     alike = all(len(forms) == 1 for forms in families.values()) and count in (0, 3 * len(families))
     try:
         build_graph(source, out, fuse_qkv=alike, half=half)
-        return place_weights(out / "model.onnx", weights, dense, head)
+        return place_weights(out / MODEL, weights, dense, head)
     except BuilderError as error:
         raise SwquantError(
             f"{name}: onnxruntime-genai's builder cannot export this model ({error}); use --graph dynamo"

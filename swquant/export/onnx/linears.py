@@ -1,9 +1,9 @@
 """From a compressed checkpoint to the packed weights of an ONNX graph, and which inputs level 4 may not round.
 
-Accuracy level 4 rounds activations to int8 in blocks along the inputs. One massive channel in a block takes all levels for
-itself; the block's other activations vanish, which is the super weight's problem in the activations. So the channels that
-tower over the others on the one prompt are multiplied apart, in float: those that the checkpoint names, if its activations are
-int8, or those that the same rule finds here.
+Accuracy level 4 rounds activations to int8 in blocks along the inputs. One massive channel in a block takes all levels
+for itself; the block's other activations vanish, which is the super weight's problem in the activations. So the
+channels that tower over the others on the one prompt are multiplied apart, in float: those that the checkpoint names,
+if its activations are int8, or those that the same rule finds here.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calibrationless import Group, dequantize, fit, massive_channels, quantize
+from calibrationless import Group, as_points, dequantize, fit, massive_channels, quantize, shape_of
 from exporters.errors import SwquantError
 from exporters.onnx.nodes import PackedWeight, pack_weight
 from swquant.checkpoints.compressed import CompressedCheckpoint
-from swquant.models.architecture import describe
+from swquant.models.architecture import LinearKind, describe
 from swquant.models.rounded_inputs import kept_channels
 
 __all__ = ["at_level_4", "channels_of", "pack_head", "pack_weights", "unsupported", "watch_peaks"]
@@ -44,10 +44,16 @@ def pack_weights(
     weights: dict[str, PackedWeight] = {}
     for name in checkpoint.quantized_names:
         linear = architecture.weights.get(name)
-        if linear is None or linear.kind != "linear" or not isinstance(model.get_submodule(linear.module), nn.Linear):
+        if (
+            linear is None
+            or linear.kind is not LinearKind.LINEAR
+            or not isinstance(model.get_submodule(linear.module), nn.Linear)
+        ):
             raise unsupported(checkpoint.name, name)
         try:
-            weights[linear.module] = pack_weight(checkpoint.quantized(name), checkpoint.outliers(name), dtype)
+            quantized = checkpoint.quantized(name)
+            points = as_points(checkpoint.patches(name), quantized.shape)  # the node knows only these
+            weights[linear.module] = pack_weight(quantized, points, dtype)
         except ValueError as error:
             raise SwquantError(f"{checkpoint.name}: {name}: {error}; use --precision fp32") from None
     return weights
@@ -63,7 +69,7 @@ def pack_head(model: PreTrainedModel, bits: int, dtype: torch.dtype) -> tuple[st
     tied = embedding.weight is head.weight
     name = next(name for name, module in model.named_modules() if module is head)
     weight = head.weight.detach()
-    block = fit(Group(_HEAD_BLOCK), (weight.shape[0], weight.shape[1]))
+    block = fit(Group(_HEAD_BLOCK), shape_of(weight))
     if block is None:
         raise SwquantError(f"{name}: {weight.shape[1]} inputs have no block of 16 or 32; leave --lm-head-bits out")
     quantized = quantize(weight, block, bits, scale_dtype=torch.float16)  # which a node stores in half its room
@@ -99,7 +105,7 @@ def watch_peaks(model: PreTrainedModel, names: Mapping[str, object]) -> Iterator
 
 
 def channels_of(checkpoint: CompressedCheckpoint) -> dict[str, Tensor]:
-    """Module -> int64 channels that the checkpoint keeps in float, [k]; without those whose inputs it does not round."""
+    """Module -> int64 channels that the checkpoint keeps in float, [k]; only where it rounds inputs."""
     weights = describe(checkpoint).weights
     found = {name: kept_channels(name, record) for name, record in checkpoint.manifest["tensors"].items()}
     return {weights[name].module: channels for name, channels in found.items() if channels is not None}
@@ -108,8 +114,8 @@ def channels_of(checkpoint: CompressedCheckpoint) -> dict[str, Tensor]:
 def at_level_4(
     weights: Mapping[str, PackedWeight], peaks: Mapping[str, Tensor], known: Mapping[str, Tensor]
 ) -> dict[str, PackedWeight]:
-    """The weights at accuracy level 4, with channels of their inputs multiplied apart: `known` ones, otherwise those that `peaks`
-    show as massive."""
+    """The weights at accuracy level 4, with channels of their inputs multiplied apart: `known` ones, otherwise those
+    that `peaks` show as massive."""
     massive = {name: known[name] if name in known else massive_channels(peaks[name]) for name in weights}
     kept = {name: channels.to(torch.int32) if len(channels) else None for name, channels in massive.items()}
     return {name: replace(weight, accuracy_level=4, channels=kept[name]) for name, weight in weights.items()}

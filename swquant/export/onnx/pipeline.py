@@ -2,8 +2,8 @@
 
     open -> torch model and its answers -> pack -> graph -> write -> run and compare -> manifest -> rename
 
-As with `compress`, everything happens in a hidden folder beside OUT, which appears under its name when it is complete and
-gives the same answers as the checkpoint. `compress --format onnx` is both: the checkpoint lives in the hidden folder.
+As with `compress`, everything happens in a hidden folder beside OUT, which appears under its name when it is complete
+and gives the same answers as the checkpoint. `compress --format onnx` is both: the checkpoint lives in that folder.
 """
 
 from __future__ import annotations
@@ -20,18 +20,21 @@ import onnx_ir
 import torch
 
 from exporters.json_file import write_json
-from exporters.onnx.nodes import DOMAIN, OPERATOR, PackedWeight, stored
+from exporters.onnx.files import GENAI_CONFIG
+from exporters.onnx.nodes import DOMAIN, OPERATOR, PackedWeight, narrowed
 from exporters.onnx.write import count_operators, save, weight_bytes
 from swquant.checkpoints.compressed import CompressedCheckpoint
 from swquant.checkpoints.manifest import write_manifest
+from swquant.checkpoints.schema import CheckRecord, NodeRecord, OnnxManifest
 from swquant.compress.pipeline import write
 from swquant.compress.writing import Prepared
 from swquant.export.onnx.check import Reference, check_export, make_reference
 from swquant.export.onnx.graph import dynamo_graph, genai_graph, save_for_builder
 from swquant.export.onnx.linears import at_level_4, channels_of, pack_head, pack_weights, unsupported, watch_peaks
 from swquant.export.onnx.options import ExportOptions
+from swquant.models.architecture import LinearKind
 from swquant.models.loading import build_model
-from swquant.output.destination import check_destination, check_space, replace, unfinished
+from swquant.output.destination import check_destination, check_space, replace, unfinished, writing
 from swquant.output.verification import file_table
 from swquant.progress import Progress, silent
 from swquant.version import __version__
@@ -44,7 +47,7 @@ class Exported:
     """A finished ONNX folder and its manifest."""
 
     path: Path
-    manifest: Mapping[str, Any]
+    manifest: OnnxManifest
 
 
 def export_checkpoint(
@@ -55,17 +58,21 @@ def export_checkpoint(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Exported:
-    """Export a checkpoint that was opened with unrounded=True. `out` appears whole or not at all. Raises SwquantError."""
+    """Export a checkpoint opened with unrounded=True. `out` appears whole or not at all. Raises SwquantError."""
     check_destination(out, overwrite, checkpoint)
-    options = options.resolved(checkpoint.manifest.get("activations") is not None)
-    with unfinished(out) as folder, tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as scratch:
+    options = options.resolved(checkpoint.manifest["activations"] is not None)
+    with (
+        writing(out),
+        unfinished(out) as folder,
+        tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as scratch,
+    ):
         traced = _trace(checkpoint, options, Path(scratch), progress)
         with progress.step("Writing"):
             check_space(out, weight_bytes(traced.graph))
             save(traced.graph, folder)
             checkpoint.save_companions(folder)
             write_json(folder / "config.json", _config(checkpoint, options))
-            if (configuration := Path(scratch) / "graph/genai_config.json").is_file():
+            if (configuration := Path(scratch) / "graph" / GENAI_CONFIG).is_file():
                 shutil.copyfile(configuration, folder / configuration.name)
         with progress.step("Running it beside the checkpoint"):
             check = check_export(folder, _deltas(traced.graph), checkpoint.config, traced.reference, options)
@@ -77,19 +84,19 @@ def export_checkpoint(
 def check_plan(prepared: Prepared) -> None:
     """Raise SwquantError where what is planned could be compressed but not exported, before hours are spent on it."""
     for tensor in prepared.plan.quantized:
-        if prepared.found.architecture.weights[tensor.name].kind != "linear":
+        if prepared.found.architecture.weights[tensor.name].kind is not LinearKind.LINEAR:
             raise unsupported(prepared.checkpoint.name, tensor.name)
 
 
 def write_exported(
     prepared: Prepared, out: Path, options: ExportOptions, *, overwrite: bool = False, progress: Progress = silent
 ) -> Exported:
-    """Carry out a plan and export the result; the checkpoint between the two is not kept. `out` appears whole or not at all.
-    Raises SwquantError."""
+    """Carry out a plan and export the result; the checkpoint between the two is not kept. `out` appears whole or not at
+    all. Raises SwquantError."""
     source = prepared.checkpoint
     check_destination(out, overwrite, source)
     check_plan(prepared)
-    with unfinished(out) as scratch:
+    with writing(out), unfinished(out) as scratch:
         folder = scratch / f"{source.name[:40]}{prepared.plan.options.suffix}"
         write(prepared, folder, progress=progress)
         with CompressedCheckpoint(folder, unrounded=True, trust_remote_code=source.trust_remote_code) as checkpoint:
@@ -113,6 +120,8 @@ def _trace(checkpoint: CompressedCheckpoint, options: ExportOptions, scratch: Pa
         weights = pack_weights(checkpoint, model, dtype)
         head = model.get_output_embeddings().weight.detach()
         if options.graph == "genai":
+            floats = sum(parameter.nbytes for parameter in model.parameters())
+            check_space(scratch, floats + floats * dtype.itemsize // 4)  # this copy, and the builder's graph of it
             save_for_builder(model, scratch / "model")
             checkpoint.save_companions(scratch / "model")
         head_name, tied = "lm_head", False
@@ -145,7 +154,7 @@ def _trace(checkpoint: CompressedCheckpoint, options: ExportOptions, scratch: Pa
 
 
 def _config(checkpoint: CompressedCheckpoint, options: ExportOptions) -> dict[str, Any]:
-    """The original's configuration: the weights are in the graph, so nothing of how they are quantized is left in it."""
+    """The original's configuration: the weights are in the graph, so nothing of how they are quantized is left."""
     left_out = ("quantization_config", "swquant", "torch_dtype")
     config = {key: value for key, value in checkpoint.raw_config.items() if key not in left_out}
     return {**config, "dtype": "float16" if options.precision == "fp16" else "float32"}
@@ -162,7 +171,7 @@ def _deltas(graph: onnx_ir.Model) -> dict[str, np.ndarray]:
     }
 
 
-def _weight_record(weight: PackedWeight) -> dict[str, Any]:
+def _weight_record(weight: PackedWeight) -> NodeRecord:
     return {
         "shape": [weight.N, weight.K],
         "operator": weight.operator,
@@ -170,7 +179,7 @@ def _weight_record(weight: PackedWeight) -> dict[str, Any]:
         "block": weight.block,
         "outliers": weight.outliers,
         "channels": 0 if weight.channels is None else weight.channels.numel(),
-        "bytes": stored(weight).nbytes,
+        "bytes": narrowed(weight).nbytes,
     }
 
 
@@ -179,8 +188,8 @@ def _write_manifest(
     folder: Path,
     options: ExportOptions,
     traced: _Traced,
-    check: Mapping[str, Any],
-) -> dict[str, Any]:
+    check: CheckRecord,
+) -> OnnxManifest:
     (folder / "swquant").mkdir()
     files = file_table(folder)
     return write_manifest(
@@ -190,9 +199,9 @@ def _write_manifest(
             "swquant": __version__,
             "source": {"name": checkpoint.name, "kind": checkpoint.kind, "fingerprint": checkpoint.fingerprint},
             "options": options.as_dict(),
-            "compression": {key: checkpoint.manifest[key] for key in ("source", "options")},
+            "compression": {"source": checkpoint.manifest["source"], "options": checkpoint.manifest["options"]},
             "detection": checkpoint.manifest["detection"],
-            "check": dict(check),
+            "check": check,
             "operators": count_operators(traced.graph),
             "weights": {name: _weight_record(weight) for name, weight in traced.weights.items()},
             "totals": {"bytes": sum(record["bytes"] for record in files.values())},

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from calibrationless import Outliers, dequantize, parse_block, quantize, restore
+from calibrationless import Points, dequantize, parse_block, quantize, restore
 from exporters.onnx.function import INPUTS, OPSET, Form, linear_function
 from exporters.onnx.nodes import DOMAIN, MICROSOFT, OPERATOR, PackedWeight, pack_weight
 
@@ -23,7 +23,7 @@ N, K = 24, 96
 
 
 class MatMulNBits(OpRun):
-    """ONNX Runtime's operator as its documentation defines it, for the evaluator, which knows standard operators only."""
+    """ONNX Runtime's operator as its documentation defines it, for the evaluator, which knows only standard ones."""
 
     op_domain = MICROSOFT
 
@@ -76,7 +76,7 @@ def test_the_function_is_the_product(bits: int, block: str, symmetric: bool, out
     generator = torch.Generator().manual_seed(bits)
     dense = torch.randn(N, K, generator=generator)
     quantized = quantize(dense, parse_block(block), bits, symmetric=symmetric)
-    kept = Outliers.at(dense, torch.tensor([1, 1, 7]), torch.tensor([3, 90, 5])) if outliers else None
+    kept = Points.at(dense, torch.tensor([1, 1, 7]), torch.tensor([3, 90, 5])) if outliers else None
     weight = pack_weight(quantized, kept, torch.float32)
     expected_weight = dequantize(quantized)
     if kept is not None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from calibrationless import Outliers, dequantize, parse_block, quantize, restore
+from calibrationless import Points, dequantize, parse_block, quantize, restore
 from exporters.onnx.nodes import PackedWeight, pack_weight, stock_block
 
 
@@ -71,11 +71,8 @@ def test_outliers_are_what_the_node_is_missing() -> None:
     """The checkpoint's loader rounds each product to bfloat16, the node does not: deltas are those of the node."""
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     quantized = quantize(weight, parse_block("32"), 4, scale_dtype=torch.bfloat16)
-    unsorted = Outliers(
-        *(
-            part.flip(0)
-            for part in vars(Outliers.at(weight, torch.tensor([1, 7, 1]), torch.tensor([63, 0, 2]))).values()
-        )
+    unsorted = Points(
+        *(part.flip(0) for part in vars(Points.at(weight, torch.tensor([1, 7, 1]), torch.tensor([63, 0, 2]))).values())
     )
     packed = pack_weight(quantized, unsorted, torch.float32)
     assert packed.operator == "LinearNBits"
@@ -93,6 +90,6 @@ def test_what_cannot_be_packed_is_refused() -> None:
         pack_weight(quantize(weight, parse_block("4x32"), 4), None, torch.float32)
     with pytest.raises(ValueError, match="does not fit torch.float16"):
         pack_weight(quantize(weight * 1e6, parse_block("32"), 4), None, torch.float16)
-    outside = Outliers(torch.tensor([8], dtype=torch.int32), torch.tensor([0], dtype=torch.int32), torch.ones(1))
+    outside = Points(torch.tensor([8], dtype=torch.int32), torch.tensor([0], dtype=torch.int32), torch.ones(1))
     with pytest.raises(ValueError, match=r"row is outside 0 \.\. 7"):
         pack_weight(quantize(weight, parse_block("32"), 4), outside, torch.float32)

@@ -9,9 +9,9 @@ import numpy as np
 import onnx_ir
 import pytest
 import torch
-from linear_nbits import round_activations
+from support.linear_nbits import round_activations
 
-from calibrationless import Outliers, dequantize, parse_block, quantize, restore
+from calibrationless import Points, dequantize, parse_block, quantize, restore
 from exporters.onnx.nodes import PackedWeight, pack_weight, stack, take_rows
 from exporters.onnx.place import Placer, common_form
 from exporters.ops import library_path
@@ -29,7 +29,7 @@ def linear(outliers: bool, bits: int = 4, rows: int = N) -> tuple[PackedWeight, 
     decoded = dequantize(quantized)
     if not outliers:
         return pack_weight(quantized, None, torch.float32), decoded
-    kept = Outliers.at(dense, torch.tensor([1, 7, 9]), torch.tensor([77, 0, 77]))
+    kept = Points.at(dense, torch.tensor([1, 7, 9]), torch.tensor([77, 0, 77]))
     return pack_weight(quantized, kept, torch.float32), restore(decoded, kept)
 
 
@@ -112,7 +112,7 @@ def test_a_super_activation_does_not_spoil_level_4(outliers: bool) -> None:
 
 @pytest.mark.parametrize("ours", [False, True], ids=["function", "library"])
 def test_an_outlier_in_a_channel_that_is_multiplied_apart_counts_once(ours: bool) -> None:
-    """Outliers at [1, 77], [7, 0] and [9, 77]; channel 77 is taken out, where alone there is nothing that level 4 rounds."""
+    """Outliers at [1, 77], [7, 0] and [9, 77]; channel 77 is taken out, where alone level 4 rounds nothing."""
     library = library_path() if ours else None
     if ours and library is None:
         pytest.skip("no operator library")
@@ -174,7 +174,7 @@ def test_a_stock_runtime_masks_once_and_folds_the_weights_of_channels(tmp_path: 
 def test_scales_that_half_holds_are_stored_in_half(level: int, channels: list[int] | None) -> None:
     """Of LinearNBits only, and with the same results as in float, on our library and on the runtime's own operators."""
     dense, x = torch.randn(2, N, K, generator=GENERATOR), torch.randn(3, K, generator=GENERATOR).numpy()
-    kept = Outliers.at(dense[0], torch.tensor([1, 7]), torch.tensor([77, 0]))
+    kept = Points.at(dense[0], torch.tensor([1, 7]), torch.tensor([77, 0]))
     taken = None if channels is None else torch.tensor(channels, dtype=torch.int32)
     exact, inexact = (
         quantize(dense[0], parse_block("32"), 4, scale_dtype=dtype) for dtype in (torch.float16, torch.float32)

@@ -4,7 +4,7 @@ import platform
 from pathlib import Path
 
 import pytest
-from linear_nbits import cpu_flags
+from support.linear_nbits import cpu_flags
 
 from exporters.ops import LIBRARY, library_path
 from exporters.ops.build import build_library, find_compiler, sources

@@ -9,11 +9,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from support.paths import PROJECT
 
 from exporters.ops import build
 from exporters.ops.build import BuildError, build_library, find_compiler, sources
-
-PROJECT = Path(__file__).parents[3]
 
 
 def test_every_source_is_compiled() -> None:

@@ -1,4 +1,4 @@
-"""The CUDA kernels: their source, unmodified, on a CPU, bit for bit; what nvcc makes of it; and a device, if there is one."""
+"""The CUDA kernels: their source, unmodified, on a CPU, bit for bit; what nvcc makes of it; a device, if there is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from linear_nbits import (
+from support.linear_nbits import (
     Array,
     Case,
     assert_close,
@@ -50,8 +50,8 @@ def exact(values: Array, kind: str) -> Array:
 
 
 def chunks(codes: Array, stored: int, padding: Array) -> Array:
-    """Codes [N, K] as rows of 16-byte chunks: in each quad of chunks, of every 16 columns four in each chunk; in a 32-bit word
-    even columns in the lower half. padding: [N] codes of the columns past the last one."""
+    """Codes [N, K] as rows of 16-byte chunks: in each quad of chunks, of every 16 columns four in each chunk; in a
+    32-bit word even columns in the lower half. padding: [N] codes of the columns past the last one."""
     spans = 512 // stored // 16
     quads = -(-codes.shape[1] // (16 * spans))
     padded = np.repeat(padding[:, None], quads * spans * 16, axis=1)
@@ -206,7 +206,8 @@ def test_nvcc_compiles_from_turing_to_the_newest(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("rows", [1, 4, 8, 9, 16, 17, 64])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_on_a_device(library: Path, bits: int, rows: int, kind: str) -> None:
-    """The same results on a GPU: `make test-gpu`. TF32 and 16-bit sums of the runtime's Gemm are coarser, and so is 16-bit Y."""
+    """The same results on a GPU: `make test-gpu`. TF32 and 16-bit sums of the runtime's Gemm are coarser, and so is
+    16-bit Y."""
     settings = [
         (1100, 64, "integer"),
         (1104, 32, "none"),

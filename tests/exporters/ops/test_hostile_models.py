@@ -15,12 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from linear_nbits import Array, attributes, initializers, one_node, random_case, session
+from support.linear_nbits import Array, attributes, initializers, one_node, random_case, session
+from support.paths import PROJECT
 
 from exporters.ops import LIBRARY
 from exporters.ops.build import build_library, find_compiler
-
-HELPERS = Path(__file__).parents[2]
 
 
 @dataclass
@@ -184,7 +183,7 @@ import json, sys
 import numpy as np
 sys.path[:0] = sys.argv[2:]
 import test_hostile_models as hostile
-from linear_nbits import one_node, session
+from support.linear_nbits import one_node, session
 from pathlib import Path
 
 library = Path(sys.argv[1])
@@ -242,7 +241,7 @@ def test_nothing_reads_wild(tmp_path: Path, sanitizer: str, variant: str) -> Non
         "PYTHONMALLOC": "malloc",
     }
     done = subprocess.run(
-        [sys.executable, "-c", WATCHED, str(library), str(HELPERS), str(Path(__file__).parent)],
+        [sys.executable, "-c", WATCHED, str(library), str(PROJECT / "tests"), str(Path(__file__).parent)],
         capture_output=True,
         text=True,
         env=environment,

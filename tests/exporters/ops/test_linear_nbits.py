@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_nbits import (
+from support.linear_nbits import (
     VARIANTS,
     Case,
     assert_close,
@@ -107,7 +107,7 @@ def test_avx512_emulated_equals_numpy(emulated_avx512: Path, bits: int, block: t
         check(emulated_avx512, ["avx512"], bits, block, zero, level, shapes=len(SHAPES))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_equals_numpy_whatever_the_shape(library: Path, data: st.DataObject) -> None:
     rows = data.draw(st.integers(1, 70), "N")

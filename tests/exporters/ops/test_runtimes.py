@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from linear_nbits import assert_close, attributes, initializers, one_node, random_case, reference
+from support.linear_nbits import assert_close, attributes, initializers, one_node, random_case, reference
 
 RUN = """
 import sys

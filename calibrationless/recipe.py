@@ -1,0 +1,133 @@
+"""The recipe: how one weight is rounded, from the search of its scales to what the result costs.
+
+    search or clip -> round -> keep the worst exactly -> feed errors back -> measure
+
+`compress` writes what this gives, the bits budget weighs tensors by it, the study repeats the paper's experiments with
+it, and all of them mean the same by the same words. A recipe says how, `Evidence` says what is known of the weight's
+inputs; the result is a value that depends on these and the weight alone, so it can be made in any process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calibrationless.blocks import Block, block_elements, block_index, shape_of
+from calibrationless.clipping import Clip
+from calibrationless.cost import WeightError, measure, worst
+from calibrationless.feedback import Factor, feed_back
+from calibrationless.patches import Columns, Patch, Points
+from calibrationless.quantized import QuantizedTensor
+from calibrationless.rounding import quantize
+
+__all__ = ["Evidence", "Recipe", "Rounded", "follow"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a [out, in] weight is rounded.
+
+    scale_dtype: what scales are stored in. super_weights: (row, col) of those that detection found. outliers: how many
+    weights a patch keeps exactly, super weights included (0: no patch). columns: how many input channels a patch keeps
+    exactly, those of most energy. hold_out: round as if the super weights were zero (the paper's order of things),
+    instead of letting their blocks represent them; only right where the patch is never left out.
+    """
+
+    block: Block
+    bits: int
+    symmetric: bool = True
+    clip: Clip | None = None
+    scale_dtype: torch.dtype | None = None
+    super_weights: tuple[tuple[int, int], ...] = ()
+    outliers: int = 0
+    columns: int = 0
+    hold_out: bool = False
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of the inputs of a weight.
+
+    importance: float [in], how much an error on each input channel matters; scales are searched and outliers chosen
+    with it (None: plain rounding). energy: float [in], what the error of the output is measured with (None: not
+    measured). factor: of the Gram matrix of the inputs, for error feedback (None: no feedback).
+    """
+
+    importance: Tensor | None = None
+    energy: Tensor | None = None
+    factor: Factor | None = None
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A rounded weight, the patches by the name of their set, and what rounding cost with them laid over."""
+
+    quantized: QuantizedTensor
+    patches: dict[str, Patch]
+    error: WeightError
+
+
+def follow(recipe: Recipe, weight: Tensor, evidence: Evidence = Evidence()) -> Rounded:
+    """Round a [out, in] weight. Raises ValueError for NaN, infinity, and scales that their dtype cannot hold."""
+    quantized = quantize(
+        _without_super_weights(recipe, weight),
+        recipe.block,
+        recipe.bits,
+        symmetric=recipe.symmetric,
+        clip=recipe.clip,
+        importance=evidence.importance,
+        keep_extreme=_blocks_of_super_weights(recipe, weight),
+        scale_dtype=recipe.scale_dtype,
+    )
+    patches = _patches(recipe, weight, quantized, evidence.importance)
+    if evidence.factor is not None:
+        held = tuple(patches.values())
+        if recipe.super_weights and not recipe.outliers:
+            # Without a patch, too, a super weight keeps its own code: its block is all that represents it.
+            held = (*held, Points.at(weight, *_places(recipe)))
+        quantized = feed_back(weight, quantized, evidence.factor, *held)
+    error = measure(weight, quantized, *patches.values(), importance=evidence.energy)
+    return Rounded(quantized, patches, error)
+
+
+def _places(recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """int64 rows and columns of the super weights."""
+    rows, cols = torch.tensor(recipe.super_weights, dtype=torch.int64).T
+    return rows, cols
+
+
+def _without_super_weights(recipe: Recipe, weight: Tensor) -> Tensor:
+    if not (recipe.hold_out and recipe.super_weights):
+        return weight
+    held = weight.clone()
+    held[_places(recipe)] = 0.0
+    return held
+
+
+def _blocks_of_super_weights(recipe: Recipe, weight: Tensor) -> Tensor | None:
+    """bool [blocks], those that keep their extreme; None where none has to."""
+    if recipe.hold_out or not recipe.super_weights:
+        return None
+    shape = shape_of(weight)
+    keep = torch.zeros(weight.numel() // block_elements(recipe.block, shape), dtype=torch.bool)
+    keep[block_index(*_places(recipe), recipe.block, shape)] = True
+    return keep
+
+
+def _patches(recipe: Recipe, weight: Tensor, quantized: QuantizedTensor, importance: Tensor | None) -> dict[str, Patch]:
+    """Set -> patch, in the order in which they are laid over the weight."""
+    patches: dict[str, Patch] = {}
+    if recipe.columns and importance is not None:
+        patches["columns"] = Columns.at(weight, importance.topk(min(recipe.columns, weight.shape[1])).indices)
+    if recipe.outliers:
+        patches["outliers"] = worst(
+            weight,
+            quantized,
+            recipe.outliers,
+            always=recipe.super_weights,
+            importance=importance,
+            held=tuple(patches.values()),
+        )
+    return patches

@@ -1,0 +1,51 @@
+"""Which patches lie on a compressed checkpoint: the sets that its manifest counts, held against what its sidecar holds.
+
+A tensor's record counts the places of each set under the set's name (`"outliers": 41`). The sidecar must hold exactly
+those: a model without some of its patches is another model. Sets are laid over a weight in the sidecar's order.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+from exporters.errors import SwquantError
+from exporters.sidecar import SETS, SIDECAR, SidecarReader
+from swquant.checkpoints.schema import Manifest
+
+__all__ = ["counted", "open_patches", "uncounted"]
+
+
+def counted(manifest: Manifest) -> dict[str, dict[str, int]]:
+    """Set -> tensor -> number of its places in the sidecar, for sets and tensors that have any."""
+    counts = {
+        of_set: {
+            name: count for name, record in manifest["tensors"].items() if (count := cast(int, record.get(of_set, 0)))
+        }
+        for of_set in SETS
+    }
+    return {of_set: tensors for of_set, tensors in counts.items() if tensors}
+
+
+def uncounted(sidecar: SidecarReader, manifest: Manifest) -> str | None:
+    """The first set of which manifest and sidecar say different things, None where they agree."""
+    expected = counted(manifest)
+    sets = dict.fromkeys((*expected, *sidecar.counts))
+    return next((name for name in sets if expected.get(name, {}) != sidecar.counts.get(name, {})), None)
+
+
+def open_patches(folder: Path, manifest: Manifest, name: str) -> SidecarReader | None:
+    """The sidecar of a checkpoint, None where it has no patches. Raises SwquantError unless it holds exactly those that
+    were written. name: of the checkpoint, for messages."""
+    if not counted(manifest):
+        return None
+    if not (folder / SIDECAR).is_file():
+        raise SwquantError(f"{name}: {SIDECAR} is missing; fetch it again, or load without it (--no-restore)")
+    sidecar = SidecarReader(folder / SIDECAR)
+    if (odd := uncounted(sidecar, manifest)) is not None:
+        sidecar.close()
+        raise SwquantError(
+            f"{name}: {SIDECAR} does not hold the {odd} that the manifest counts; fetch it again, "
+            "or load without it (--no-restore)"
+        )
+    return sidecar

@@ -1,0 +1,324 @@
+"""The types of the manifest: every key that `swquant/manifest.json` can have, of a checkpoint and of an ONNX folder.
+
+Writers build these, `read_manifest` checks what it reads against them, so readers need no check of their own, and mypy
+knows every key. docs/format.md says what each key means; a test compares the two. To add a key, add it here as
+`NotRequired` (a manifest of yesterday lacks it) and there.
+
+What a type cannot say (that a file exists, that a channel lies inside a weight) is checked by whoever relies on it.
+"""
+
+# No `from __future__ import annotations`: it would hide from a TypedDict which of its keys are required.
+from typing import Literal, NotRequired, final
+
+from typing_extensions import TypedDict  # pydantic reads that of `typing` from Python 3.12 on
+
+__all__ = [
+    "FORMAT",
+    "VERSION",
+    "ActivationsRecord",
+    "CheckRecord",
+    "CheckpointContent",
+    "CheckpointManifest",
+    "CheckpointTotals",
+    "CompressionRecord",
+    "DenseRecord",
+    "DetectionRecord",
+    "ExportRecord",
+    "FileEntry",
+    "InputsRecord",
+    "LayerRecord",
+    "Manifest",
+    "NodeRecord",
+    "OnnxContent",
+    "OnnxManifest",
+    "OnnxTotals",
+    "OptionsRecord",
+    "PointRecord",
+    "PublishedRecord",
+    "RoundedRecord",
+    "SourceKind",
+    "SourceRecord",
+    "SuperActivationRecord",
+    "SuperWeightRecord",
+    "TensorRecord",
+]
+
+FORMAT: Literal["swquant-manifest"] = "swquant-manifest"
+VERSION: Literal[1] = 1
+
+SourceKind = Literal["safetensors", "gguf", "swquant"]
+
+
+class SourceRecord(TypedDict):
+    """What it was made from."""
+
+    name: str
+    kind: SourceKind
+    fingerprint: str
+
+
+class OptionsRecord(TypedDict):
+    """The fields of `CompressOptions`."""
+
+    bits: int
+    block: str
+    symmetric: bool
+    preset: str
+    refine: str | None
+    texts: int
+    clip: str
+    restore: bool
+    outliers: float | None
+    keep_columns: NotRequired[int]
+    bits_budget: float | None
+    dense: list[str]
+    strict_block: bool
+    activations: str
+    activation_scale: str | None
+    activation_range: str | None
+    dtype: str
+    shard_size: str
+    prompt: str
+    seed: int
+
+
+class ExportRecord(TypedDict):
+    """The fields of `ExportOptions`."""
+
+    graph: str
+    precision: str
+    accuracy_level: int | None
+    lm_head_bits: int
+
+
+class SuperWeightRecord(TypedDict):
+    """The fields of `calibrationless.SuperWeight`."""
+
+    name: str
+    layer: int
+    row: int
+    col: int
+    value: float
+    role: str
+    token: int
+    input: float
+    output: float
+    share: float
+    residual: float
+    kl: float
+    loss: float
+
+
+class SuperActivationRecord(TypedDict):
+    """The fields of `calibrationless.SuperActivation`."""
+
+    channel: int
+    token: int
+    value: float
+    born: int
+    gone: int | None
+    magnitudes: list[float]
+
+
+class LayerRecord(TypedDict):
+    """The fields of `calibrationless.LayerSpike`."""
+
+    layer: int
+    name: str
+    input: float
+    input_channel: int
+    output: float
+    output_channel: int
+
+
+class PublishedRecord(TypedDict):
+    """A model of this shape in the paper's Table 2, and its (layer, row, col)."""
+
+    model: str
+    coordinates: list[list[int]]
+
+
+class DetectionRecord(TypedDict):
+    """What the one prompt showed."""
+
+    prompt: str
+    token_ids: list[int]
+    tokens: list[str]
+    rounds: int
+    super_weights: list[SuperWeightRecord]
+    cancellers: list[SuperWeightRecord]
+    super_activations: list[SuperActivationRecord]
+    layers: list[LayerRecord]
+    published: list[PublishedRecord]
+
+
+class ActivationsRecord(TypedDict):
+    """How the inputs of linear layers are rounded."""
+
+    dtype: Literal["int8"]
+    scale: Literal["per-token", "per-tensor"]
+    range: Literal["dynamic", "static"]
+    declared: bool
+
+
+class InputsRecord(TypedDict):
+    """The inputs of one linear layer that are not rounded, and why."""
+
+    channels: list[int]
+    peaks: list[float]
+    median: float
+    norm: str | None
+    scale: NotRequired[float]
+
+
+class PointRecord(TypedDict):
+    """A super weight in a rounded tensor, and what a loader sees that does not know the sidecar."""
+
+    row: int
+    col: int
+    value: float
+    without_sidecar: float
+
+
+class _Stored(TypedDict):
+    shape: list[int]
+    source_dtype: str
+    file: str
+    bytes: int
+    sha256: dict[str, str]
+    scaled: NotRequired[bool]
+
+
+@final
+class DenseRecord(_Stored):
+    """A tensor that stays as it is, and why."""
+
+    dense: str
+
+
+@final
+class RoundedRecord(_Stored):
+    """A tensor that is stored as codes, and what its rounding cost."""
+
+    bits: int
+    block: str
+    symmetric: bool
+    stored_as: str
+    outliers: int
+    columns: NotRequired[int]
+    relative_error: float
+    largest_error: float
+    output_error: NotRequired[float]
+    inputs: NotRequired[InputsRecord]
+    super_weights: NotRequired[list[PointRecord]]
+
+
+# `"dense" in record` tells which.
+TensorRecord = DenseRecord | RoundedRecord
+
+
+class FileEntry(TypedDict):
+    """Size and hash of a file."""
+
+    bytes: int
+    sha256: str
+
+
+class CheckpointTotals(TypedDict):
+    """Sums over all tensors and files."""
+
+    bits_per_quantized_weight: float
+    quantized_weights: int
+    weights: int
+    bytes: int
+    source_bytes: int
+
+
+class OnnxTotals(TypedDict):
+    """Sums over all files."""
+
+    bytes: int
+
+
+class CompressionRecord(TypedDict):
+    """How the exported checkpoint was made."""
+
+    source: SourceRecord
+    options: OptionsRecord
+
+
+class CheckRecord(TypedDict):
+    """How the graph compares with the model that it was made from."""
+
+    runtime: str
+    prompt_tokens: int
+    generated_tokens: int
+    same_tokens: int
+    operator_library: bool
+    largest_difference: float
+    tolerance: float
+    without_outliers: float | None
+    providers: dict[str, int]
+
+
+class NodeRecord(TypedDict):
+    """A quantized linear layer of the graph."""
+
+    shape: list[int]
+    operator: str
+    bits: int
+    block: int
+    outliers: int
+    channels: int
+    bytes: int
+
+
+class _Seal(TypedDict):
+    format: Literal["swquant-manifest"]
+    version: Literal[1]
+    digest: str
+
+
+class _Common(TypedDict):
+    swquant: str
+    source: SourceRecord
+    detection: DetectionRecord
+    tensors: dict[str, TensorRecord]
+    files: dict[str, FileEntry]
+
+
+class CheckpointContent(_Common):
+    """What `compress` says of a checkpoint."""
+
+    options: OptionsRecord
+    fingerprint: str
+    activations: ActivationsRecord | None
+    loaders: dict[str, str]
+    totals: CheckpointTotals
+    notes: list[str]
+    left_out: dict[str, str]
+
+
+class OnnxContent(_Common):
+    """What `export` says of an ONNX folder; its `tensors` are none."""
+
+    kind: Literal["onnx"]
+    options: ExportRecord
+    compression: CompressionRecord
+    check: CheckRecord
+    operators: dict[str, int]
+    weights: dict[str, NodeRecord]
+    totals: OnnxTotals
+
+
+@final
+class CheckpointManifest(CheckpointContent, _Seal):
+    """The manifest of a compressed checkpoint, which has no `kind`."""
+
+
+@final
+class OnnxManifest(OnnxContent, _Seal):
+    """The manifest of an ONNX folder."""
+
+
+Manifest = CheckpointManifest | OnnxManifest

@@ -1,0 +1,93 @@
+"""`swquant compress`: the main job."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from swquant.cli.options import OUTPUT, takes
+from swquant.cli.shared import (
+    JsonOption,
+    LowMemoryOption,
+    TrustOption,
+    make_progress,
+    out,
+    print_json,
+    show_written,
+)
+from swquant.compress.options import CompressOptions
+from swquant.export.formats import FORMATS
+
+if TYPE_CHECKING:
+    from swquant.export.formats import Planned
+
+__all__ = ["compress"]
+
+SourceArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A Hugging Face folder, a .gguf file or a hub id (OWNER/NAME).", show_default=False
+    ),
+]
+FormatOption = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        metavar="|".join(FORMATS),
+        help=f"{' or '.join(f'{row.name} ({row.text})' for row in FORMATS.values())}.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+
+
+@takes(CompressOptions, FORMATS.values())
+def compress(
+    model: SourceArgument,
+    out_folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="OUT", help="The folder to create; <name>-w4-b128 by default.", show_default=False),
+    ] = None,
+    form: FormatOption = "checkpoint",
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Show what would be done, tensor by tensor; write nothing.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT if it is a checkpoint already.", rich_help_panel=OUTPUT)
+    ] = False,
+    as_json: JsonOption = False,
+    low_memory: LowMemoryOption = False,
+    trust_remote_code: TrustOption = False,
+    *,
+    options: CompressOptions,
+    given: Mapping[str, Any],
+) -> None:
+    """Compress MODEL into OUT, a checkpoint that stock transformers and vLLM load, or at once into an ONNX folder."""
+    from swquant.api import compress as compress_model
+    from swquant.api import plan
+    from swquant.terminal.plan import plan_record, show_plan
+
+    def show(planned: Planned) -> None:
+        if not as_json:
+            show_plan(out, planned, every_tensor=dry_run)
+        elif dry_run:
+            print_json(plan_record(planned))
+
+    how: dict[str, Any] = {
+        "format": form,
+        "low_memory": low_memory,
+        "trust_remote_code": trust_remote_code,
+        "progress": make_progress(as_json),
+        **given,
+    }
+    if dry_run:
+        show(plan(model, out_folder, options, **how))
+    else:
+        show_written(compress_model(model, out_folder, options, overwrite=overwrite, on_plan=show, **how), as_json)

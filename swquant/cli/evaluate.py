@@ -1,0 +1,93 @@
+"""`swquant eval`: how well a model predicts a text, and how far it is from its original."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from exporters.errors import SwquantError
+from swquant.cli.shared import (
+    JsonOption,
+    ModelArgument,
+    RestoreOption,
+    TrustOption,
+    make_progress,
+    out,
+    print_json,
+    text_of,
+)
+
+if TYPE_CHECKING:
+    from swquant.evaluate.pipeline import Evaluation
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    model: ModelArgument,
+    text: Annotated[
+        Path,
+        typer.Option("--text", metavar="FILE", help="The text to predict, a UTF-8 file.", show_default=False),
+    ],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            metavar="ORIGINAL",
+            help="Compare with this model: KL divergence, top-1 agreement.",
+            show_default=False,
+        ),
+    ] = None,
+    window: Annotated[int, typer.Option(metavar="N", help="Tokens per window.")] = 2048,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Evaluate only so many windows.", show_default=False)
+    ] = None,
+    restore: RestoreOption = True,
+    max_perplexity: Annotated[
+        float | None, typer.Option(metavar="X", help="Exit with 1 above this perplexity.", show_default=False)
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Exit with 1 above this KL divergence (with --against).", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Perplexity on a text; with --against also KL divergence and agreement with the original."""
+    from swquant.api import evaluate as evaluate_model
+
+    if max_kl is not None and against is None:
+        raise SwquantError("--max-kl needs an original to compare with; add --against ORIGINAL")
+    result = evaluate_model(
+        model, text_of(text), against, window=window, limit=limit, restore=restore, trust_remote_code=trust_remote_code,
+        progress=make_progress(as_json),
+    )  # fmt: skip
+    _show(result, model, against, as_json)
+    _check("perplexity", result.perplexity, max_perplexity)
+    _check("KL divergence", result.kl, max_kl)
+
+
+def _show(result: Evaluation, model: str, against: str | None, as_json: bool) -> None:
+    if as_json:
+        # A destroyed model has a perplexity beyond every float, for which JSON has no number.
+        print_json({key: value if value is None or isfinite(value) else None for key, value in asdict(result).items()})
+        return
+    from swquant.api import inspect
+    from swquant.checkpoints.manifest import MANIFEST
+    from swquant.terminal.evaluation import show_evaluation
+    from swquant.terminal.formats import view_of
+
+    show_evaluation(out, result)
+    if against is not None and (Path(model) / MANIFEST).is_file():
+        manifest = inspect(model)
+        if (show_losses := view_of(manifest).losses) is not None:
+            show_losses(out, manifest)
+
+
+def _check(label: str, value: float | None, bound: float | None) -> None:
+    if bound is not None and value is not None and not value <= bound:
+        raise SwquantError(f"{label} {value:.4f} is above the limit {bound:g}")

@@ -1,0 +1,48 @@
+"""What is known of a tensor's inputs when it is rounded: from the one prompt, and from the model's own text if any."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from calibrationless import Evidence
+from swquant.checkpoints.base import Checkpoint
+from swquant.compress.plan import Plan, TensorPlan
+from swquant.detect.found import Found
+from swquant.detect.own_text import SelfText, self_text
+from swquant.progress import Progress
+
+__all__ = ["evidence_for", "text_of"]
+
+
+@contextmanager
+def text_of(
+    checkpoint: Checkpoint, found: Found, plan: Plan, *, low_memory: bool, progress: Progress
+) -> Iterator[SelfText | None]:
+    """The model with text of its own, where the refinement needs it; None otherwise."""
+    options = plan.options
+    if options.refinement != "self":
+        yield None
+        return
+    names = [tensor.name for tensor in plan.quantized]
+    with self_text(
+        checkpoint, found, names, texts=options.texts, low_memory=low_memory, seed=options.seed, progress=progress
+    ) as text:
+        yield text
+
+
+def evidence_for(tensor: TensorPlan, found: Found, refinement: str, text: SelfText | None) -> Evidence:
+    """Of a tensor's inputs, scaled as its columns will be."""
+    if tensor.recipe is None:
+        return Evidence()
+    exponents = tensor.fold.exponents if tensor.fold is not None else None
+    own = text.statistics(tensor.name, exponents) if text is not None else None
+    if own is not None:
+        factor, energy = own
+        return Evidence(importance=energy, energy=energy, factor=factor)
+    seen = found.energy(tensor.name)
+    if seen is not None and exponents is not None:
+        seen = torch.ldexp(seen, -2 * exponents.to(torch.int32))
+    return Evidence(importance=seen if refinement != "none" else None, energy=seen)

@@ -1,0 +1,46 @@
+"""What a person sees of each format: one row, as `export.formats` has one for writing it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from swquant.checkpoints.manifest import is_onnx
+from swquant.terminal.activations import show_activations
+from swquant.terminal.manifest import show_losses, show_manifest
+from swquant.terminal.onnx import show_export, show_onnx_manifest
+from swquant.terminal.plan import show_result
+
+if TYPE_CHECKING:
+    from swquant.checkpoints.schema import CheckpointManifest, Manifest
+
+__all__ = ["VIEWS", "View", "view_of"]
+
+
+@dataclass(frozen=True)
+class View:
+    """written: what was done. inspected: what is in it. losses: which tensors lose most, where its manifest says so."""
+
+    written: Callable[[Console, Any], None]
+    inspected: Callable[[Console, Path, Any], None]
+    losses: Callable[[Console, Any], None] | None
+
+
+def _show_checkpoint(console: Console, path: Path, manifest: CheckpointManifest) -> None:
+    show_manifest(console, path, manifest)
+    show_activations(console, manifest)
+
+
+VIEWS = {
+    "checkpoint": View(show_result, _show_checkpoint, show_losses),
+    "onnx": View(show_export, show_onnx_manifest, None),
+}
+
+
+def view_of(manifest: Manifest) -> View:
+    """The row of what a manifest describes."""
+    return VIEWS["onnx" if is_onnx(manifest) else "checkpoint"]

@@ -1,0 +1,28 @@
+"""A checkpoint and an ONNX folder whose manifests have every key: made once per session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.exported import compressed_model
+from support.tiny_models import PROMPT, Planted
+
+import swquant
+
+
+@pytest.fixture(scope="session")
+def int8(bf16_llama: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose records have everything that they can have."""
+    out = tmp_path_factory.mktemp("int8") / "out"
+    options: dict[str, Any] = {"activations": "int8", "activation_range": "static", "keep_columns": 2}
+    return swquant.compress(
+        bf16_llama.folder, out, prompt=PROMPT, block="32", dense=("layers.0.self_attn",), **options
+    ).path
+
+
+@pytest.fixture(scope="session")
+def onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    checkpoint = compressed_model("llama", tmp_path_factory.mktemp("llama"))
+    return swquant.export(checkpoint, checkpoint.parent / "onnx", graph="genai").path
