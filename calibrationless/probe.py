@@ -3,11 +3,11 @@
 While the model runs, every product of a watched weight is seen twice, as input and as output, and only
 a few numbers of each are kept: the largest magnitudes with their coordinates, the *energy* of every input
 channel (which later says which channels matter) and the most that it holds, for a down projection the terms that make
-up its largest output, and which norm the input came from. Of the residual stream, the largest value of every channel
-after every layer. Whole activations are never stored.
+up its largest outputs, and which norm the input came from. Of the residual stream, the largest value of every channel
+after every layer and, if the prompt is short, all of it. Whole activations are not stored otherwise.
 
 Watching happens at the call of the matrix product, not on modules: `nn.Linear`, GPT-2's `Conv1D` and
-one expert's slice of a fused 3-D parameter all end in `linear`, `addmm` or `matmul`, so one small
+one expert's slice of a fused 3-D parameter all end in `linear`, `addmm`, `matmul` or `bmm`, so one small
 interceptor serves every architecture, and it sees weights that are only in memory during the call.
 The same place can take a scalar weight out (`prune`): the product then uses a copy with a zero. Or put another weight
 in (`replace`), for what a pass with a few rounded weights would give.
@@ -27,6 +27,9 @@ from calibrationless.watcher import Watcher
 
 __all__ = ["is_norm", "run_probe"]
 
+# Of so many tokens the residual stream is kept whole: 85 MB of a model with 80 layers and 8192 channels.
+_WHOLE = 32
+
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a LayerNorm or RMSNorm of any make: named so, without parts, a gain and perhaps a bias."""
@@ -41,13 +44,15 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def _residual(hidden: Any) -> Residual:
-    """hidden: [1, tokens, hidden], or a tuple that starts with it."""
-    state = (hidden[0] if isinstance(hidden, tuple) else hidden).detach()
+    """hidden: [1, tokens, hidden], or a tuple or a list that starts with it."""
+    state = (hidden[0] if isinstance(hidden, tuple | list) else hidden).detach()
     state = state.reshape(-1, state.shape[-1]).to(torch.float32)
     magnitudes = state.abs()
     tokens = magnitudes.argmax(dim=0)
     values = state.gather(0, tokens.unsqueeze(0)).squeeze(0)
-    return Residual(values, tokens, magnitudes.median(dim=1).values)
+    # A copy: some layers add to the same memory.
+    whole = state.clone() if state.shape[0] <= _WHOLE else None
+    return Residual(values, tokens, magnitudes.median(dim=1).values, whole)
 
 
 def _watch_norm(watcher: Watcher, name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["Contribution", "LinearRecord", "Peak", "Probe", "Residual", "Scalar", "Watch"]
+__all__ = ["Contribution", "LinearRecord", "Peak", "Probe", "Residual", "Scalar", "Spike", "Watch"]
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,20 @@ class Peak:
 
 @dataclass(frozen=True)
 class Contribution:
-    """One term x[token, col] * weight[row, col] of a down projection's largest output."""
+    """One term x[token, col] * weight[row, col] of a large output of a down projection."""
 
     col: int
     input: float
     weight: float
     share: float  # of the output value; the shares of all columns (and the bias) sum to 1
+
+
+@dataclass(frozen=True)
+class Spike:
+    """The largest output of one row of a down projection, and the largest of its terms."""
+
+    output: Peak
+    contributions: tuple[Contribution, ...]
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,7 @@ class LinearRecord:
     energy: float32 [in], mean over tokens of x^2 / |x|^2: the share of an input channel in its token. Every token
     counts the same; in a plain mean square the one token that carries the super activation would drown out all others.
     peaks: float32 [in], the largest |x| of every input channel.
+    spikes: of a down projection, the rows with the largest outputs, largest first.
     norm: name of the module whose output the input is, "" if it is no norm's.
     """
 
@@ -74,18 +83,35 @@ class LinearRecord:
     output: Peak
     energy: Tensor
     peaks: Tensor
-    contributions: tuple[Contribution, ...] = ()
+    spikes: tuple[Spike, ...] = ()
     norm: str = ""
+
+    @property
+    def contributions(self) -> tuple[Contribution, ...]:
+        """The largest terms of the largest output."""
+        return self.spikes[0].contributions if self.spikes else ()
 
 
 @dataclass(frozen=True)
 class Residual:
-    """The residual stream between two layers. values: float32 [hidden], the signed value of largest
-    magnitude of every channel; tokens: int64 [hidden], where it is."""
+    """The residual stream between two layers. values: float32 [hidden], the signed value of largest magnitude of every
+    channel; tokens: int64 [hidden], where it is. whole: float32 [tokens, hidden], of a short prompt."""
 
     values: Tensor
     tokens: Tensor
     medians: Tensor  # float32 [tokens]: median magnitude of each token's channels
+    whole: Tensor | None = None
+
+    def channel(self, index: int) -> Tensor:
+        """float32 [tokens]: a channel token by token. Of a long prompt only the largest value is known, others are 0."""
+        if self.whole is not None:
+            return self.whole[:, index]
+        known = torch.zeros_like(self.medians)
+        known[self.tokens[index]] = self.values[index]
+        return known
+
+    def at(self, token: int, channel: int) -> float:
+        return float(self.channel(channel)[token])
 
 
 @dataclass

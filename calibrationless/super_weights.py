@@ -5,13 +5,18 @@ stream at one token, where it stays for many layers. Every threshold below is re
 magnitudes differ by a factor of a thousand between models (SmolLM2: 24,000; Gemma: 3,000; OLMo: 40):
 
     spike         the largest output of a layer's down projection is at least 20 times the median
-                  of its token, and so is the input behind it
-    written       the residual stream changes at that channel by at least half of what it then
-                  holds, and by a tenth of the most that channel ever holds
+                  of its token, and so is the input behind it; the largest outputs of other rows
+                  count, too, if they are at least a quarter of it
+    written       the residual stream changes at that channel by at least a fifth of what it
+                  then holds (layers may share the work), and by a tenth of the most that it ever holds
     stands out    the new value is at least 20 times the median of its token
-    stays         it keeps half its size and its sign at that token for a quarter of the layers
-                  that follow (at least one)
+    stays         it keeps a third of its size and its sign at that token for a quarter of the
+                  layers that follow (at least one)
     share         single terms x[col] * W[row, col] that make at least 10 % of the output
+
+A channel is followed token by token, because a super weight may fire at several. At a token that does not
+hold the channel's largest value, the change must be at least three times that of the median token, too: what
+attention writes to all tokens alike is no spike.
 
 What passes is a *creator*, if the channel held less than a quarter of the value before; an *amplifier* if
 it held more. Lesser terms of the same output are *companions*. Terms that take the value away again in
@@ -19,8 +24,10 @@ a late layer are *cancellers*: their outputs spike just as high, which is what f
 and pruning them hardly matters.
 
 Then the found weights are left out and the prompt runs again, until no new spike appears: a second super
-weight can hide behind the first. Last, each is left out alone and the change of the model's predictions
-is its score.
+weight can hide behind the first. What appears then in a known channel must have the sign known: the layers
+that used to cancel a super activation now write its mirror image. What appears in another channel was in the
+base pass already: the residual stream held at least half of it at the same place. Last, each weight is left
+out alone and the change of the model's predictions is its score.
 """
 
 from __future__ import annotations
@@ -31,16 +38,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from calibrationless.records import LinearRecord, Probe, Scalar
+from calibrationless.records import LinearRecord, Probe, Scalar, Spike
 
 __all__ = ["Detection", "LayerSpike", "SuperActivation", "SuperWeight", "detect"]
 
 SPIKE = 20.0
-WRITTEN = 0.5
+WRITTEN = 0.2
 OF_CHANNEL = 0.1
+KEPT = 1 / 3
 STAYS = 0.25
+ALONE = 3.0
 SHARE = 0.1
 NEW = 0.25
+HELD = 0.5
+OF_PROJECTION = 0.25
 ROUNDS = 8
 
 
@@ -119,65 +130,109 @@ def _reach(probe: Probe, channel: int) -> float:
     return max(abs(float(state.values[channel])) for state in probe.residual[1:])
 
 
-def _stays(probe: Probe, layer: int, channel: int, token: int, value: float) -> int:
-    """Number of layers after `layer` through which the channel keeps half of `value` at that token."""
-    kept = 0
+def _stays(probe: Probe, layer: int, channel: int, values: Tensor) -> Tensor:
+    """int64 [tokens]: through how many layers after `layer` the channel keeps a third of `values` [tokens]."""
+    kept = torch.zeros(len(values), dtype=torch.int64)
+    there = values != 0
     for state in probe.residual[layer + 2 :]:
-        if int(state.tokens[channel]) != token or float(state.values[channel]) / value < 0.5:
-            break
-        kept += 1
+        there = there & (state.channel(channel) * values.sign() >= KEPT * values.abs())
+        kept += there
     return kept
 
 
+def _written(probe: Probe, base: Probe, layer: int, channel: int) -> int | None:
+    """The token at which a layer writes a value into a channel that stands out and stays; of the largest such value."""
+    entering, leaving = probe.residual[layer], probe.residual[layer + 1]
+    before, after = entering.channel(channel), leaving.channel(channel)
+    change, size = (after - before).abs(), after.abs()
+    alone = change >= ALONE * change.median()
+    largest = int(leaving.tokens[channel])
+    alone[largest] = abs(float(leaving.values[channel])) >= abs(float(entering.values[channel]))
+    passes = (
+        alone
+        & (size >= before.abs())
+        & (change >= (WRITTEN * size).clamp(min=_enough(probe, base, channel)))
+        & (size >= SPIKE * leaving.medians)
+        & (_stays(probe, layer, channel, after) >= max(1, int(STAYS * (len(probe.residual) - 2 - layer))))
+    )
+    return int((size * passes).argmax()) if bool(passes.any()) else None
+
+
+def _enough(probe: Probe, base: Probe, channel: int) -> float:
+    """The least change of a channel that counts."""
+    return OF_CHANNEL * max(_reach(probe, channel), _reach(base, channel))
+
+
+def _comparable(output: float, base: LinearRecord | None) -> bool:
+    """Whether an output of a down projection is about as large as its largest one in the base pass."""
+    return base is None or abs(output) >= OF_PROJECTION * abs(base.output.value)
+
+
 def _terms(
-    name: str, layer: int, record: LinearRecord, token: int, residual: float, role: str, lesser: str
+    name: str, layer: int, spike: Spike, token: int, residual: float, role: str, lesser: str
 ) -> list[SuperWeight]:
     return [
         SuperWeight(
             name=name,
             layer=layer,
-            row=record.output.channel,
+            row=spike.output.channel,
             col=term.col,
             value=term.weight,
             role=role if index == 0 else lesser,
             token=token,
             input=term.input,
-            output=record.output.value,
+            output=spike.output.value,
             share=term.share,
             residual=residual,
         )
-        for index, term in enumerate(record.contributions)
+        for index, term in enumerate(spike.contributions)
         if term.share >= SHARE
     ]
 
 
-def _find(
-    probe: Probe, downs: Mapping[str, int], reach: Mapping[int, float]
-) -> tuple[list[SuperWeight], list[SuperWeight]]:
-    """(creators and their kin, cancellers) of one pass. reach: what channels held in an earlier pass."""
+def _find(probe: Probe, downs: Mapping[str, int], base: Probe) -> tuple[list[SuperWeight], list[SuperWeight]]:
+    """(creators and their kin, cancellers) of one pass. base: the pass with nothing left out."""
     made: list[SuperWeight] = []
     undone: list[SuperWeight] = []
-    depth = len(probe.residual) - 1
     for name, layer in downs.items():
         record = probe.linears.get(name)
-        if record is None or record.output.ratio < SPIKE or record.input.ratio < SPIKE:
+        if record is None or record.input.ratio < SPIKE:
             continue
-        channel = record.output.channel
-        entering, leaving = probe.residual[layer], probe.residual[layer + 1]
-        token = int(leaving.tokens[channel])
-        held, after = float(entering.values[channel]), float(leaving.values[channel])
-        before = held if int(entering.tokens[channel]) == token else 0.0
-        enough = OF_CHANNEL * max(_reach(probe, channel), reach.get(channel, 0.0))
-        if abs(after) >= abs(held):
-            written = abs(after - before) >= max(WRITTEN * abs(after), enough)
-            stands_out = abs(after) >= SPIKE * float(leaving.medians[token])
-            needed = max(1, int(STAYS * (depth - 1 - layer)))
-            if written and stands_out and _stays(probe, layer, channel, token, after) >= needed:
+        for index, spike in enumerate(record.spikes):
+            first = index == 0
+            if spike.output.ratio < SPIKE or not (first or _comparable(spike.output.value, base.linears.get(name))):
+                continue
+            channel = spike.output.channel
+            entering, leaving = probe.residual[layer], probe.residual[layer + 1]
+            token = _written(probe, base, layer, channel)
+            held, after = float(entering.values[channel]), float(leaving.values[channel])
+            if token is not None:
+                before, after = entering.at(token, channel), leaving.at(token, channel)
                 role = "creator" if abs(before) < NEW * abs(after) else "amplifier"
-                made += _terms(name, layer, record, token, after, role, "companion")
-        elif abs(held) - abs(after) >= enough and record.output.value * held < 0:
-            undone += _terms(name, layer, record, token, after, "canceller", "canceller")
+                made += _terms(name, layer, spike, token, after, role, "companion")
+            elif abs(held) - abs(after) >= _enough(probe, base, channel) and spike.output.value * held < 0:
+                undone += _terms(name, layer, spike, int(leaving.tokens[channel]), after, "canceller", "canceller")
     return made, undone
+
+
+def _unhidden(
+    probe: Probe, base: Probe, downs: Mapping[str, int], found: Sequence[SuperWeight], ignored: set[Scalar]
+) -> list[SuperWeight]:
+    """The super weights of a pass without `found` that these had hidden."""
+    known = ignored | {weight.scalar for weight in found}
+    signs = {weight.row: weight.residual > 0 for weight in reversed(found)}
+    new = []
+    for weight in _find(probe, downs, base)[0]:
+        if weight.scalar in known:
+            continue
+        if weight.row in signs:
+            if signs[weight.row] == (weight.residual > 0):
+                new.append(replace(weight, role="companion"))
+        elif _comparable(weight.output, base.linears.get(weight.name)):
+            held = base.residual[weight.layer + 1].at(weight.token, weight.row)
+            if held / weight.residual >= HELD:
+                new.append(weight)
+    return new
 
 
 def _activation(probe: Probe, weight: SuperWeight) -> SuperActivation:
@@ -224,21 +279,13 @@ def detect(
     base = run((), True)
     if not bool(torch.isfinite(base.logits).all()):
         raise ValueError("the model's output on the prompt is NaN or infinite")
-    found, cancellers = _find(base, downs, {})
-    reach = {weight.row: _reach(base, weight.row) for weight in found}
+    found, cancellers = _find(base, downs, base)
     ignored = {weight.scalar for weight in cancellers}
-    signs = {weight.row: weight.residual > 0 for weight in found}
     rounds = 1
     while found and rounds < ROUNDS:
         probe = run([weight.scalar for weight in found], True)
         rounds += 1
-        known = ignored | {weight.scalar for weight in found}
-        new = [
-            replace(weight, role="companion")
-            for weight in _find(probe, downs, reach)[0]
-            # Without a super activation, the layers that used to cancel it write its mirror image.
-            if weight.scalar not in known and signs.get(weight.row) == (weight.residual > 0)
-        ]
+        new = _unhidden(probe, base, downs, found, ignored)
         if not new:
             break
         found += new

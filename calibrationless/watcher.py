@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from calibrationless.records import Contribution, LinearRecord, Peak, Scalar, Watch
+from calibrationless.records import Contribution, LinearRecord, Peak, Scalar, Spike, Watch
 
 __all__ = ["Watcher"]
 
-# How many of the terms behind a largest output are kept.
+# How many rows with the largest outputs are kept, and how many of the terms behind each.
+_SPIKES = 8
 _CONTRIBUTIONS = 8
 
 
@@ -43,9 +44,24 @@ def _explain(inputs: Tensor, weight: Tensor, output: Peak) -> tuple[Contribution
     )
 
 
+def _spikes(inputs: Tensor, matrix: Tensor, outputs: Tensor, largest: Peak) -> tuple[Spike, ...]:
+    """The rows with the largest outputs, largest first, each at the token where it is largest."""
+    magnitudes = outputs.abs()
+    heights, tokens = magnitudes.max(dim=0)
+    peaks = [largest]
+    for row in heights.topk(min(_SPIKES, heights.numel())).indices.tolist():
+        if row != largest.channel and len(peaks) < _SPIKES:
+            token = int(tokens[row])
+            peaks.append(Peak(float(outputs[token, row]), token, row, float(magnitudes[token].median())))
+    return tuple(Spike(peak, _explain(inputs, matrix, peak)) for peak in peaks)
+
+
 @dataclass(frozen=True)
 class _Product:
-    """How a function takes its factors: (position, keyword) of each. in_out: the weight is given as [in, out]."""
+    """How a function takes its factors: (position, keyword) of each. in_out: the weight is given as [in, out].
+
+    Where the weight has three dimensions it holds all experts, and each is a product of its own.
+    """
 
     inputs: tuple[int, str]
     weight: tuple[int, str]
@@ -57,6 +73,10 @@ _PRODUCTS: Mapping[Any, _Product] = {
     torch.addmm: _Product((1, "mat1"), (2, "mat2")),
     torch.matmul: _Product((0, "input"), (1, "other")),
     torch.mm: _Product((0, "input"), (1, "mat2")),
+    torch.bmm: _Product((0, "input"), (1, "mat2")),
+    torch.baddbmm: _Product((1, "batch1"), (2, "batch2")),
+    torch.Tensor.mm: _Product((0, "self"), (1, "mat2")),
+    torch.Tensor.bmm: _Product((0, "self"), (1, "mat2")),
     torch.Tensor.matmul: _Product((0, "self"), (1, "other")),
     torch.Tensor.__matmul__: _Product((0, "self"), (1, "other")),
 }
@@ -77,6 +97,14 @@ def _with_weight(product: _Product, weight: Tensor, args: tuple[Any, ...], kwarg
 
 def _experts(watch: Watch, parameter: Tensor) -> int:
     return 1 if watch.expert is None else parameter.shape[0]
+
+
+def _holds_all_experts(weight: Tensor, parameter: Tensor) -> bool:
+    """Whether a view of a 3-D parameter is all of it, with the experts still first."""
+    return (
+        weight.ndim == 3 and weight.numel() == parameter.numel() and weight.shape[0] == parameter.shape[0]
+        and weight.stride(0) == parameter.stride(0)
+    )  # fmt: skip
 
 
 class Watcher(TorchFunctionMode):
@@ -109,61 +137,92 @@ class Watcher(TorchFunctionMode):
         product = _PRODUCTS.get(func) if self.inside else None
         if product is None:
             return func(*args, **kwargs)
-        weight: Tensor = _argument(product.weight, args, kwargs)
-        watch = self._find(weight)
-        if watch is None:
+        given: Tensor = _argument(product.weight, args, kwargs)
+        watches = self._find(given)
+        if not watches:
             return func(*args, **kwargs)
-        if watch.name in self.prune:
-            # A copy with zeros, rather than a difference of the outputs: exact in every dtype.
-            weight = weight.detach().clone()
-            for scalar in self.prune[watch.name]:
-                weight[(scalar.col, scalar.row) if product.in_out else (scalar.row, scalar.col)] = 0
-            args, kwargs = _with_weight(product, weight, args, kwargs)
-        if watch.name in self.replace:
-            with torch._C.DisableTorchFunction():
-                weight = weight.detach()
-                matrix = self.replace[watch.name](weight.T if product.in_out else weight)
-                weight = (matrix.T if product.in_out else matrix).to(weight.dtype)
-            args, kwargs = _with_weight(product, weight, args, kwargs)
         inputs = _argument(product.inputs, args, kwargs)
         norm = self._norm_of(inputs)
+        weight = self._changed(product, watches, given)
         if norm in self.scales:
             scale = self.scales[norm].to(weight.dtype)
             weight = weight * (scale.unsqueeze(1) if product.in_out else scale)
+        if weight is not given:
             args, kwargs = _with_weight(product, weight, args, kwargs)
         result = func(*args, **kwargs)
         if self.record and inputs.numel():
-            matrix = weight.T if product.in_out else weight  # [out, in]
             with torch._C.DisableTorchFunction():
-                rows = inputs.reshape(-1, matrix.shape[1])
-                self._keep(watch, rows, matrix, result.reshape(-1, matrix.shape[0]), norm)
+                self._keep_all(watches, inputs, weight.mT if product.in_out else weight, result, norm)
         return result
+
+    def _changed(self, product: _Product, watches: Sequence[Watch], weight: Tensor) -> Tensor:
+        """The weight with what `prune` and `replace` ask for; itself where they ask for nothing."""
+        if not any(watch.name in self.prune or watch.name in self.replace for watch in watches):
+            return weight
+        with torch._C.DisableTorchFunction():
+            matrix = weight.detach().mT if product.in_out else weight.detach()
+            if matrix.ndim == 2:
+                matrix = self._changed_matrix(watches[0], matrix)
+            else:
+                by_expert = {watch.expert: watch for watch in watches}
+                matrix = torch.stack([
+                    self._changed_matrix(by_expert[expert], one) if expert in by_expert else one
+                    for expert, one in enumerate(matrix)
+                ])  # fmt: skip
+            return matrix.mT if product.in_out else matrix
+
+    def _changed_matrix(self, watch: Watch, matrix: Tensor) -> Tensor:
+        """matrix: [out, in]."""
+        if watch.name in self.prune:
+            # A copy with zeros, rather than a difference of the outputs: exact in every dtype.
+            matrix = matrix.clone()
+            for scalar in self.prune[watch.name]:
+                matrix[scalar.row, scalar.col] = 0
+        return self.replace[watch.name](matrix).to(matrix.dtype) if watch.name in self.replace else matrix
 
     def _norm_of(self, inputs: Tensor) -> str:
         """The norm whose output `inputs` is, or a view of; outputs are kept, so their memory is not used twice."""
         memory = inputs.untyped_storage().data_ptr()
         return next((name for name, output in self.norms.items() if output.untyped_storage().data_ptr() == memory), "")
 
-    def _find(self, weight: object) -> Watch | None:
-        """The watch whose parameter `weight` is, or is a slice of."""
+    def _find(self, weight: object) -> list[Watch]:
+        """The watch whose parameter `weight` is, or is a slice of; all experts' watches where it is all of them."""
         if not isinstance(weight, Tensor):
-            return None
+            return []
         name, module = self.inside[-1]
+        whole: list[Watch] = []
         for watch in self.by_module[name]:
             parameter = module._parameters.get(watch.parameter)
             if parameter is None or parameter.device != weight.device:
                 continue
             if weight is parameter and watch.expert is None:
-                return watch
+                return [watch]
             # A view: the transpose that some modules multiply with, or one expert's slice.
             if weight.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr():
+                if watch.expert is not None and _holds_all_experts(weight, parameter):
+                    whole.append(watch)
+                    continue
                 offset = weight.storage_offset() - parameter.storage_offset()
                 if (
                     offset == (watch.expert or 0) * parameter.stride(0)
                     and weight.numel() * _experts(watch, parameter) == parameter.numel()
                 ):
-                    return watch
-        return None
+                    return [watch]
+        return whole
+
+    def _keep_all(self, watches: Sequence[Watch], inputs: Tensor, matrix: Tensor, result: Tensor, norm: str) -> None:
+        """matrix: [out, in], or [experts, out, in]."""
+        if matrix.ndim == 2:
+            self._keep(watches[0], inputs.reshape(-1, matrix.shape[1]), matrix, result.reshape(-1, matrix.shape[0]), norm)
+            return
+        inputs = inputs.expand(*result.shape[:-1], inputs.shape[-1])
+        for watch in watches:
+            one = matrix[watch.expert or 0]
+            rows = inputs.select(-3, watch.expert or 0).reshape(-1, one.shape[1])
+            outputs = result.select(-3, watch.expert or 0).reshape(-1, one.shape[0])
+            visits = (rows != 0).any(dim=1)  # a token that was not sent to this expert arrives as zeros
+            if bool(visits.any()):
+                self._keep(watch, rows[visits], one, outputs[visits], norm)
 
     def _keep(self, watch: Watch, inputs: Tensor, matrix: Tensor, outputs: Tensor, norm: str) -> None:
         inputs, outputs = inputs.to(torch.float32), outputs.to(torch.float32)
@@ -173,7 +232,7 @@ class Watcher(TorchFunctionMode):
             output=output,
             energy=_energy(inputs),
             peaks=inputs.abs().amax(dim=0),
-            contributions=_explain(inputs, matrix, output) if watch.down else (),
+            spikes=_spikes(inputs, matrix, outputs, output) if watch.down else (),
             norm=norm,
         )
 

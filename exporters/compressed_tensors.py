@@ -32,10 +32,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibrationless import Block, Channel, Flat, Group, QuantizedTensor, Tile, Whole, expand
+from calibrationless import Block, Channel, Flat, Group, QuantizedTensor, Tile, Whole, check_bits, expand
 from exporters.packing import pack, packed_words, unpack
+from exporters.text import shown
 
-__all__ = ["LOCAL_NAMES", "Scheme", "express", "from_tensors", "quantization_config", "tensor_layout", "to_tensors"]
+__all__ = [
+    "LOCAL_NAMES",
+    "Scheme",
+    "check_tensors",
+    "express",
+    "from_tensors",
+    "quantization_config",
+    "tensor_layout",
+    "to_tensors",
+]
 
 LOCAL_NAMES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 _INT8_INPUTS = {
@@ -144,17 +154,46 @@ def tensor_layout(
     return layout
 
 
-def from_tensors(tensors: Mapping[str, Tensor], bits: int) -> QuantizedTensor:
-    """The inverse of `to_tensors`, with the block as the format sees it (a group or a channel).
+_SCALES = (torch.float32, torch.float16, torch.bfloat16)
+_PARTS = (
+    {"weight", "weight_scale"},
+    {"weight_packed", "weight_scale", "weight_shape"},
+    {"weight_packed", "weight_scale", "weight_shape", "weight_zero_point"},
+)
 
-    Raises ValueError where shapes contradict each other.
+
+def check_tensors(tensors: Mapping[str, Tensor], bits: int, shape: Sequence[int] | None = None) -> None:
+    """Raise ValueError unless local names -> tensors can be decoded: what is read from a file is not trusted.
+
+    Looked at are the names, the dtypes and shapes of all (of codes and zero points no more: they may be on the meta
+    device), and the values of weight_scale and weight_shape. shape: [out, in], where it is known from elsewhere.
     """
+    if set(tensors) not in _PARTS:
+        raise ValueError(f"{shown(sorted(tensors))} are not the parts of one weight")
+    check_bits(bits)
+    scale = tensors["weight_scale"]
     if "weight" in tensors:
-        return _from_int8(tensors["weight"], tensors["weight_scale"], bits)
-    declared = [int(size) for size in tensors["weight_shape"].flatten()]
-    packed, scale = tensors["weight_packed"], tensors["weight_scale"]
-    matrices = tensors["weight_shape"].shape == (2,) and packed.ndim == scale.ndim == 2
-    matrices = matrices and not tensors["weight_shape"].is_floating_point()
+        weight = tensors["weight"]
+        declared = list(weight.shape)
+        if weight.dtype is not torch.int8 or weight.ndim != 2 or tuple(scale.shape) != (len(weight), 1) or bits != 8:
+            raise ValueError(
+                f"weight {declared} of {weight.dtype} with {bits} bits contradicts weight_scale {list(scale.shape)}"
+            )
+    else:
+        declared = _check_packed(tensors, bits)
+    if shape is not None and declared != list(shape):
+        raise ValueError(f"its shape is {declared}, the manifest says {list(shape)}")
+    if scale.dtype not in _SCALES:
+        raise ValueError(f"weight_scale is of {scale.dtype}, not of {', '.join(map(str, _SCALES))}")
+    if not bool(torch.isfinite(scale).all()):
+        raise ValueError("weight_scale holds a NaN or infinite value")
+
+
+def _check_packed(tensors: Mapping[str, Tensor], bits: int) -> list[int]:
+    """The shape [out, in] of a packed weight. Raises ValueError where its parts contradict it."""
+    packed, scale, size = (tensors[name] for name in ("weight_packed", "weight_scale", "weight_shape"))
+    declared = [int(value) for value in size.flatten()[:8]]
+    matrices = size.shape == (2,) and not size.is_floating_point() and packed.ndim == scale.ndim == 2
     if not matrices or min(declared) < 1 or not len(packed) == len(scale) == declared[0]:
         raise ValueError(
             f"weight_shape {declared} contradicts weight_packed {list(packed.shape)}, weight_scale {list(scale.shape)}"
@@ -163,23 +202,38 @@ def from_tensors(tensors: Mapping[str, Tensor], bits: int) -> QuantizedTensor:
     groups = scale.shape[1]
     if groups == 0 or in_features % groups:
         raise ValueError(f"{groups} scales per row do not divide {in_features} inputs")
-    codes = unpack(packed, bits, in_features)
-    zero_point = None
+    wanted = {"weight_packed": (out_features, packed_words(in_features, bits))}
     if "weight_zero_point" in tensors:
         stored = tensors["weight_zero_point"]
         if stored.ndim != 2 or stored.shape[1] != groups:
             raise ValueError(f"weight_zero_point {list(stored.shape)} contradicts weight_scale {list(scale.shape)}")
-        zero_point = unpack(stored.T.contiguous(), bits, out_features).T.contiguous()
+        wanted["weight_zero_point"] = (packed_words(out_features, bits), groups)
+    for name, form in wanted.items():
+        if tensors[name].dtype is not torch.int32 or tuple(tensors[name].shape) != form:
+            raise ValueError(
+                f"{name} {list(tensors[name].shape)} of {tensors[name].dtype} is not {list(form)} of torch.int32, "
+                f"which {declared} codes of {bits} bits take"
+            )
+    return declared
+
+
+def from_tensors(tensors: Mapping[str, Tensor], bits: int, shape: Sequence[int] | None = None) -> QuantizedTensor:
+    """The inverse of `to_tensors`, with the block as the format sees it (a group or a channel).
+
+    shape: see `check_tensors`. Raises ValueError where that finds something wrong.
+    """
+    check_tensors(tensors, bits, shape)
+    scale = tensors["weight_scale"]
+    if "weight" in tensors:
+        return QuantizedTensor(tensors["weight"].view(torch.uint8) ^ 128, scale, None, Channel(), bits)
+    out_features, in_features = (int(size) for size in tensors["weight_shape"])
+    groups = scale.shape[1]
+    codes = unpack(tensors["weight_packed"], bits, in_features)
+    zero_point = None
+    if "weight_zero_point" in tensors:
+        zero_point = unpack(tensors["weight_zero_point"].T.contiguous(), bits, out_features).T.contiguous()
     block: Block = Channel() if groups == 1 else Group(in_features // groups)
     return QuantizedTensor(codes, scale, zero_point, block, bits)
-
-
-def _from_int8(weight: Tensor, scale: Tensor, bits: int) -> QuantizedTensor:
-    if weight.dtype is not torch.int8 or weight.ndim != 2 or tuple(scale.shape) != (len(weight), 1) or bits != 8:
-        raise ValueError(
-            f"weight {list(weight.shape)} of {weight.dtype} with {bits} bits contradicts weight_scale {list(scale.shape)}"
-        )
-    return QuantizedTensor(weight.view(torch.uint8) ^ 128, scale, None, Channel(), bits)
 
 
 def _kind(module: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from exporters.errors import CheckpointError
 
-__all__ = ["read_json", "write_json"]
+__all__ = ["json_bytes", "read_json", "write_json"]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -25,6 +25,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object. Raises ValueError for NaN, which is not JSON."""
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+def json_bytes(content: Mapping[str, Any], *, constants: bool = False) -> bytes:
+    """A JSON object as `write_json` writes it."""
+    return (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=constants) + "\n").encode()
+
+
+def write_json(path: Path, content: Mapping[str, Any], *, constants: bool = False) -> None:
+    """Write a JSON object. Raises ValueError for NaN and Infinity, which are not JSON.
+
+    constants: write them all the same. Configurations of models hold them (Mamba-2: a time step up to Infinity), and
+    what reads such a file reads them.
+    """
+    path.write_bytes(json_bytes(content, constants=constants))

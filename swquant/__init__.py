@@ -13,6 +13,7 @@ folder beside this file; the function has the name.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from swquant.compress.options import CompressOptions
     from swquant.export.onnx.options import ExportOptions
     from swquant.study.options import StudyOptions
+
+# onnxruntime looks up a host for its telemetry when it is imported, so this has to stand before, and for sub-processes,
+# too. Who wants it sets the variable to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
     "compress": "swquant.api",

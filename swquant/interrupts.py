@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM: both end a run in the same way, and neither while something is being put in order.
+"""Ctrl-C, SIGTERM and SIGHUP: all end a run in the same way, and none while something is being put in order.
+
+SIGTERM is what schedulers and `kill` send, SIGHUP what a closed terminal or a lost connection does; left alone, both
+kill at once and leave half-written files. A signal that is ignored stays ignored: `nohup` must keep its promise.
 
 Only the main thread may handle signals. In another one these blocks change nothing.
 """
@@ -13,6 +16,9 @@ from types import FrameType
 
 __all__ = ["sigterm_interrupts", "uninterrupted"]
 
+# Windows has no SIGHUP.
+_ENDS = tuple(signal.Signals[name] for name in ("SIGTERM", "SIGHUP") if name in signal.Signals.__members__)
+
 
 @contextmanager
 def _handled(handler: Callable[[int, FrameType | None], None], *numbers: signal.Signals) -> Iterator[None]:
@@ -20,8 +26,10 @@ def _handled(handler: Callable[[int, FrameType | None], None], *numbers: signal.
         yield
         return
     previous = {number: signal.getsignal(number) for number in numbers}
+    # None: set by something that is not Python, which could not be put back.
+    previous = {number: old for number, old in previous.items() if old not in (signal.SIG_IGN, None)}
     try:
-        for number in numbers:
+        for number in previous:
             signal.signal(number, handler)
         yield
     finally:
@@ -35,16 +43,17 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt inside the block: a process that it killed would leave its temporary files."""
-    with _handled(_interrupt, signal.SIGTERM):
+    """SIGTERM and SIGHUP raise KeyboardInterrupt inside the block: a process that they killed would leave its temporary
+    files."""
+    with _handled(_interrupt, *_ENDS):
         yield
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait until the end of the block."""
+    """Ctrl-C, SIGTERM and SIGHUP wait until the end of the block."""
     arrived: list[int] = []
-    with _handled(lambda number, _: arrived.append(number), signal.SIGINT, signal.SIGTERM):
+    with _handled(lambda number, _: arrived.append(number), signal.SIGINT, *_ENDS):
         yield
     for number in arrived[:1]:
         signal.raise_signal(number)

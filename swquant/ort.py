@@ -1,6 +1,6 @@
 """What a program that runs exported models itself needs: where the operator library is, and a session with it.
 
-import onnxruntime, swquant.ort
+import swquant.ort, onnxruntime  # in this order: it switches the runtime's telemetry off
 
 options = onnxruntime.SessionOptions()
 if library := swquant.ort.library_path():  # without it, the file's own function is used

@@ -116,6 +116,18 @@ def test_imports_inside_swquant_go_down_only() -> None:
     assert upwards == []
 
 
+def test_every_load_from_a_folder_says_whether_its_code_is_trusted() -> None:
+    """transformers' Auto classes ask on the terminal where nothing is said, and may be answered."""
+    for path in MODULES:
+        for call in walk(path, ast.Call):
+            function = call.func
+            if not isinstance(function, ast.Attribute) or function.attr not in ("from_pretrained", "from_config"):
+                continue
+            if isinstance(function.value, ast.Name) and function.value.id.lower().startswith("auto"):
+                said = any(keyword.arg == "trust_remote_code" for keyword in call.keywords)
+                assert said, f"{module_id(path)}:{call.lineno} leaves trust_remote_code out"
+
+
 def test_only_the_face_itself_and_main_import_the_face() -> None:
     face = ROOT / "swquant/__init__.py"
     assert [module_id(path) for path in MODULES if face in imports(path) and path != face] == []

@@ -14,7 +14,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +27,10 @@ from exporters.onnx.files import GENAI_CONFIG, MODEL
 from exporters.onnx.nodes import PackedWeight, stack, take_rows
 from exporters.onnx.place import Placer, common_form
 
-__all__ = ["BuilderError", "build_graph", "fix_cache_shapes", "place_weights"]
+__all__ = ["BuilderError", "build_graph", "fix_cache_shapes", "place_weights", "set_windows"]
 
 _MATMUL = re.compile(r"^(?:model\.layers\.(?P<layer>\d+)\.\w+\.(?P<leaf>\w+)|(?P<head>lm_head))\.MatMul\.weight$")
+_ATTENTION = re.compile(r"^/model/layers\.(\d+)/")
 # A weight of the graph that may be several of the model's, stacked, or one of the halves of another.
 _STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _HALVES = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1)}
@@ -61,7 +62,8 @@ def build_graph(model: Path, out: Path, *, fuse_qkv: bool, half: bool) -> None:
         "--extra_options",
         *options,
     ]
-    ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1"}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
     if ran.returncode or not (out / MODEL).is_file():
         lines = [line.strip() for line in (ran.stderr or ran.stdout).splitlines() if line.strip()]
         raise BuilderError(lines[-1] if lines else f"exit code {ran.returncode}")
@@ -154,6 +156,20 @@ def fix_cache_shapes(model: onnx_ir.Model, head_size: int) -> None:
     for value in (*model.graph.inputs, *model.graph.outputs):
         if str(value.name).startswith(("past_key_values.", "present.")) and value.shape is not None:
             value.shape = onnx_ir.Shape([*list(value.shape)[:-1], head_size])
+
+
+def set_windows(model: onnx_ir.Model, windows: Sequence[int | None]) -> None:
+    """Tell the attention of every layer its sliding window, None for none: the builder does so only where the
+    configuration names kinds of layers, not where all of them have one window (Mistral). Raises BuilderError where a
+    layer has no attention that knows windows."""
+    missing = {layer: window for layer, window in enumerate(windows) if window is not None}
+    for node in model.graph:
+        match = _ATTENTION.match(str(node.name)) if node.op_type == "GroupQueryAttention" else None
+        if match is None or int(match[1]) not in missing:
+            continue
+        node.attributes["local_window_size"] = onnx_ir.AttrInt64("local_window_size", missing.pop(int(match[1])))
+    if missing:
+        raise BuilderError(f"layer {min(missing)} of the graph has no attention with a sliding window")
 
 
 def _check_values(name: str, node: onnx_ir.Node, expected: Tensor) -> None:

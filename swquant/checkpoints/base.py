@@ -24,7 +24,9 @@ from typing import Any, ClassVar, Self
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from exporters.errors import SwquantError, first_line
+from exporters.errors import SwquantError
+from exporters.json_file import read_json
+from swquant.checkpoints.guard import failures_of
 from swquant.checkpoints.schema import SourceKind
 
 __all__ = ["Checkpoint", "ModelFolder", "Stored", "check_depth"]
@@ -87,12 +89,27 @@ class ModelFolder(ABC):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer. Raises SwquantError where it is missing or damaged."""
-        try:
+        with failures_of(f"{self.name}: no usable tokenizer", "put tokenizer.json beside config.json"):
             return self._load_tokenizer()
-        except Exception as error:  # transformers raises nearly everything here
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """What generation_config.json says of how the model is to be asked, {} where there is none."""
+        path = self.folder / "generation_config.json"
+        return read_json(path) if path.is_file() else {}
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """The ids that end a text. Raises SwquantError where they are no ids."""
+        ids = self.generation.get("eos_token_id")
+        if ids is None:
+            ids = getattr(self.config.get_text_config(), "eos_token_id", None)
+        ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+        if not all(isinstance(token, int) for token in ids):
             raise SwquantError(
-                f"{self.name}: no usable tokenizer ({first_line(error)}); put tokenizer.json beside config.json"
-            ) from None
+                f"{self.name}: generation_config.json has the eos_token_id {str(ids)[:60]}; it is an id or a list of ids"
+            )
+        return tuple(ids)
 
     @abstractmethod
     def save_companions(self, folder: Path) -> None:
@@ -118,6 +135,11 @@ class Checkpoint(ModelFolder):
     @abstractmethod
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name`, with all its values, in the form that `tensors[name]` announces."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the source, one line each, beside what is done with it."""
+        return ()
 
     @property
     def is_compressed(self) -> bool:

@@ -19,10 +19,13 @@ from exporters.json_file import read_json
 from exporters.safetensors_file import SafetensorsReader
 from exporters.sidecar import SidecarReader
 from swquant.checkpoints.base import Checkpoint, Stored
+from swquant.checkpoints.companions import copy_companions
+from swquant.checkpoints.configuration import handed_on, load_config
 from swquant.checkpoints.manifest import MANIFEST, is_onnx, read_manifest
 from swquant.checkpoints.patch_sets import open_patches
-from swquant.checkpoints.safetensors import copy_companions, load_config, shard_names
 from swquant.checkpoints.schema import TensorRecord
+from swquant.checkpoints.shards import shard_names
+from swquant.checkpoints.stored import check_dense
 
 __all__ = ["CompressedCheckpoint"]
 
@@ -50,8 +53,9 @@ class CompressedCheckpoint(Checkpoint):
         self.manifest = manifest
         self.fingerprint = manifest["digest"]
         self._records = manifest["tensors"]
-        self.raw_config = read_json(folder / "config.json")
-        self.config = load_config(folder, self.raw_config, self.name, trust_remote_code)
+        raw = read_json(folder / "config.json")
+        self.raw_config = handed_on(raw, code=trust_remote_code)
+        self.config = load_config(folder, raw, self.name, trust_remote_code)
         for key in ("quantization_config", "swquant"):
             if hasattr(self.config, key):
                 delattr(self.config, key)
@@ -101,7 +105,7 @@ class CompressedCheckpoint(Checkpoint):
         assert "dense" not in record
         parts = {part.removeprefix(f"{module}."): reader.read(part) for part in record["sha256"]}
         try:
-            return compressed_tensors.from_tensors(parts, record["bits"])
+            return compressed_tensors.from_tensors(parts, record["bits"], record["shape"])
         except (KeyError, ValueError) as error:
             raise SwquantError(f"{self.name}: {name} is damaged ({error}); run swquant verify") from None
 
@@ -117,15 +121,20 @@ class CompressedCheckpoint(Checkpoint):
             raise SwquantError(f"{error}; run swquant verify") from None
 
     def read(self, name: str) -> torch.Tensor:
-        if "dense" in self._records[name]:
-            return self._reader(name).read(name)
+        if "dense" in (record := self._records[name]):
+            tensor = self._reader(name).read(name)
+            try:
+                check_dense(name, record, tensor)
+            except CheckpointError as error:
+                raise SwquantError(f"{self.name}: {error}") from None
+            return tensor
         quantized = self.quantized(name)
         if self._unrounded:
             quantized = replace(quantized, scale=quantized.scale.to(torch.float32))
         return restore(dequantize(quantized), *self.patches(name))
 
     def save_companions(self, folder: Path) -> None:
-        copy_companions(self.folder, folder)
+        copy_companions(self.folder, folder, code=self.trust_remote_code)
 
     def close(self) -> None:
         for reader in self._readers.values():

@@ -4,14 +4,19 @@ transformers can load GGUF files too, but into a whole model; here its tables (c
 rows were permuted) are used and the gguf package decodes, so a tensor is in memory only while it is
 read. Values come as float32: a GGUF block decodes to more digits than 16 bits hold. What is written dense is
 bfloat16 unless asked otherwise.
+
+The file is all there is: it lies among downloads of other models, whose tokenizers and configurations are not its own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,16 +24,40 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from exporters.errors import SwquantError, first_line
 from swquant.checkpoints.base import Checkpoint, Stored, check_depth
+from swquant.checkpoints.gguf_rope import rope_scaling
 
 __all__ = ["GgufCheckpoint"]
 
-# Computed from the configuration by every loader, so not a weight.
-_DERIVED = ("rope_freqs.weight",)
+# Said by the configuration (see gguf_rope), so not a weight.
+_DERIVED = "rope_freqs.weight"
 
 
-def _first_bytes(path: Path) -> bytes:
+def _check_beginning(path: Path) -> None:
+    """Raise SwquantError unless a file begins as a GGUF file of this machine's byte order does."""
     with open(path, "rb") as file:
-        return file.read(4)
+        beginning = file.read(8)
+    if beginning[:4] != b"GGUF":
+        raise SwquantError(f"{path.name}: not a GGUF file (it does not begin with GGUF)")
+    # The version is a small number; in the other byte order its low half is zero.
+    if len(beginning) == 8 and beginning[4:6] == b"\0\0" and beginning[6:] != b"\0\0":
+        raise SwquantError(
+            f"{path.name}: a big-endian GGUF file; take a little-endian one, or convert it with gguf-convert-endian"
+        )
+
+
+def _check_whole(path: Path, fields: Mapping[str, Any], tensors: int) -> None:
+    """Raise SwquantError for one of the files that a model was split into."""
+    parts = int(fields["split.count"].contents()) if "split.count" in fields else 1
+    if parts > 1:
+        number = int(fields["split.no"].contents()) + 1 if "split.no" in fields else 1
+        raise SwquantError(
+            f"{path.name}: part {number} of a model that was split into {parts} files; join them with llama.cpp: "
+            f"llama-gguf-split --merge FIRST-PART.gguf WHOLE.gguf, then give WHOLE.gguf"
+        )
+    if "split.tensors.count" in fields and int(fields["split.tensors.count"].contents()) > tensors:
+        raise SwquantError(
+            f"{path.name}: holds {tensors} of a split model's tensors; join its parts, or fetch it again"
+        )
 
 
 class GgufCheckpoint(Checkpoint):
@@ -54,15 +83,19 @@ class GgufCheckpoint(Checkpoint):
         from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, load_gguf_checkpoint
 
-        if _first_bytes(self.path) != b"GGUF":
-            raise SwquantError(f"{self.path.name}: not a GGUF file (it does not begin with GGUF)")
+        _check_beginning(self.path)
         reader = GGUFReader(self.path)
+        _check_whole(self.path, reader.fields, len(reader.tensors))
+        self._encoded = {tensor.name: tensor for tensor in reader.tensors}
+        self._has_vocabulary = "tokenizer.ggml.tokens" in reader.fields
         parsed = load_gguf_checkpoint(str(self.path))["config"]
+        if (scaling := self._rope_scaling(reader.fields, parsed)) is not None:
+            parsed["rope_scaling"] = scaling
         self.config = AutoConfig.for_model(**parsed)
         self.config.dtype = torch.bfloat16
         check_depth(self.name, self.config, len(reader.tensors))
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config)
+            model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
         self.config.architectures = [type(model).__name__]
         self.raw_config = self.config.to_dict()
 
@@ -70,7 +103,6 @@ class GgufCheckpoint(Checkpoint):
         known = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
         names = get_tensor_name_map(known[architecture], self.config.num_hidden_layers)
         self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=parsed)
-        self._encoded = {tensor.name: tensor for tensor in reader.tensors}
         self._gguf_name: dict[str, str] = {}
         tensors: dict[str, Stored] = {}
         for name, parameter in model.state_dict().items():
@@ -80,7 +112,7 @@ class GgufCheckpoint(Checkpoint):
                 self._gguf_name[name] = gguf_name
                 tensors[name] = Stored(torch.float32, tuple(parameter.shape))
         self.tensors = tensors
-        if unused := sorted(set(self._encoded) - set(self._gguf_name.values()) - set(_DERIVED)):
+        if unused := sorted(set(self._encoded) - set(self._gguf_name.values()) - {_DERIVED}):
             raise SwquantError(
                 f"{self.path.name}: {len(unused)} tensors of a {architecture} file have no one-to-one place in "
                 f"transformers (first {unused[0]}); convert it with AutoModelForCausalLM.from_pretrained(…, gguf_file=…)"
@@ -90,6 +122,17 @@ class GgufCheckpoint(Checkpoint):
         for tensor in reader.tensors:
             digest.update(f"{tensor.name} {tensor.tensor_type.name} {tensor.shape} {tensor.data_offset}\n".encode())
         self.fingerprint = digest.hexdigest()
+
+    def _rope_scaling(self, fields: Mapping[str, Any], parsed: Mapping[str, Any]) -> dict[str, Any] | None:
+        from gguf import dequantize
+
+        if "rope_scaling" in parsed or "rope_parameters" in parsed:  # transformers read it
+            return None
+        prefix = f"{fields['general.architecture'].contents()}.rope."
+        header = {key.removeprefix(prefix): field.contents() for key, field in fields.items() if key.startswith(prefix)}
+        stored = self._encoded.get(_DERIVED)
+        factors = None if stored is None else dequantize(stored.data, stored.tensor_type).astype(np.float32).ravel()
+        return rope_scaling(self.path.name, header, parsed, factors)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -127,12 +170,24 @@ class GgufCheckpoint(Checkpoint):
             )
         return tensor
 
+    @property
+    def generation(self) -> dict[str, Any]:
+        return {}  # a generation_config.json beside the file is another model's
+
     @cached_property
     def _cached_tokenizer(self) -> PreTrainedTokenizerBase:
-        # Reading a vocabulary of 262,144 tokens out of a GGUF header takes ten seconds: once is enough.
-        return AutoTokenizer.from_pretrained(self.folder, gguf_file=self.path.name)
+        # Reading a vocabulary of 262,144 tokens out of a GGUF header takes ten seconds: once is enough. A folder that
+        # holds nothing else, because transformers prefers what lies beside the file.
+        with tempfile.TemporaryDirectory(prefix="swquant-gguf-") as folder:
+            (Path(folder) / "model.gguf").symlink_to(self.path.resolve())
+            return AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf", trust_remote_code=False)
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
+        if not self._has_vocabulary:
+            raise SwquantError(
+                f"{self.path.name}: a GGUF file without a vocabulary, and files beside it are not read; take one that has "
+                "it, or start from the model's safetensors folder"
+            )
         return self._cached_tokenizer
 
     def save_companions(self, folder: Path) -> None:

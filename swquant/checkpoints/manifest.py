@@ -19,6 +19,7 @@ from typing_extensions import TypeIs
 
 from exporters.errors import CheckpointError, SwquantError
 from exporters.json_file import read_json, write_json
+from exporters.text import shown
 from swquant.checkpoints.schema import (
     FORMAT,
     VERSION,
@@ -112,7 +113,7 @@ def _check_types(path: Path, manifest: Mapping[str, Any]) -> None:
         validator.validate_python(manifest, strict=True, extra="forbid")
     except ValidationError as error:
         problem = next(_problems(error.errors(include_url=False, include_context=False), manifest))
-        raise SwquantError(f"{path}: {problem}, or fetch the checkpoint again") from None
+        raise SwquantError(f"{path}: {problem}, or fetch it again") from None
 
 
 def _problems(errors: Iterable[Mapping[str, Any]], manifest: Mapping[str, Any]) -> Iterator[str]:
@@ -127,16 +128,14 @@ def _problems(errors: Iterable[Mapping[str, Any]], manifest: Mapping[str, Any]) 
         where = _shown(".".join(map(str, key)))
         match error["type"]:
             case "missing":
-                yield f"{where} is missing; run swquant compress again"
+                yield f"{where} is missing; write the folder again"
             case "extra_forbidden":
                 yield f"{where} is not a key that this version knows; update swquant"
             case _:
                 expected = error["msg"].removeprefix("Input should be ")
-                yield f"{where} should be {expected}, not {_shown(json.dumps(error['input']))}; run swquant compress again"
+                yield f"{where} should be {expected}, not {_shown(json.dumps(error['input']))}; write the folder again"
 
 
 def _shown(value: object) -> str:
-    """A file's text as a message can hold it: one line, not too long, nothing that a terminal obeys."""
-    text = str(value)[: _LONGEST + 1]
-    text = "".join(character if character.isprintable() else "?" for character in text)
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+    """A file's text in a message that has a remedy to say, too."""
+    return shown(value, _LONGEST)

@@ -11,8 +11,9 @@ from exporters.errors import SwquantError
 from exporters.json_file import read_json
 from exporters.onnx.files import MODEL
 from swquant.checkpoints.base import ModelFolder
+from swquant.checkpoints.companions import copy_companions
+from swquant.checkpoints.configuration import load_config
 from swquant.checkpoints.manifest import is_onnx, read_manifest
-from swquant.checkpoints.safetensors import copy_companions, load_config
 
 __all__ = ["OnnxFolder"]
 
@@ -41,16 +42,8 @@ class OnnxFolder(ModelFolder):
         """The file that a runtime opens."""
         return self.folder / MODEL
 
-    @property
-    def end_tokens(self) -> tuple[int, ...]:
-        """The ids that end a text."""
-        path = self.folder / "generation_config.json"
-        ids = read_json(path).get("eos_token_id") if path.is_file() else None
-        ids = ids if ids is not None else self.config.get_text_config().eos_token_id
-        return tuple(ids) if isinstance(ids, list) else () if ids is None else (int(ids),)
-
     def save_companions(self, folder: Path) -> None:
-        copy_companions(self.folder, folder)
+        copy_companions(self.folder, folder, code=self.trust_remote_code)
 
     def close(self) -> None:
         pass

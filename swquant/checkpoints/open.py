@@ -15,11 +15,12 @@ from pathlib import Path
 from exporters.errors import SwquantError, first_line
 from exporters.onnx.files import MODEL
 from swquant.checkpoints.base import Checkpoint
+from swquant.checkpoints.companions import CODE, COMPANIONS, NEVER
 from swquant.checkpoints.compressed import CompressedCheckpoint
 from swquant.checkpoints.gguf import GgufCheckpoint
 from swquant.checkpoints.manifest import MANIFEST
 from swquant.checkpoints.onnx import OnnxFolder
-from swquant.checkpoints.safetensors import COMPANIONS, SafetensorsCheckpoint
+from swquant.checkpoints.safetensors import SafetensorsCheckpoint
 
 __all__ = ["is_onnx_folder", "open_checkpoint", "open_model"]
 
@@ -75,18 +76,20 @@ def open_checkpoint(
             )
         return SafetensorsCheckpoint(path, trust_remote_code=trust_remote_code)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
-        folder = _fetch(str(model), revision)
+        folder = _fetch(str(model), revision, code=trust_remote_code)
         return SafetensorsCheckpoint(folder, name=str(model).rpartition("/")[2], trust_remote_code=trust_remote_code)
     raise SwquantError(f"{model}: no such folder or file that can be read, and not a hub id (OWNER/NAME)")
 
 
-def _fetch(repository: str, revision: str | None) -> Path:
-    """A hub repository's folder on this machine. Only safetensors and text files are fetched, never pickle."""
+def _fetch(repository: str, revision: str | None, *, code: bool) -> Path:
+    """A hub repository's folder on this machine. Only safetensors and text files are fetched, never pickle; code, for
+    who trusts it."""
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.json", *COMPANIONS]
+    patterns = ["*.safetensors", "*.json", *COMPANIONS, *(CODE if code else ())]
+    never = [f"*{suffix}" for suffix in (*NEVER, *(() if code else (".py",)))]
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=never))
     except Exception as error:  # the hub client raises a zoo of network and HTTP errors
         raise SwquantError(
             f"{repository}: not a folder here, and the hub did not give it ({first_line(error)}); check the name and the network, "

@@ -14,6 +14,7 @@ from typing_extensions import TypedDict  # pydantic reads that of `typing` from 
 
 __all__ = [
     "FORMAT",
+    "UNUSED",
     "VERSION",
     "ActivationsRecord",
     "CheckRecord",
@@ -73,6 +74,7 @@ class OptionsRecord(TypedDict):
     bits_budget: float | None
     dense: list[str]
     strict_block: bool
+    allow_dense: NotRequired[bool]
     activations: str
     activation_scale: str | None
     activation_range: str | None
@@ -150,6 +152,8 @@ class DetectionRecord(TypedDict):
     super_activations: list[SuperActivationRecord]
     layers: list[LayerRecord]
     published: list[PublishedRecord]
+    unseen: NotRequired[list[str]]
+    unseen_layers: NotRequired[list[int]]
 
 
 class ActivationsRecord(TypedDict):
@@ -187,6 +191,10 @@ class _Stored(TypedDict):
     bytes: int
     sha256: dict[str, str]
     scaled: NotRequired[bool]
+
+
+# Why a tensor stays dense that no loader looks at: a buffer of old, a layer of another class. It may hold NaN.
+UNUSED = "not a parameter of the model"
 
 
 @final
@@ -259,6 +267,8 @@ class CheckRecord(TypedDict):
     tolerance: float
     without_outliers: float | None
     providers: dict[str, int]
+    long_tokens: NotRequired[int]
+    unreached: NotRequired[list[int]]
 
 
 class NodeRecord(TypedDict):

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from swquant.cli.shared import (
     JsonOption,
@@ -19,6 +18,7 @@ from swquant.cli.shared import (
     print_json,
 )
 from swquant.detect.prompt import DEFAULT_PROMPT, PROMPT_HELP
+from swquant.terminal.text import marked_sentence
 
 __all__ = ["detect"]
 
@@ -61,4 +61,4 @@ def detect(
         show_detection(out, found.model, record)
     if plot is not None:
         plot_detection(record, plot, title=found.model)
-        err.print(f"Drew {escape(str(plot))}", soft_wrap=True)
+        err.print(f"Drew {marked_sentence(str(plot))}", soft_wrap=True)

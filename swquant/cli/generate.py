@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from swquant.cli.shared import JsonOption, ModelArgument, RestoreOption, TrustOption, make_progress, out, print_json
+from swquant.cli.shared import JsonOption, ModelArgument, RestoreOption, TrustOption, make_progress, print_json
+from swquant.terminal.text import written
 
 __all__ = ["generate"]
 
@@ -33,4 +34,4 @@ def generate(
     if as_json:
         print_json({"prompt": prompt, "text": text})
     else:
-        out.print(text, markup=False, soft_wrap=True)
+        typer.echo(written(text))

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from exporters.errors import SwquantError
 from swquant.cli.compress import compress
@@ -25,6 +25,7 @@ from swquant.cli.options import Grouped
 from swquant.cli.shared import err, out
 from swquant.cli.study import study
 from swquant.cli.verify import verify
+from swquant.terminal.text import marked_sentence
 
 __all__ = ["app", "main"]
 
@@ -67,12 +68,23 @@ def main(words: Sequence[str] | None = None) -> None:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not _is_no_memory(error):
+            raise
+        _fail("not enough memory; close other programs, add --low-memory where there is one, or use a larger machine")
     except SystemExit as end:
         if end.code == 130:
-            err.print("interrupted; nothing half-written was left behind")
+            with suppress(OSError):  # after SIGHUP there is no terminal any more
+                err.print("interrupted; nothing half-written was left behind")
         raise
 
 
+def _is_no_memory(error: Exception) -> bool:
+    """torch says so in words: its allocators raise RuntimeError."""
+    words = ("can't allocate memory", "cannot allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
+
+
 def _fail(message: str) -> None:
-    err.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+    err.print(f"[bold red]error:[/] {marked_sentence(message)}", soft_wrap=True)
     sys.exit(1)

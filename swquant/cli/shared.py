@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from exporters.errors import SwquantError
+from exporters.text import harmless_json
 from swquant.cli.options import OTHER
 
 if TYPE_CHECKING:
@@ -33,8 +34,9 @@ __all__ = [
     "text_of",
 ]
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+# No emoji: in a name, `:fire:` is text.
+out = Console(highlight=False, emoji=False)
+err = Console(stderr=True, highlight=False, emoji=False)
 
 ModelArgument = Annotated[
     str,
@@ -75,7 +77,7 @@ def make_progress(as_json: bool) -> Progress:
 def text_of(path: Path) -> str:
     """The text of a file given by the user."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # Windows editors put a mark in front
     except OSError as error:
         raise SwquantError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
@@ -84,7 +86,7 @@ def text_of(path: Path) -> str:
 
 def print_json(content: Any) -> None:
     """One document on stdout, for machines: whatever the width of the terminal, nothing wraps it."""
-    sys.stdout.write(json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    sys.stdout.write(harmless_json(json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)) + "\n")
     sys.stdout.flush()  # a reader that went away is noticed here, not when Python ends
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from swquant.cli.options import BASIC, takes
 from swquant.cli.shared import (
@@ -20,6 +19,7 @@ from swquant.cli.shared import (
     text_of,
 )
 from swquant.study.options import StudyOptions
+from swquant.terminal.text import marked_sentence, sentence
 
 __all__ = ["study"]
 
@@ -62,12 +62,12 @@ def study(
         )  # fmt: skip
     except KeyboardInterrupt as interrupt:
         for note in getattr(interrupt, "__notes__", ()):
-            err.print(note, markup=False, soft_wrap=True)
+            err.print(sentence(note), markup=False, soft_wrap=True)
         raise
     if as_json:
         print_json({"path": str(result.path), **result.record})
         return
     for section in result.sections:
-        out.print(f"[bold]{escape(section.title)}[/]")
-        out.print(section.finding, markup=False)
-    out.print(f"\nReport: {escape(str(result.path / 'report.html'))}", soft_wrap=True)
+        out.print(f"[bold]{marked_sentence(section.title)}[/]")
+        out.print(sentence(section.finding), markup=False)
+    out.print(f"\nReport: {marked_sentence(str(result.path / 'report.html'))}", soft_wrap=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import typer
-from rich.markup import escape
 
 from swquant.cli.shared import CheckpointArgument, JsonOption, err, out, print_json
+from swquant.terminal.text import marked_sentence
 
 __all__ = ["verify"]
 
@@ -22,8 +22,10 @@ def verify(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None:
     elif not problems:
         files = read_manifest(checkpoint)["files"]
         size = human_bytes(sum(record["bytes"] for record in files.values()))
-        out.print(f"{escape(str(checkpoint))}: {len(files)} files, {size}, every byte as written", soft_wrap=True)
+        out.print(
+            f"{marked_sentence(str(checkpoint))}: {len(files)} files, {size}, every byte as written", soft_wrap=True
+        )
     for problem in problems if not as_json else ():
-        err.print(f"[bold red]damaged:[/] {escape(problem)}", soft_wrap=True)
+        err.print(f"[bold red]damaged:[/] {marked_sentence(problem)}", soft_wrap=True)
     if problems:
         raise typer.Exit(1)

@@ -94,6 +94,9 @@ class CompressOptions:
     strict_block: bool = described(
         False, "Fail where the block does not divide a tensor, instead of taking a smaller one.", group="rounding"
     )
+    allow_dense: bool = described(
+        False, "Go on where less than half of the linear weights can be packed.", group="rounding"
+    )
     activations: str = described(
         "none",
         "Round the inputs of every compressed linear layer, too.",
@@ -259,6 +262,7 @@ class CompressKeywords(TypedDict, total=False):
     bits_budget: float | None
     dense: tuple[str, ...]
     strict_block: bool
+    allow_dense: bool
     activations: str
     activation_scale: str | None
     activation_range: str | None

@@ -1,7 +1,7 @@
 """`compress`, from end to end: the only module that knows the order of things.
 
-    open -> probe and detect -> plan -> per tensor: read, round, pack, write -> sidecar, config, report, manifest ->
-    verify -> rename
+    open -> probe and detect -> plan, rehearsed -> per tensor: read, round, pack, write -> sidecar, config, report,
+    manifest -> verify -> rename
 
 Everything is written into a hidden folder beside OUT, verified there, and renamed as the last act. Whatever
 happens before that, OUT does not exist (or, with overwrite, is still the old one).
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from exporters.errors import SwquantError
@@ -18,9 +19,12 @@ from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.schema import CheckpointManifest
 from swquant.compress.budget import bits_within
 from swquant.compress.options import CompressOptions
-from swquant.compress.plan import Plan, make_plan
+from swquant.compress.plan import Plan, make_plan, tied_copies
+from swquant.compress.rehearsal import check_share, rehearsed_plan
 from swquant.compress.writing import Prepared, write_all
+from swquant.detect.found import Found
 from swquant.detect.pipeline import find_super_weights
+from swquant.models.architecture import Architecture, LinearKind
 from swquant.output.destination import check_destination, check_space, replace, unfinished, writing
 from swquant.output.verification import verify
 from swquant.progress import Progress, silent
@@ -47,14 +51,28 @@ def prepare(
             checkpoint, options.prompt, low_memory=low_memory, folds=options.refinement != "none"
         )
 
-    def plan_with(bits: Mapping[str, int]) -> Plan:
-        return make_plan(checkpoint, found.architecture, found.detection.super_weights, options, found.folds, bits)
+    known = found.architecture.without(_not_rounded_blindly(found))
+    left_out = tied_copies(checkpoint, known)
+
+    def plan_with(bits: Mapping[str, int], architecture: Architecture = known) -> Plan:
+        super_weights = found.detection.super_weights
+        return make_plan(checkpoint, architecture, super_weights, options, found.folds, bits, left_out)
 
     bits: Mapping[str, int] = {}
     if options.bits_budget is not None:
         bits = bits_within(checkpoint, found, options, plan_with, low_memory=low_memory, progress=progress)
-    plan = plan_with(bits)
+    with progress.step("Rehearsing how stock transformers loads it"):
+        plan = rehearsed_plan(checkpoint, known, partial(plan_with, bits))
+    check_share(checkpoint, plan, known)
     return Prepared(checkpoint, found, plan, low_memory)
+
+
+def _not_rounded_blindly(found: Found) -> dict[str, str]:
+    """Linear weights whose product no token of the prompt reaches: whether one of them holds a super weight is not
+    known. Experts that no token visited are rounded all the same; a mixture loads only if all of its experts are."""
+    weights = found.architecture.weights
+    reason = "no token of the prompt reaches its product"
+    return {name: reason for name in found.unseen if weights[name].kind is LinearKind.LINEAR}
 
 
 def compress_checkpoint(

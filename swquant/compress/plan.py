@@ -24,7 +24,7 @@ from swquant.detect.folds import Fold
 from swquant.models.architecture import Architecture, Dense, LinearKind
 from swquant.units import parse_bytes
 
-__all__ = ["Plan", "TensorPlan", "make_plan"]
+__all__ = ["Plan", "TensorPlan", "make_plan", "tied_copies"]
 
 # Scaling channels makes the weights of a row less alike: in a block of a few hundred columns it pays, beyond it costs.
 MAX_COLUMNS_TO_SCALE = 256
@@ -129,14 +129,16 @@ def make_plan(
     options: CompressOptions,
     folds: Sequence[Fold] = (),
     bits: Mapping[str, int] | None = None,
+    left_out: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Decide for every tensor. bits: of tensors that are not to take those of the options. Raises SwquantError where an
-    option fits nothing, or --strict-block fails."""
+    """Decide for every tensor. bits: of tensors that are not to take those of the options. left_out: from
+    `tied_copies`. Raises SwquantError where an option fits nothing, or --strict-block fails."""
     coordinates: dict[str, list[tuple[int, int]]] = {}
     for weight in super_weights:
         coordinates.setdefault(weight.name, []).append((weight.row, weight.col))
     check_patterns(options.dense, checkpoint.tensors)
-    left_out = _tied(checkpoint)
+    if left_out is None:
+        left_out = tied_copies(checkpoint, architecture)
     of_experts = expert_block(checkpoint, architecture, coordinates, options)
     int8_inputs = _int8_inputs(architecture, options)
     tensors: list[TensorPlan] = []
@@ -170,7 +172,8 @@ def make_plan(
         raise SwquantError(_nothing(checkpoint, tensors))
     tensors = _folded(tensors, folds)
     shards = _shards(tensors, parse_bytes(options.shard_size))
-    return Plan(options, tuple(tensors), shards, left_out, _notes(tensors, of_experts, options), int8_inputs)
+    notes = (*_notes(tensors, of_experts, options), *checkpoint.notes)
+    return Plan(options, tuple(tensors), shards, left_out, notes, int8_inputs)
 
 
 def _notes(tensors: Sequence[TensorPlan], of_experts: Block | None, options: CompressOptions) -> tuple[str, ...]:
@@ -229,10 +232,15 @@ def _nothing(checkpoint: Checkpoint, tensors: Iterable[TensorPlan]) -> str:
     return f"{checkpoint.name}: nothing would be compressed; {reasons[reason]} tensors: {reason}"
 
 
-def _tied(checkpoint: Checkpoint) -> dict[str, str]:
-    """The output embedding of a model that ties it to the input embedding: loaders ignore the stored copy."""
-    tied = getattr(checkpoint.config.get_text_config(), "tie_word_embeddings", False)
-    return {name: "tied to the embedding" for name in checkpoint.tensors if tied and name == "lm_head.weight"}
+def tied_copies(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, str]:
+    """Stored name -> why it need not be written: the model ties it to another tensor, and it is equal to that. One that
+    differs is written, since transformers loads it, whatever the configuration says."""
+    return {
+        name: "tied to the embedding"
+        for name, source in architecture.tied.items()
+        if checkpoint.tensors[name] == checkpoint.tensors[source]
+        and torch.equal(checkpoint.read(name), checkpoint.read(source))
+    }
 
 
 def _quantized(name: str, stored: Stored, recipe: Recipe, int8_inputs: bool) -> TensorPlan:

@@ -14,6 +14,7 @@ import torch
 from calibrationless import Evidence, Patch, Rounded, WeightError, dequantize, follow, for_pieces
 from exporters import compressed_tensors
 from exporters.errors import SwquantError
+from swquant.checkpoints.schema import UNUSED
 from swquant.compress.plan import TensorPlan
 from swquant.detect.folds import fold_columns, fold_gain
 
@@ -77,6 +78,8 @@ def _codes(plan: TensorPlan, weight: torch.Tensor, rounded: Rounded) -> tuple[Su
 
 def _dense(plan: TensorPlan, weight: torch.Tensor) -> RoundedTensor:
     ((name, (dtype, _)),) = plan.layout.items()
+    if plan.reason == UNUSED:  # it may hold anything: the causal mask of an old GPT-NeoX in half is -inf
+        return RoundedTensor(plan.name, {name: weight.to(dtype)}, {})
     _check_finite(plan.name, weight)
     if plan.fold is not None:
         weight = fold_gain(weight, plan.fold, is_bias=plan.name == plan.fold.bias)

@@ -12,13 +12,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from exporters import compressed_tensors
 from exporters.json_file import write_json
 from exporters.safetensors_file import FileRecord, SafetensorsWriter
 from exporters.sidecar import SIDECAR, SidecarWriter
 from swquant.checkpoints.base import Checkpoint
-from swquant.checkpoints.manifest import MANIFEST, write_manifest
+from swquant.checkpoints.manifest import write_manifest
 from swquant.checkpoints.schema import CheckpointManifest, TensorRecord
+from swquant.compress.config import checkpoint_config
 from swquant.compress.evidence import evidence_for, text_of
 from swquant.compress.loaders import loader_table
 from swquant.compress.plan import Plan, TensorPlan
@@ -33,9 +33,6 @@ from swquant.progress import Bar, Progress
 from swquant.version import __version__
 
 __all__ = ["Prepared", "write_all"]
-
-# The layout written here is the one that this version of compressed-tensors reads and writes.
-_FORMAT_VERSION = "0.20.0"
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ def write_all(prepared: Prepared, folder: Path, progress: Progress) -> Checkpoin
     (folder / "swquant").mkdir()
     records, written = _write_weights(prepared, folder, progress)
     checkpoint.save_companions(folder)
-    write_json(folder / "config.json", _config(checkpoint, plan))
+    write_json(folder / "config.json", checkpoint_config(checkpoint, plan, prepared.found.architecture), constants=True)
     page = checkpoint_report(checkpoint.name, prepared.found, plan, records)
     (folder / REPORT).write_text(page, encoding="utf-8")
     files = file_table(folder, written)
@@ -136,24 +133,3 @@ def _write_weights(
     total = sum(tensor.nbytes for tensor in plan.tensors)
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
     return records, files
-
-
-def _config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
-    schemes = {tensor.module: plan.scheme(tensor) for tensor in plan.quantized}
-    dense = [
-        tensor.module
-        for tensor in plan.tensors
-        if tensor.block is None
-        and tensor.name.endswith(".weight")
-        and len(tensor.source.shape) == 2
-        and tensor.reason != "embedding"
-    ]
-    if "lm_head" not in dense:
-        dense.append("lm_head")
-    config = dict(checkpoint.raw_config)
-    if plan.options.parsed_dtype is not None:
-        config["dtype"] = plan.options.dtype
-        config.pop("torch_dtype", None)
-    config["quantization_config"] = compressed_tensors.quantization_config(schemes, dense, _FORMAT_VERSION)
-    config["swquant"] = {"version": __version__, "manifest": MANIFEST, "sidecar": SIDECAR}
-    return config

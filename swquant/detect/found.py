@@ -21,7 +21,11 @@ __all__ = ["Found"]
 class Found:
     """The detection and what it rests on. probe: what the first pass of the prompt showed. token_ids: the prompt as the
     model read it, BOS included where it has one. folds: the norms that can take over a scaling of weights, if they were
-    asked for. model: the checkpoint's name."""
+    asked for. model: the checkpoint's name.
+
+    unseen: stored linear weights whose product the prompt does not reach (cross attention, for example), and experts of
+    a projection that was not seen through any expert; an expert that no token visited is not among them.
+    unseen_layers: layers in which no product of a down projection was seen, so that nothing was looked for there."""
 
     detection: Detection
     probe: Probe = field(compare=False, repr=False)
@@ -32,6 +36,8 @@ class Found:
     folds: tuple[Fold, ...] = ()
     published: tuple[Published, ...] = ()
     model: str = ""
+    unseen: tuple[str, ...] = ()
+    unseen_layers: tuple[int, ...] = ()
 
     def record(self, name: str) -> LinearRecord | None:
         """What the probe saw of a stored linear weight; None for an expert that no token visited."""

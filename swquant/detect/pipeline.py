@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from calibrationless import Probe, Scalar, detect, run_probe
 from exporters.errors import SwquantError
 from swquant.checkpoints.base import Checkpoint
+from swquant.checkpoints.tokenizer import encode
 from swquant.detect.folds import find_folds
 from swquant.detect.found import Found
 from swquant.detect.prompt import DEFAULT_PROMPT
@@ -33,9 +34,9 @@ MAX_PROMPT_TOKENS = 512
 
 def prompt_tokens(checkpoint: Checkpoint, prompt: str) -> tuple[int, ...]:
     """Token ids of the prompt with the special tokens the tokenizer adds by itself. Super activations sit on the first
-    token, whichever that is. Raises SwquantError for an empty or overlong prompt."""
+    token, whichever that is. Raises SwquantError for an empty or overlong prompt, and tokens that the model lacks."""
     with quiet():
-        ids = checkpoint.tokenizer()(prompt)["input_ids"]
+        ids = encode(checkpoint, prompt)
     if not 1 <= len(ids) <= MAX_PROMPT_TOKENS:
         raise SwquantError(f"the prompt has {len(ids)} tokens; give 1 to {MAX_PROMPT_TOKENS} (about 10 are enough)")
     return tuple(ids)
@@ -89,7 +90,7 @@ def find_super_weights(
     low_memory: keep one module's weights in memory at a time (chosen by itself for models that take more than half of
     the free memory in float32). model: the checkpoint's model in float32, where it is in memory anyway. folds: also
     find out which norms can take over a scaling of weights.
-    Raises SwquantError where the prompt, the tokenizer or the weights are unusable.
+    Raises SwquantError where the prompt, the tokenizer or the weights are unusable, or no down projection was seen.
     """
     ids = prompt_tokens(checkpoint, prompt)
     architecture = describe(checkpoint)
@@ -99,12 +100,6 @@ def find_super_weights(
             model = stack.enter_context(probed_model(checkpoint, low_memory))
         probed = model
         stack.enter_context(watchable(probed))
-        vocabulary = probed.get_input_embeddings().get_parameter("weight").shape[0]
-        if max(ids) >= vocabulary:
-            raise SwquantError(
-                f"{checkpoint.name}: the tokenizer produced token {max(ids)}, the model knows 0 to {vocabulary - 1}; "
-                "the tokenizer belongs to another model"
-            )
 
         def run(
             prune: Sequence[Scalar] = (), record: bool = False, scales: Mapping[str, torch.Tensor] | None = None
@@ -116,16 +111,38 @@ def find_super_weights(
             detection, probe = detect(run, architecture.downs, tokens)
         except ValueError as error:
             raise SwquantError(f"{checkpoint.name}: {error}; check the weights (NaN, Inf) and the prompt") from None
+        if not any(name in probe.linears for name in architecture.downs):
+            raise SwquantError(
+                f"{checkpoint.name}: swquant saw no product of a down projection (it looked for {len(architecture.downs)}); "
+                "this architecture multiplies in a way that swquant does not know"
+            )
         foldable = (
             find_folds(checkpoint, architecture, probe, lambda scales: run(scales=scales).logits) if folds else ()
         )
-    unseen = [watch.name for watch in architecture.watches if watch.expert is None and watch.name not in probe.linears]
-    if unseen:
-        raise SwquantError(
-            f"{checkpoint.name}: the probe did not see the product of {unseen[0]} (of {len(unseen)}); "
-            "this architecture multiplies in a way that swquant does not know"
-        )
     words = tuple(checkpoint.tokenizer().convert_ids_to_tokens(list(ids)))
     return Found(
-        detection, probe, architecture, prompt, ids, words, foldable, published_for(checkpoint), checkpoint.name
+        detection,
+        probe,
+        architecture,
+        prompt,
+        ids,
+        words,
+        foldable,
+        published_for(checkpoint),
+        checkpoint.name,
+        _unseen(architecture, probe),
+        _unseen_layers(architecture, probe),
     )
+
+
+def _unseen(architecture: Architecture, probe: Probe) -> tuple[str, ...]:
+    """Stored linear weights whose product was not seen; for an expert's, not through any expert of its layer."""
+    seen = {(watch.module, watch.parameter) for watch in architecture.watches if watch.name in probe.linears}
+    return tuple(
+        weight.name for weight in architecture.weights.values() if (weight.module, weight.parameter) not in seen
+    )
+
+
+def _unseen_layers(architecture: Architecture, probe: Probe) -> tuple[int, ...]:
+    seen = {layer for name, layer in architecture.downs.items() if name in probe.linears}
+    return tuple(layer for layer in range(len(architecture.layers)) if layer not in seen)

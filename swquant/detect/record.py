@@ -18,8 +18,7 @@ __all__ = ["detection_record"]
 def detection_record(found: Found) -> DetectionRecord:
     """What was detected, as JSON: the same for `detect --json` and the manifest."""
     detection = found.detection
-
-    return {
+    record: DetectionRecord = {
         "prompt": found.prompt,
         "token_ids": list(found.token_ids),
         "tokens": list(found.tokens),
@@ -33,6 +32,11 @@ def detection_record(found: Found) -> DetectionRecord:
             for entry in found.published
         ],
     }
+    if found.unseen:
+        record["unseen"] = list(found.unseen)
+    if found.unseen_layers:
+        record["unseen_layers"] = list(found.unseen_layers)
+    return record
 
 
 def _rounded(value: Any) -> Any:

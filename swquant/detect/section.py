@@ -38,10 +38,15 @@ def _finding(found: Found) -> str:
     detection, layers = found.detection, len(found.architecture.layers)
     spike = max(detection.layers, key=lambda item: item.output)
     usual = median(item.output for item in detection.layers)
+    blind = (
+        f" Layer {', '.join(map(str, found.unseen_layers))} was not looked at: no product of a down projection was seen."
+        if found.unseen_layers
+        else ""
+    )
     if not detection.super_weights:
         return (
             f"No super weight was found on the prompt “{found.prompt}”. The largest output of a down projection is "
-            f"{number(spike.output)} in layer {spike.layer}, {number(spike.output / usual)} times the median layer's."
+            f"{number(spike.output)} in layer {spike.layer}, {number(spike.output / usual)} times the median layer's.{blind}"
         )
     first = detection.super_weights[0]
     others = len(detection.super_weights) - 1
@@ -49,7 +54,7 @@ def _finding(found: Found) -> str:
     return (
         f"{len(detection.super_weights)} found: layers[{first.layer}] [{first.row}, {first.col}]{more}, of {layers} layers. "
         f"This scalar makes {first.share:.0%} of an output of {number(abs(first.output))}; the median layer's largest output "
-        f"is {number(usual)}. Channel {first.row} of the residual stream then holds {number(abs(first.residual))}."
+        f"is {number(usual)}. Channel {first.row} of the residual stream then holds {number(abs(first.residual))}.{blind}"
     )
 
 

@@ -24,7 +24,9 @@ from transformers import PreTrainedModel
 
 from exporters.errors import SwquantError
 from swquant.checkpoints.base import Checkpoint, ModelFolder
+from swquant.checkpoints.guard import failures_of
 from swquant.checkpoints.onnx import OnnxFolder
+from swquant.checkpoints.tokenizer import context_of, encode
 from swquant.models.loading import quiet, running_model
 from swquant.models.onnx_model import OnnxModel
 from swquant.progress import Progress, silent
@@ -80,11 +82,10 @@ def make_windows(checkpoint: ModelFolder, text: str, window: int, limit: int | N
         raise SwquantError(f"a window of {window} tokens predicts nothing; use 2048, or what the model takes")
     if limit is not None and limit < 1:
         raise SwquantError(f"a limit of {limit} windows leaves nothing to evaluate; give 1 or more, or none")
-    tokenizer = checkpoint.tokenizer()
     with quiet():
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        with_special = tokenizer("a")["input_ids"]
-    bos = tokenizer.bos_token_id
+        ids = encode(checkpoint, text, special=False)
+        with_special = encode(checkpoint, "a")
+    bos = checkpoint.tokenizer().bos_token_id
     if bos is None or not with_special or with_special[0] != bos:
         bos = None
     pieces = [torch.tensor(ids[start : start + window]) for start in range(0, len(ids), window)]
@@ -96,9 +97,8 @@ def make_windows(checkpoint: ModelFolder, text: str, window: int, limit: int | N
 
 def fit_window(checkpoint: ModelFolder, window: int) -> int:
     """`window`, or as many tokens as the model takes with one more in front."""
-    config = checkpoint.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 30
-    return min(window, int(context) - 1)
+    context = context_of(checkpoint.config)
+    return window if context is None else min(window, context - 1)
 
 
 def runnable_model(checkpoint: ModelFolder) -> PreTrainedModel | OnnxModel:
@@ -223,18 +223,31 @@ def generate_text(checkpoint: ModelFolder, prompt: str, *, tokens: int = 40) -> 
     """Continue a prompt greedily by at most `tokens` tokens. Returns prompt and continuation."""
     if tokens < 1:
         raise SwquantError(f"{tokens} tokens are nothing to generate; give 1 or more")
-    tokenizer = checkpoint.tokenizer()
     with quiet():
-        model: Any = runnable_model(checkpoint)
-        inputs = tokenizer(prompt, return_tensors="pt")
-        if inputs["input_ids"].shape[1] == 0:
+        ids = encode(checkpoint, prompt)
+        if not ids:
             raise SwquantError("the prompt is empty; give some words to continue")
+        context = context_of(checkpoint.config)
+        if context is not None and len(ids) + tokens > context:
+            raise SwquantError(
+                f"{checkpoint.name}: a prompt of {len(ids)} tokens and {tokens} to generate are more than the {context} "
+                "that the model takes; shorten the prompt, or lower --tokens"
+            )
+        tokenizer = checkpoint.tokenizer()
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        model: Any = runnable_model(checkpoint)
+        inputs = torch.tensor([ids])
         output = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
+            input_ids=inputs,
+            attention_mask=torch.ones_like(inputs),
             max_new_tokens=tokens,
             do_sample=False,
+            num_beams=1,
+            num_return_sequences=1,
+            return_dict_in_generate=False,
             pad_token_id=pad,
         )
-    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+    with failures_of(
+        f"{checkpoint.name}: the tokenizer cannot write this text", "its tokenizer.json is damaged, fetch it again"
+    ):
+        return str(tokenizer.decode(output[0], skip_special_tokens=True))

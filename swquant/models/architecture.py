@@ -10,13 +10,13 @@ unusual name, add the name to `DOWN_PROJECTIONS`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -28,10 +28,12 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 
 from calibrationless import Watch
-from exporters.errors import SwquantError, first_line
-from swquant.checkpoints.base import Checkpoint, check_depth
+from exporters.errors import SwquantError
+from swquant.checkpoints.base import Checkpoint
+from swquant.checkpoints.schema import UNUSED
+from swquant.models.stock import empty_model
 
-__all__ = ["DOWN_PROJECTIONS", "Architecture", "Dense", "LinearKind", "LinearWeight", "describe", "empty_model"]
+__all__ = ["DOWN_PROJECTIONS", "Architecture", "Dense", "LinearKind", "LinearWeight", "describe"]
 
 DOWN_PROJECTIONS = (
     "down_proj", "fc2", "dense_4h_to_h", "c_proj", "w2", "wo", "fc_out", "output_dense", "linear_2", "lin2", "output_linear",
@@ -83,7 +85,9 @@ class Dense:
 class Architecture:
     """layers: names of the decoder layers. weights: linear weights by stored name. dense: stored name -> why it is
     none. watches: what the probe looks at. downs: watched down projections -> layer. vectors: parameter with one
-    dimension (gains and biases of norms) -> stored name."""
+    dimension (gains and biases of norms) -> stored name. targets: stored name -> parameter of the model, where one is
+    the other. tied: stored name -> the stored name of the tensor that the model uses in its place. lost: matrices of
+    the decoder layers among `dense`."""
 
     layers: tuple[str, ...]
     weights: Mapping[str, LinearWeight]
@@ -91,41 +95,81 @@ class Architecture:
     watches: tuple[Watch, ...]
     downs: Mapping[str, int]
     vectors: Mapping[str, str]
+    targets: Mapping[str, str]
+    tied: Mapping[str, str]
+    lost: frozenset[str] = frozenset()
+
+    def without(self, dense: Mapping[str, str]) -> Architecture:
+        """With some linear weights counted as dense: stored name -> why."""
+        weights = {name: weight for name, weight in self.weights.items() if name not in dense}
+        return replace(self, weights=weights, dense={**self.dense, **dense}, lost=self.lost | {*dense})
 
 
-def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model without memory for its weights. Raises SwquantError where transformers has no causal model for it, or
-    where the configuration claims so many weights that making room for them could bring down the machine."""
-    check_depth(checkpoint.name, checkpoint.config, len(checkpoint.tensors))
-    model = _build(checkpoint)
-    stored = sum(tensor.numel for tensor in checkpoint.tensors.values())
-    if model.num_parameters() > 4 * stored:
-        raise SwquantError(
-            f"{checkpoint.name}: the configuration claims {model.num_parameters():,} weights, but there are only {stored:,}; "
-            "it belongs to another model"
+@dataclass(frozen=True)
+class _Layers:
+    """prefixes: of every layer, the names of the modules that are it. outputs: the module that each layer ends with."""
+
+    prefixes: tuple[tuple[str, ...], ...]
+    outputs: tuple[str, ...]
+
+    def index(self, name: str) -> int | None:
+        """The layer that a module or parameter lies in."""
+        return next(
+            (
+                index
+                for index, prefixes in enumerate(self.prefixes)
+                if any(name.startswith(prefix + ".") for prefix in prefixes)
+            ),
+            None,
         )
-    return model
 
 
-def _build(checkpoint: Checkpoint) -> PreTrainedModel:
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=checkpoint.trust_remote_code)
-    except Exception as error:  # transformers raises nearly everything here
-        raise SwquantError(
-            f"{checkpoint.name}: transformers cannot build this model ({first_line(error)}); swquant compresses causal language models"
-        ) from None
-
-
-def _decoder_layers(model: PreTrainedModel) -> tuple[str, ...]:
-    """Names of the decoder layers: the outermost list of as many modules as the configuration has layers."""
+def _decoder_layers(model: PreTrainedModel) -> _Layers:
+    """The decoder layers of the language model, never those of a vision tower beside it: of the outermost lists of
+    modules, the first as long as the configuration says, otherwise the one with most weights. Where the layers of a
+    list have no MLP (XLM keeps attentions and MLPs in lists of their own), the lists beside it belong to them."""
+    text = model.get_decoder()
+    if not any(_outermost_lists(text)):  # a head that is called decoder, for example
+        text = model
+    root = next((name for name, module in model.named_modules() if module is text), "")
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and depth and len(module) == depth:
-            return tuple(f"{name}.{index}" for index in range(depth))
-    raise SwquantError(
-        f"{type(model).__name__}: no list of {depth} decoder layers found; this architecture is not known"
+    lists = {f"{root}.{name}" if root else name: module for name, module in _outermost_lists(text)}
+    holders = [name for name, module in lists.items() if any(isinstance(m, _LINEAR) for m in module.modules())]
+    if not holders:
+        raise SwquantError(f"{type(model).__name__}: no list of decoder layers found; this architecture is not known")
+    fitting = [name for name in holders if len(lists[name]) == depth]
+    chosen = fitting[0] if fitting else max(holders, key=lambda name: _weights_in(lists[name]))
+    together = [chosen]
+    parent = chosen.rpartition(".")[0]
+    if len(fitting) > 1 and all(_is_attention(layer) for layer in lists[chosen]):
+        together = [name for name in lists if name.rpartition(".")[0] == parent and len(lists[name]) == depth]
+    numbers = range(len(lists[chosen]))
+    return _Layers(
+        tuple(tuple(f"{name}.{index}" for name in together) for index in numbers),
+        tuple(f"{together[-1]}.{index}" for index in numbers),
     )
+
+
+_LINEAR = (nn.Linear, Conv1D)
+
+
+def _outermost_lists(root: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
+    """Lists of modules that lie in no other list, in the order of the model."""
+    inside: str | None = None
+    for name, module in root.named_modules():
+        if inside is not None and name.startswith(inside + "."):
+            continue
+        if isinstance(module, nn.ModuleList) and len(module):
+            inside = name
+            yield name, module
+
+
+def _weights_in(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return bool(_ATTENTION.search(type(module).__name__))
 
 
 def _features(module: nn.Module) -> tuple[int, int]:
@@ -134,11 +178,13 @@ def _features(module: nn.Module) -> tuple[int, int]:
     return (cols, rows) if isinstance(module, Conv1D) else (rows, cols)
 
 
-def _down_projections(model: PreTrainedModel, layers: tuple[str, ...], hidden: int) -> set[str]:
+def _down_projections(model: PreTrainedModel, layers: _Layers, hidden: int) -> set[str]:
     """Names of the modules that write an MLP's result into the residual stream: outside attention, `hidden` outputs,
     with a name that says so or, failing that, the last of its parent."""
     found: set[str] = set()
-    for layer in layers:
+    for layer in (prefix for prefixes in layers.prefixes for prefix in prefixes):
+        if _is_attention(model.get_submodule(layer)):
+            continue
         by_parent: dict[str, list[str]] = {}
         for local, module in model.get_submodule(layer).named_modules():
             parent, _, leaf = local.rpartition(".")
@@ -180,15 +226,19 @@ def describe(checkpoint: Checkpoint, model: PreTrainedModel | None = None) -> Ar
     hidden = model.config.get_text_config().hidden_size
     downs = _down_projections(model, layers, hidden)
     rename = _Renamer(model)
-    state = model.state_dict()
+    state, parameters = model.state_dict(), {name for name, _ in model.named_parameters()}
     weights: dict[str, LinearWeight] = {}
     dense: dict[str, str] = {}
     vectors: dict[str, str] = {}
+    targets: dict[str, str] = {}
+    lost: set[str] = set()
     for name, stored in checkpoint.tensors.items():
         target, how = rename(name)
-        layer = next((index for index, prefix in enumerate(layers) if target.startswith(prefix + ".")), None)
+        if how == "as stored":
+            targets[name] = target
+        layer = layers.index(target)
         if how == "unknown":
-            dense[name] = "not a parameter of the model"
+            dense[name] = UNUSED
         elif how == "converted":
             dense[name] = "rearranged by transformers while loading"
         elif stored.numel == 0:
@@ -202,21 +252,28 @@ def describe(checkpoint: Checkpoint, model: PreTrainedModel | None = None) -> Ar
             linear = _classify(name, target, how, layer, model, downs, hidden, tuple(state[target].shape))
             if isinstance(linear, Dense):
                 dense[name] = linear.reason
+                lost |= {name} if linear.reason != "router" and target in parameters else set()
             else:
                 weights[name] = linear
     watches = _watches(weights.values(), model)
     return Architecture(
-        layers=layers,
+        layers=layers.outputs,
         weights=weights,
         dense=dense,
         watches=watches,
-        downs={watch.name: _layer_of(watch.module, layers) for watch in watches if watch.down},
+        downs={watch.name: layers.index(f"{watch.module}.") or 0 for watch in watches if watch.down},
         vectors=vectors,
+        targets=targets,
+        tied=_tied(model, targets),
+        lost=frozenset(lost),
     )
 
 
-def _layer_of(module: str, layers: tuple[str, ...]) -> int:
-    return next(index for index, prefix in enumerate(layers) if module.startswith(prefix + "."))
+def _tied(model: PreTrainedModel, targets: Mapping[str, str]) -> dict[str, str]:
+    """Stored tensors that the built model ties to another stored one; its configuration alone does not decide."""
+    stored = {target: name for name, target in targets.items()}
+    ties: Mapping[str, str] = model.all_tied_weights_keys
+    return {stored[tied]: stored[source] for tied, source in ties.items() if tied in stored and source in stored}
 
 
 def _outside(target: str, model: PreTrainedModel) -> str:
@@ -258,11 +315,38 @@ def _classify(
         # Projections that are concatenated (gate and up) share their input, so they share the watch.
         watch = name if down else f"{target}[{expert}]"
         return LinearWeight(name, LinearKind.EXPERT, layer, module_name, parameter, expert, down, watch)
-    if module_name.rpartition(".")[2] in _ROUTERS:
+    if module_name.rpartition(".")[2] in _ROUTERS or _chooses_experts(model, module_name):
         return Dense("router")
+    if _stays_float32(model, target):
+        return Dense("kept in float32 by the model")
     if parameter == "weight" and isinstance(module, nn.Linear | Conv1D):
         return LinearWeight(name, _kind(module), layer, module_name, parameter, None, module_name in downs, name)
     return Dense(f"{type(module).__name__} is not a linear layer")
+
+
+def _chooses_experts(model: PreTrainedModel, name: str) -> bool:
+    """Whether a linear layer has as many outputs as there are experts beside it: a router, whatever its name."""
+    outputs = getattr(model.get_submodule(name), "out_features", 0)
+    for above in (name.rpartition(".")[0], name.rpartition(".")[0].rpartition(".")[0]):
+        for child, module in model.get_submodule(above).named_children():
+            if "expert" in child and not name.startswith(f"{above}.{child}.") and _experts_in(module) == outputs:
+                return True
+    return False
+
+
+def _experts_in(module: nn.Module) -> int:
+    """How many experts a module holds: of a list its length, of fused parameters their first dimension."""
+    if isinstance(module, nn.ModuleList):
+        return len(module)
+    return next((parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.ndim == 3), -1)
+
+
+def _stays_float32(model: PreTrainedModel, target: str) -> bool:
+    """Whether the model keeps a parameter in float32, whatever it is loaded as: 16-bit scales would change its type."""
+    kept = {*(model._keep_in_fp32_modules_strict or ())}
+    if model.config.get_text_config().dtype is torch.float16:
+        kept |= {*(model._keep_in_fp32_modules or ())}
+    return any(re.search(rf"((^|\.){name}($|\.))", target) for name in kept)
 
 
 def _watches(weights: Iterable[LinearWeight], model: PreTrainedModel) -> tuple[Watch, ...]:

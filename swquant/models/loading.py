@@ -16,14 +16,16 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from exporters.errors import SwquantError, first_line
 from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.compressed import CompressedCheckpoint
 from swquant.interrupts import sigterm_interrupts
-from swquant.models.architecture import describe, empty_model
+from swquant.models.architecture import describe
+from swquant.models.memory import check_memory
 from swquant.models.rounded_inputs import round_inputs
+from swquant.models.stock import empty_model
 
 __all__ = ["build_model", "offloaded_model", "quiet", "running_model"]
 
@@ -51,10 +53,12 @@ def quiet() -> Iterator[None]:
 
 def _load(checkpoint: Checkpoint, folder: str | None, **options: Any) -> PreTrainedModel:
     """from_pretrained, which leaves random numbers where a weight is missing or misshapen: here both are errors."""
-    model_class: Any = type(empty_model(checkpoint))
+    empty: Any = empty_model(
+        checkpoint
+    )  # its configuration is the text part of a composite one where its class wants that
     try:
-        model, info = model_class.from_pretrained(
-            folder, **options, output_loading_info=True, ignore_mismatched_sizes=True
+        model, info = type(empty).from_pretrained(
+            folder, config=empty.config, **options, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except Exception as error:  # transformers raises nearly everything here
         raise SwquantError(
@@ -70,19 +74,36 @@ def _load(checkpoint: Checkpoint, folder: str | None, **options: Any) -> PreTrai
 
 def build_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: str = "cpu") -> PreTrainedModel:
     """The model with all weights in memory, as `dtype` (its own if None). Raises SwquantError if some are missing."""
+    check_memory(checkpoint, dtype)
     with quiet():
         state = {name: checkpoint.read(name) for name in checkpoint.tensors}
         # transformers wraps .to() in a way mypy cannot follow, hence Any.
-        model: Any = _load(checkpoint, None, config=checkpoint.config, state_dict=state, dtype=dtype or "auto")
+        model: Any = _load(checkpoint, None, state_dict=state, dtype=dtype or "auto")
     return model.to(device)
 
 
 def running_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: str = "cpu") -> PreTrainedModel:
-    """The model as it is to be run: `build_model`, with activations rounded where the checkpoint says so."""
+    """The model as it is to be run: `build_model` with the settings of generation_config.json, and with activations
+    rounded where the checkpoint says so."""
     model = build_model(checkpoint, dtype, device)
+    _settle_generation(model, checkpoint)
     if isinstance(checkpoint, CompressedCheckpoint) and checkpoint.manifest["activations"]:
         return round_inputs(model, checkpoint.manifest, describe(checkpoint), restored=checkpoint.restored)
     return model
+
+
+def _settle_generation(model: Any, checkpoint: Checkpoint) -> None:
+    """Give a model its generation_config.json: what it was built from holds none of the ids that end a chat."""
+    settings = checkpoint.generation
+    if not settings or not model.can_generate():
+        return
+    try:
+        with quiet():
+            model.generation_config = GenerationConfig.from_dict(settings)
+    except Exception as error:  # transformers raises nearly everything here
+        raise SwquantError(
+            f"{checkpoint.name}: generation_config.json is not usable ({first_line(error)}); mend it, or fetch it again"
+        ) from None
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """ONNX Runtime as swquant uses it: is it there, the operator library, and sessions that report nothing but errors.
 
-import onnxruntime, swquant.ort
+import swquant.ort, onnxruntime  # in this order: it switches the runtime's telemetry off
 
 options = onnxruntime.SessionOptions()
 if library := swquant.ort.library_path():  # without it, the file's own function is used

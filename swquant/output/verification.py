@@ -1,4 +1,9 @@
-"""`verify`: read every byte of a compressed checkpoint again and hold it against the manifest."""
+"""`verify`: read every byte of a compressed checkpoint again and hold it against the manifest.
+
+A hash only says that a file is the one that the manifest lists. So what a loader would refuse (scales that are not
+finite, shapes that contradict each other, outliers that lie outside) is looked for, too, by the functions that loaders
+call: a checkpoint that verifies can be loaded.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +13,15 @@ from pathlib import Path
 from types import MappingProxyType
 
 from exporters.errors import CheckpointError, SwquantError
+from exporters.json_file import json_bytes
 from exporters.safetensors_file import FileRecord, SafetensorsReader
 from exporters.sidecar import SIDECAR, SidecarReader
+from exporters.text import shown
 from swquant.checkpoints.manifest import MANIFEST, read_manifest
 from swquant.checkpoints.patch_sets import uncounted
 from swquant.checkpoints.schema import FileEntry, Manifest
+from swquant.checkpoints.stored import check_stored
+from swquant.output.contents import contents
 
 __all__ = ["file_table", "verify"]
 
@@ -26,9 +35,8 @@ def _sha256(path: Path) -> str:
 def file_table(folder: Path, known: Mapping[str, FileRecord] = MappingProxyType({})) -> dict[str, FileEntry]:
     """The manifest's `files`: name -> bytes and sha256 of everything in a folder. known: those hashed already."""
     table: dict[str, FileEntry] = {}
-    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    for name, path in sorted(paths.items()):
-        record = known.get(name)
+    for name in sorted(name for name in contents(folder) if not name.endswith("/")):
+        path, record = folder / name, known.get(name)
         table[name] = {
             "bytes": record.nbytes if record else path.stat().st_size,
             "sha256": record.sha256 if record else _sha256(path),
@@ -39,22 +47,44 @@ def file_table(folder: Path, known: Mapping[str, FileRecord] = MappingProxyType(
 def verify(folder: Path) -> list[str]:
     """What is wrong with a checkpoint, one sentence each; an empty list if nothing is.
 
-    Checked: the manifest's own digest, that exactly the listed files exist, the sha256 of every file and every tensor,
-    that every tensor lies in the file that is said to hold it, and the sidecar's coordinates. Raises SwquantError where
-    there is no manifest to hold anything against.
+    Checked: the manifest's own digest and bytes, that exactly the listed files exist and nothing else, the sha256 of
+    every file and every tensor, that every tensor lies in the file that is said to hold it, and what a loader would
+    refuse of weights and sidecar. Raises SwquantError where there is no manifest to hold anything against.
     """
     manifest = read_manifest(folder)
     problems: list[str] = []
+    try:
+        problems += _verify_manifest(folder, manifest)
+        present = contents(folder) - {MANIFEST}
+    except OSError as error:
+        return [*problems, f"{shown(error.filename or folder)}: cannot be read ({error.strerror})"]
     listed = manifest["files"]
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()} - {MANIFEST}
-    problems += [f"{name}: listed in the manifest, but not there" for name in sorted(set(listed) - present)]
-    problems += [f"{name}: there, but not listed in the manifest" for name in sorted(present - set(listed))]
+    problems += [f"{shown(name)}: listed in the manifest, but not there" for name in sorted(set(listed) - present)]
+    problems += [_unlisted(folder, name) for name in sorted(present - set(listed))]
     for name in sorted(present & set(listed)):
         try:
             problems += _verify_file(folder / name, name, manifest)
         except OSError as error:  # a link to nothing, no permission, a bad sector
-            problems.append(f"{name}: cannot be read ({error.strerror})")
+            problems.append(f"{shown(name)}: cannot be read ({error.strerror})")
     return problems
+
+
+def _verify_manifest(folder: Path, manifest: Manifest) -> list[str]:
+    """Its digest is over what it says; its bytes could differ still: spaces, a key twice, a number in another form."""
+    try:
+        if (folder / MANIFEST).read_bytes() == json_bytes(manifest):
+            return []
+    except UnicodeError:  # half of a surrogate pair
+        pass
+    return [f"{MANIFEST}: says what was written in other bytes; it was changed or written anew, fetch it again"]
+
+
+def _unlisted(folder: Path, name: str) -> str:
+    if name.endswith("/"):
+        return f"{shown(name)}: an empty folder, which is not part of the checkpoint"
+    if (folder / name).is_symlink() and (folder / name).is_dir():
+        return f"{shown(name)}: a link to a folder, which no checkpoint has; put the files themselves there"
+    return f"{shown(name)}: there, but not listed in the manifest"
 
 
 def _verify_file(path: Path, name: str, manifest: Manifest) -> list[str]:
@@ -73,15 +103,20 @@ def _verify_weights(path: Path, name: str, manifest: Manifest) -> list[str]:
         if name == SIDECAR:
             return _verify_sidecar(path, manifest)
         with SafetensorsReader(path) as reader:
-            promised = {
-                part for record in manifest["tensors"].values() if record["file"] == name for part in record["sha256"]
-            }
+            records = {tensor: record for tensor, record in manifest["tensors"].items() if record["file"] == name}
+            promised = {part for record in records.values() for part in record["sha256"]}
             if promised != set(reader.entries):
                 odd = sorted(promised ^ set(reader.entries))[0]
-                return [f"{name}: {odd} is in one of file and manifest only"]
+                return [f"{name}: {shown(odd)} is in one of file and manifest only"]
+            problems = []
+            for tensor, record in records.items():
+                try:
+                    check_stored(tensor, record, reader)
+                except CheckpointError as error:
+                    problems.append(f"{name}: {error}")
+            return problems
     except SwquantError as error:
         return [str(error)]
-    return []
 
 
 def _damaged_tensor(path: Path, name: str, manifest: Manifest) -> str:

@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from rich.console import Console
-from rich.markup import escape
 
 from swquant.checkpoints.manifest import rounded
 from swquant.checkpoints.schema import CheckpointManifest, InputsRecord
 from swquant.terminal.detection import token_name
 from swquant.terminal.table import make_table, show_table
+from swquant.terminal.text import marked
 from swquant.units import thousands
 
 __all__ = ["show_activations"]
@@ -45,7 +45,10 @@ def _passes(channel: int, inputs: Mapping[str, InputsRecord]) -> str:
     kinds: dict[str, list[str]] = {}
     for kind, where in layers.items():
         kinds.setdefault(_ranges(where), []).append(kind)
-    return "; ".join(f"{', '.join(names)} {where}" for where, names in kinds.items()) or "nowhere: the norms tame it"
+    return (
+        "; ".join(f"{marked(', '.join(names))} {where}" for where, names in kinds.items())
+        or "nowhere: the norms tame it"
+    )
 
 
 def show_activations(console: Console, manifest: CheckpointManifest) -> None:
@@ -92,7 +95,7 @@ def show_activations(console: Console, manifest: CheckpointManifest) -> None:
         often = ", ".join(f"{channel} ({count})" for channel, count in counts.most_common(4))
         ratios = [max(record["peaks"]) / record["median"] for record in records if record["peaks"] and record["median"]]
         table.add_row(
-            escape(kind),
+            marked(kind),
             str(len(records)),
             str(sum(bool(record["channels"]) for record in records)),
             f"{max(ratios):,.0f}" if ratios else "",

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -24,6 +23,7 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 
 from swquant.progress import Bar, Progress
+from swquant.terminal.text import marked, marked_sentence, sentence
 from swquant.units import human_bytes
 
 __all__ = ["Terminal"]
@@ -38,7 +38,7 @@ class _RichBar:
         self._progress, self._task = progress, task
 
     def advance(self, label: str, amount: int) -> None:
-        self._progress.update(self._task, advance=amount, label=label)
+        self._progress.update(self._task, advance=amount, label=marked(label))
 
 
 class _LineBar:
@@ -56,7 +56,7 @@ class _LineBar:
             rate = self._done / max(time.monotonic() - self._start, 1e-9)
             left = (self._total - self._done) / rate
             self._console.print(
-                f"{self._text} {tenth * 10} %, {self._human(self._done)} of {self._human(self._total)}, "
+                f"{marked_sentence(self._text)} {tenth * 10} %, {self._human(self._done)} of {self._human(self._total)}, "
                 f"{self._human(rate)}/s, {left:.0f} s left",
                 highlight=False,
                 soft_wrap=True,
@@ -72,14 +72,14 @@ class Terminal(Progress):
     @contextmanager
     def step(self, text: str) -> Iterator[None]:
         if self.console.is_terminal:
-            with self.console.status(escape(text)):
+            with self.console.status(marked_sentence(text)):
                 yield
         else:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self.console.print(sentence(text), highlight=False, markup=False, soft_wrap=True)
             yield
 
     def note(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(sentence(text), highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
     def bytes(self, text: str, total: int) -> Iterator[Bar]:
@@ -99,8 +99,8 @@ class Terminal(Progress):
             yield _LineBar(self.console, text, total, human)
             return
         columns = (
-            TextColumn(text), BarColumn(bar_width=24), *measure, TimeRemainingColumn(),
+            TextColumn("{task.description}"), BarColumn(bar_width=24), *measure, TimeRemainingColumn(),
             TextColumn("[dim]{task.fields[label]}"),
         )  # fmt: skip
         with RichProgress(*columns, console=self.console, transient=True) as progress:
-            yield _RichBar(progress, progress.add_task(text, total=total, label=""))
+            yield _RichBar(progress, progress.add_task(marked_sentence(text), total=total, label=""))

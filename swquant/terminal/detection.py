@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from swquant.checkpoints.schema import DetectionRecord, SuperWeightRecord
 from swquant.terminal.table import make_table, short_name, show_table
+from swquant.terminal.text import marked
 from swquant.units import thousands
 
 __all__ = ["show_detection", "token_name", "weights_table"]
@@ -23,7 +23,7 @@ def weights_table(title: str, weights: Iterable[SuperWeightRecord], scored: bool
     )
     for weight in weights:
         table.add_row(
-            weight["role"],
+            marked(weight["role"]),
             short_name(weight["name"]),
             f"{weight['row']}, {weight['col']}",
             f"{weight['value']:.3g}",
@@ -38,21 +38,32 @@ def weights_table(title: str, weights: Iterable[SuperWeightRecord], scored: bool
 def token_name(record: DetectionRecord, index: int) -> str:
     """A token of the prompt as a cell shows it: its index and, where there is one, its text."""
     tokens = record["tokens"]
-    return f"{index} {escape(repr(tokens[index]))}" if 0 <= index < len(tokens) else str(index)
+    return f"{index} {marked(repr(tokens[index]))}" if 0 <= index < len(tokens) else str(index)
+
+
+def _show_unseen(console: Console, record: DetectionRecord) -> None:
+    """What an empty list says nothing about."""
+    if layers := record.get("unseen_layers"):
+        numbers = ", ".join(map(str, layers))
+        console.print(f"Not looked at: layer {numbers}, where swquant saw no product of a down projection.")
+    if names := record.get("unseen"):
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        console.print(f"Not looked at: {marked(names[0])}{more}, whose product this prompt does not reach.")
 
 
 def show_detection(console: Console, name: str, record: DetectionRecord) -> None:
     """Super weights with their evidence, cancellers, super activations, and published coordinates if there are any."""
     weights = record["super_weights"]
+    _show_unseen(console, record)
     if not weights:
-        console.print(f"{escape(name)} has no super weight on this prompt.")
+        console.print(f"{marked(name)} has no super weight on this prompt.")
         for peak in sorted(record["layers"], key=lambda item: -item["output"])[:1]:
             console.print(
                 f"The largest output of a down projection is {thousands(peak['output'])} (layer {peak['layer']}, channel "
                 f"{peak['output_channel']})."
             )
     else:
-        show_table(console, weights_table(f"Super weights of {escape(name)}", weights, scored=True))
+        show_table(console, weights_table(f"Super weights of {marked(name)}", weights, scored=True))
     if record["cancellers"]:
         title = "Cancellers, which take the super activation away"
         show_table(console, weights_table(title, record["cancellers"], scored=False))
@@ -74,7 +85,9 @@ def show_detection(console: Console, name: str, record: DetectionRecord) -> None
         found = {(weight["layer"], weight["row"], weight["col"]) for weight in weights}
         listed = [tuple(point) for point in entry["coordinates"]]
         same = sum(point in found for point in listed)
-        console.print(f"Published for {entry['model']}, which has this shape; {same} of {len(listed)} found here:")
+        console.print(
+            f"Published for {marked(entry['model'])}, which has this shape; {same} of {len(listed)} found here:"
+        )
         for layer, row, col in listed:
             verdict = "found" if (layer, row, col) in found else "not found"
             console.print(f"  layer {layer} [{row}, {col}]  {verdict}", markup=False)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from swquant.terminal.table import make_table, show_table
+from swquant.terminal.text import marked_sentence, sentence
 from swquant.units import human_bytes
 
 __all__ = ["show_doctor"]
@@ -30,11 +30,11 @@ def show_doctor(console: Console, report: Mapping[str, Any]) -> None:
     operators = report["operators"]
     console.print(f"Operator library: {operators['library'] or 'none'}", markup=False, soft_wrap=True)
     if operators["problem"]:
-        console.print(f"  {operators['problem']}: {operators['remedy']}", markup=False, soft_wrap=True)
+        console.print(sentence(f"  {operators['problem']}: {operators['remedy']}"), markup=False, soft_wrap=True)
     if report["available_memory"]:
         console.print(f"Free memory: {human_bytes(report['available_memory'])}")
     for item in report["missing"]:
-        problem = escape(item["problem"])
+        problem = marked_sentence(item["problem"])
         console.print(
             f"[red]missing[/] {item['package']} ({problem}), needed for {item['for']}: pip install {item['package']}",
             soft_wrap=True,

@@ -8,13 +8,14 @@ from dataclasses import fields
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
+from exporters.text import shown
 from swquant.checkpoints.manifest import rounded, stored_as
 from swquant.checkpoints.schema import CheckpointManifest, RoundedRecord
 from swquant.compress.options import CompressOptions
 from swquant.declared import flag
 from swquant.terminal.table import make_table, short_name, show_table
+from swquant.terminal.text import marked, marked_sentence, sentence
 from swquant.units import human_bytes
 
 __all__ = ["show_losses", "show_manifest", "show_schemes"]
@@ -30,7 +31,7 @@ def show_schemes(console: Console, tensors: Iterable[tuple[str, str, int]]) -> N
     )
     for kind, members in kinds.items():
         size = sum(size for _, size in members)
-        table.add_row(escape(kind), str(len(members)), human_bytes(size), short_name(members[0][0]))
+        table.add_row(marked_sentence(kind), str(len(members)), human_bytes(size), short_name(members[0][0]))
     show_table(console, table)
 
 
@@ -43,9 +44,9 @@ def _as_typed(options: Mapping[str, object]) -> str:
             typed = key if value else off.get(key)
             words += [flag(typed)] if typed else []
         elif isinstance(value, list):
-            words += [word for item in value for word in (flag(key), item)]
+            words += [word for item in value for word in (flag(key), shown(item))]
         elif value not in (None, 0.0, "auto"):
-            words += [flag(key), str(value)]
+            words += [flag(key), shown(value)]
     return shlex.join(words)
 
 
@@ -53,7 +54,8 @@ def show_manifest(console: Console, path: Path, manifest: CheckpointManifest) ->
     """`inspect`: origin, totals, schemes, outliers, dense tensors and loaders."""
     totals, options = manifest["totals"], manifest["options"]
     console.print(
-        f"[bold]{escape(str(path))}[/], made by swquant {manifest['swquant']} from {escape(manifest['source']['name'])} ({manifest['source']['kind']})"
+        f"[bold]{marked_sentence(str(path))}[/], made by swquant {marked(manifest['swquant'])} from "
+        f"{marked(manifest['source']['name'])} ({manifest['source']['kind']})"
     )
     console.print(
         f"{human_bytes(totals['bytes'])} on disk; {totals['quantized_weights']:,} of {totals['weights']:,} weights quantized, "
@@ -65,10 +67,10 @@ def show_manifest(console: Console, path: Path, manifest: CheckpointManifest) ->
     show_losses(console, manifest)
     table = make_table("Loaders", ("loader", "left"), ("loads it?", "left"))
     for loader, verdict in manifest["loaders"].items():
-        table.add_row(loader, escape(verdict))
+        table.add_row(marked(loader), marked_sentence(verdict))
     show_table(console, table)
     for note in manifest["notes"]:
-        console.print(f"Note: {note}", markup=False)
+        console.print(sentence(f"Note: {note}"), markup=False)
 
 
 def show_losses(console: Console, manifest: CheckpointManifest) -> None:
@@ -82,7 +84,9 @@ def show_losses(console: Console, manifest: CheckpointManifest) -> None:
         ("of weight", "right"),
     )
     for name, tensor in sorted(quantized.items(), key=lambda item: -_lost(item[1]))[:5]:
-        table.add_row(short_name(name), tensor["stored_as"], f"{_lost(tensor):.4f}", f"{tensor['relative_error']:.4f}")
+        table.add_row(
+            short_name(name), marked(tensor["stored_as"]), f"{_lost(tensor):.4f}", f"{tensor['relative_error']:.4f}"
+        )
     show_table(console, table)
 
 

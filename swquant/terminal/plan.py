@@ -6,13 +6,13 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from swquant.compress.loaders import loader_table
 from swquant.detect.record import detection_record
 from swquant.terminal.detection import weights_table
 from swquant.terminal.manifest import show_schemes
 from swquant.terminal.table import make_table, short_name, show_table
+from swquant.terminal.text import marked, marked_sentence, sentence
 from swquant.units import human_bytes
 
 if TYPE_CHECKING:
@@ -61,9 +61,9 @@ def show_plan(console: Console, planned: Planned, *, every_tensor: bool) -> None
     record, checkpoint = plan_record(planned), planned.prepared.checkpoint
     weights = record["detection"]["super_weights"]
     if weights:
-        show_table(console, weights_table(f"Super weights of {escape(checkpoint.name)}", weights, scored=True))
+        show_table(console, weights_table(f"Super weights of {marked(checkpoint.name)}", weights, scored=True))
     else:
-        console.print(f"{escape(checkpoint.name)} has no super weight on this prompt.")
+        console.print(f"{marked(checkpoint.name)} has no super weight on this prompt.")
     stored = {
         name: tensor.get("stored_as") or f"dense: {tensor['dense']}" for name, tensor in record["tensors"].items()
     }
@@ -79,15 +79,19 @@ def show_plan(console: Console, planned: Planned, *, every_tensor: bool) -> None
         for name, tensor in record["tensors"].items():
             shape = "x".join(map(str, tensor["shape"]))
             table.add_row(
-                short_name(name), shape, stored[name], str(tensor.get("outliers", "")), human_bytes(tensor["bytes"])
+                short_name(name),
+                shape,
+                marked_sentence(stored[name]),
+                str(tensor.get("outliers", "")),
+                human_bytes(tensor["bytes"]),
             )
         show_table(console, table)
     else:
         show_schemes(console, ((name, stored[name], tensor["bytes"]) for name, tensor in record["tensors"].items()))
     for name, reason in record["left_out"].items():
-        console.print(f"Left out: {name} ({reason})", markup=False)
+        console.print(sentence(f"Left out: {name} ({reason})"), markup=False)
     for note in record["notes"]:
-        console.print(f"Note: {note}", markup=False)
+        console.print(sentence(f"Note: {note}"), markup=False)
     decoded = "" if checkpoint.stores_floats else ", decoded to float32,"
     console.print(
         f"{human_bytes(record['source_bytes'])} of weights{decoded} become {human_bytes(record['bytes'])}, "
@@ -95,7 +99,9 @@ def show_plan(console: Console, planned: Planned, *, every_tensor: bool) -> None
     )
     if every_tensor:
         console.print(
-            f"Nothing was written; without --dry-run this would become {planned.out}", markup=False, soft_wrap=True
+            sentence(f"Nothing was written; without --dry-run this would become {planned.out}"),
+            markup=False,
+            soft_wrap=True,
         )
 
 
@@ -103,6 +109,6 @@ def show_result(console: Console, result: Compressed) -> None:
     """What was done, in a few lines."""
     totals = result.manifest["totals"]
     files = f"{human_bytes(totals['bytes'])} in {len(result.manifest['files'])} files, every byte verified"
-    console.print(f"[bold green]Wrote {escape(str(result.path))}[/]: {files}.", soft_wrap=True)
-    path = escape(shlex.quote(str(result.path)))
+    console.print(f"[bold green]Wrote {marked_sentence(str(result.path))}[/]: {files}.", soft_wrap=True)
+    path = marked_sentence(shlex.quote(str(result.path)))
     console.print(f"Next: swquant inspect {path}   swquant eval {path} --text FILE", soft_wrap=True)

@@ -8,6 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from swquant.terminal.text import marked
+
 __all__ = ["make_table", "short_name", "show_table"]
 
 
@@ -30,5 +32,6 @@ def show_table(console: Console, table: Table) -> None:
 
 
 def short_name(name: str) -> str:
-    """model.layers.11.mlp.down_proj.weight -> 11.mlp.down_proj: an 80-column terminal must hold the whole table."""
-    return re.sub(r"^.*?\.(\d+\.)", r"\1", name.removesuffix(".weight"), count=1)
+    """model.layers.11.mlp.down_proj.weight -> 11.mlp.down_proj, as a cell holds it: an 80-column terminal must hold the
+    whole table."""
+    return marked(re.sub(r"^.*?\.(\d+\.)", r"\1", name.removesuffix(".weight"), count=1))

@@ -115,6 +115,21 @@ def test_contributions_are_the_largest_terms_of_the_largest_output(kind):
         assert c.share == pytest.approx(terms[c.col], rel=1e-4)
 
 
+@every_down
+def test_the_rows_with_the_largest_outputs_are_explained_largest_first(kind):
+    model, watch, prompt = build(kind)
+    x, weight, bias = by_hand(model, watch, prompt)
+    outputs = x @ weight.T + bias
+    spikes = probe_of(model, watch, prompt).linears["down"].spikes
+    heights = outputs.abs().amax(dim=0)
+    assert [spike.output.channel for spike in spikes] == heights.argsort(descending=True).tolist()
+    for spike in spikes:
+        token, row = spike.output.token, spike.output.channel
+        assert (abs(spike.output.value), token) == (pytest.approx(float(heights[row])), outputs[:, row].abs().argmax())
+        best = spike.contributions[0]
+        assert best.share == pytest.approx(float((x[token] * weight[row]).div(spike.output.value).max()), rel=1e-4)
+
+
 def test_only_a_down_projection_is_explained():
     model, _, prompt = build("linear")
     assert probe_of(model, Watch("up", "0.up"), prompt).linears["up"].contributions == ()
@@ -132,6 +147,26 @@ def test_the_residual_is_the_largest_value_of_every_channel_before_and_after_eac
         assert torch.equal(residual.medians, state.abs().median(dim=1).values)
     assert torch.equal(probe.logits, model(prompt)[0][0])
     assert not probe.logits.requires_grad
+
+
+def test_the_residual_of_a_short_prompt_is_kept_whole():
+    model, watch, _ = build("linear")
+    for tokens, whole in ((32, True), (33, False)):
+        prompt = torch.randn(1, tokens, HIDDEN)
+        entering, leaving = probe_of(model, watch, prompt).residual
+        assert (entering.whole is not None) == (leaving.whole is not None) == whole
+        for channel in range(HIDDEN):
+            for token in range(tokens):
+                known = whole or token == int(entering.tokens[channel])
+                assert entering.at(token, channel) == (float(prompt[0, token, channel]) if known else 0.0)
+
+
+def test_a_layer_may_return_a_list():
+    model, watch, prompt = build("linear")
+    expected = probe_of(model, watch, prompt).residual[1].values
+    forward = model[0].forward
+    model[0].forward = lambda hidden_states: [*forward(hidden_states)]
+    assert torch.equal(probe_of(model, watch, prompt).residual[1].values, expected)
 
 
 def down_weight(model: nn.Sequential, watch: Watch) -> Tensor:
@@ -197,23 +232,54 @@ def test_without_recording_only_the_logits_are_kept():
 
 
 class Batched(nn.Module):
-    """All experts at once: the parameter meets matmul whole."""
+    """All experts at once: the parameter meets its product whole."""
 
-    def __init__(self) -> None:
+    def __init__(self, multiply: Callable[[Tensor, Tensor], Tensor], weight: Tensor) -> None:
         super().__init__()
-        self.down = nn.Parameter(torch.randn(2, INNER, HIDDEN))
+        self.multiply, self.down = multiply, nn.Parameter(weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.matmul(x, self.down)
+        return self.multiply(x, self.down)
 
 
-def test_a_product_of_all_experts_at_once_is_not_taken_for_one_expert():
+AT_ONCE = {  # to multiply inputs [experts, tokens, in] with weights [experts, out, in], or with [experts, in, out]
+    "bmm": (torch.bmm, True),
+    "method": (lambda x, w: x.bmm(w), True),
+    "baddbmm": (lambda x, w: torch.baddbmm(torch.zeros(2, 1, HIDDEN), x, w), True),
+    "matmul": (torch.matmul, True),
+    "the transpose": (lambda x, w: torch.bmm(x, w.transpose(1, 2)), False),
+    "a batch": (lambda x, w: torch.matmul(x.unsqueeze(0), w)[0], True),
+}
+
+
+@pytest.mark.parametrize("way", AT_ONCE)
+def test_a_product_of_all_experts_at_once_is_seen_expert_by_expert(way):
     torch.manual_seed(0)
-    model, x = nn.Sequential(Batched()), torch.randn(2, TOKENS, INNER)
+    multiply, transposed = AT_ONCE[way]
+    x, weight = torch.randn(2, TOKENS, INNER), torch.randn(2, HIDDEN, INNER)
+    x[1, :2] = 0  # tokens that were not sent to expert 1
+    model = nn.Sequential(Batched(multiply, weight.mT.clone() if transposed else weight.clone()))
+    watches = [Watch(str(e), "0", "down", expert=e, down=True, transposed=transposed) for e in range(2)]
+    probe = run_probe(model, lambda: model(x), watches, [])
+    assert set(probe.linears) == {"0", "1"}
+    for expert, rows in enumerate((x[0], x[1, 2:])):
+        record = probe.linears[str(expert)]
+        outputs = rows @ weight[expert].T
+        assert torch.allclose(record.energy, energy(rows))
+        assert record.output.value == pytest.approx(float(outputs.flatten()[outputs.abs().argmax()]), rel=1e-5)
+    pruned = run_probe(model, lambda: model(x), watches, [], prune=[Scalar("1", 3, 4)]).logits
+    twice = run_probe(model, lambda: model(x), watches, [], replace={"0": lambda matrix: 2 * matrix}).logits
+    assert torch.allclose(twice, x @ torch.stack([2 * weight[0], weight[1]]).mT, atol=1e-5)
+    weight[1, 3, 4] = 0
+    assert torch.allclose(pruned, x @ weight.mT, atol=1e-5)
+
+
+def test_an_expert_that_no_token_was_sent_to_is_not_seen():
+    x = torch.randn(2, TOKENS, INNER)
+    x[0] = 0
+    model = nn.Sequential(Batched(torch.bmm, torch.randn(2, INNER, HIDDEN)))
     watches = [Watch(str(e), "0", "down", expert=e, transposed=True) for e in range(2)]
-    probe = run_probe(model, lambda: model(x)[0], watches, [])
-    for name, record in probe.linears.items():
-        assert torch.allclose(record.energy, energy(x[int(name)]))
+    assert set(run_probe(model, lambda: model(x), watches, []).linears) == {"1"}
 
 
 def energy(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from calibrationless import Channel, Flat, Group, Tile, Whole, dequantize, quant
 from exporters.compressed_tensors import (
     LOCAL_NAMES,
     Scheme,
+    check_tensors,
     express,
     from_tensors,
     quantization_config,
@@ -164,6 +165,40 @@ def test_tensors_that_contradict_each_other_are_refused(name, replacement):
     tensors = to_tensors(quantize(random_weight((4, 32)), Group(16), 4, symmetric=False))
     with pytest.raises(ValueError, match=r"[\d]"):  # the numbers are in the message
         from_tensors({**tensors, name: replacement}, 4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("int8", [False, True])
+def test_scales_that_are_no_numbers_are_refused(value, int8):
+    quantized = quantize(random_weight((4, 32)), Channel(), 8)
+    tensors = to_tensors(quantized, int8_inputs=int8)
+    tensors["weight_scale"][2, 0] = value
+    with pytest.raises(ValueError, match="weight_scale holds a NaN or infinite value"):
+        from_tensors(tensors, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight_g_idx": torch.zeros(32)}, "are not the parts of one weight"),
+        ({"weight": torch.zeros(4, 32, dtype=torch.int8)}, "are not the parts of one weight"),
+        ({"weight_scale": torch.ones(4, 2, dtype=torch.int32)}, "weight_scale is of torch.int32"),
+    ],
+)
+def test_parts_that_no_weight_has_are_refused(change, message):
+    tensors = to_tensors(quantize(random_weight((4, 32)), Group(16), 4))
+    with pytest.raises(ValueError, match=message):
+        from_tensors({**tensors, **change}, 4)
+    with pytest.raises(ValueError, match=r"its shape is \[4, 32\], the manifest says \[32, 4\]"):
+        from_tensors(tensors, 4, [32, 4])
+    with pytest.raises(ValueError, match="bits 9 is outside"):
+        from_tensors(tensors, 9)
+
+
+def test_codes_need_not_be_read_to_be_checked():
+    tensors = to_tensors(quantize(random_weight((4, 32)), Group(16), 4, symmetric=False))
+    there = ("weight_scale", "weight_shape")
+    check_tensors({name: part if name in there else part.to("meta") for name, part in tensors.items()}, 4, [4, 32])
 
 
 LINEARS = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(3) for name in "qko"]

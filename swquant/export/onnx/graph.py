@@ -10,24 +10,29 @@ through one graph. The builder's has no `position_ids`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
 import onnx_ir
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from exporters.errors import SwquantError, first_line
 from exporters.json_file import read_json, write_json
 from exporters.onnx.dynamo import Placeholder, export_graph
 from exporters.onnx.files import MODEL
-from exporters.onnx.genai import BuilderError, build_graph, place_weights
+from exporters.onnx.genai import BuilderError, build_graph, place_weights, set_windows
 from exporters.onnx.nodes import PackedWeight
 from swquant.models.loading import quiet
 
 __all__ = ["CausalGraph", "dynamo_graph", "genai_graph", "save_for_builder"]
+
+
+_DYNAMIC = "dynamic"
 
 
 class CausalGraph(nn.Module):
@@ -52,6 +57,28 @@ class CausalGraph(nn.Module):
         )
         present = [part for layer in output.past_key_values.layers for part in (layer.keys, layer.values)]
         return (output.logits, *present)
+
+
+class _DynamicRotary(nn.Module):
+    """Rotary embeddings whose frequencies follow the length, as a function of it alone: transformers keeps those of the
+    longest text so far in the module, and torch cannot trace the branch that does it."""
+
+    def __init__(self, rotary: nn.Module) -> None:
+        super().__init__()
+        self.rotary = rotary
+        self._frequencies = ROPE_INIT_FUNCTIONS[_DYNAMIC]
+        rotary.rope_type = "default"  # type: ignore[assignment]  # what follows is done here
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The cosine and the sine of every position."""
+        frequencies, _ = self._frequencies(self.rotary.config, x.device, seq_len=position_ids.max() + 1)
+        return cast("tuple[Tensor, Tensor]", functional_call(self.rotary, {"inv_freq": frequencies}, (x, position_ids)))
+
+
+def _put_rotary(model: PreTrainedModel) -> None:
+    for name, module in [*model.named_modules()]:
+        if getattr(module, "rope_type", None) == _DYNAMIC:
+            model.set_submodule(name, _DynamicRotary(module))
 
 
 def _put_placeholders(model: PreTrainedModel, weights: Mapping[str, PackedWeight]) -> None:
@@ -83,6 +110,7 @@ def dynamo_graph(
     """
     form = _cache_form(model)
     _put_placeholders(model, weights)
+    _put_rotary(model)
     batch, sequence, past = 2, 3, 4  # all different and none 1, which the exporter would take for constants
     dtype = model.dtype
     arguments = (
@@ -132,14 +160,20 @@ def save_for_builder(model: PreTrainedModel, folder: Path) -> None:
 
 
 def adapt_config(folder: Path) -> None:
-    """Where kinds of layers have rotary embeddings of their own (Gemma 3), transformers 5 nests their parameters by
-    kind; the builder (0.18) looks for those of full attention on top, and for the base of sliding attention under its
-    old name."""
+    """What the builder (0.18) looks for under the names of older configurations. Where kinds of layers have rotary
+    embeddings of their own (Gemma 3), transformers 5 nests their parameters by kind: those of full attention are wanted
+    on top, and the base of sliding attention under its old name. Of longrope, the kind and the length at which it
+    changes."""
     config = read_json(folder / "config.json")
     rope = config.get("rope_parameters") or {}
     if "full_attention" in rope and "sliding_attention" in rope:
         rope |= rope["full_attention"] | {"rope_local_base_freq": rope["sliding_attention"]["rope_theta"]}
-        write_json(folder / "config.json", config)
+    elif rope.get("rope_type") == "longrope":
+        rope["type"] = "longrope"
+        config["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+    else:
+        return
+    write_json(folder / "config.json", config)
 
 
 def genai_graph(
@@ -149,12 +183,13 @@ def genai_graph(
     dense: Callable[[str], Tensor],
     head: str,
     name: str,
+    windows: Sequence[int | None],
     *,
     half: bool,
 ) -> onnx_ir.Model:
     """The builder's graph of the model in `source`, its MatMuls replaced. `out`: a scratch folder that the builder
-    fills; its files must live as long as the graph. half: in float16. Raises SwquantError where the builder does not
-    know the architecture.
+    fills; its files must live as long as the graph. windows: the sliding window of every layer, None for none. half: in
+    float16. Raises SwquantError where the builder does not know the architecture.
     """
     families: dict[str, set[tuple[object, ...]]] = {}
     for module, weight in weights.items():
@@ -165,7 +200,9 @@ def genai_graph(
     alike = all(len(forms) == 1 for forms in families.values()) and count in (0, 3 * len(families))
     try:
         build_graph(source, out, fuse_qkv=alike, half=half)
-        return place_weights(out / MODEL, weights, dense, head)
+        graph = place_weights(out / MODEL, weights, dense, head)
+        set_windows(graph, windows)
+        return graph
     except BuilderError as error:
         raise SwquantError(
             f"{name}: onnxruntime-genai's builder cannot export this model ({error}); use --graph dynamo"

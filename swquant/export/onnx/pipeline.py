@@ -8,8 +8,8 @@ and gives the same answers as the checkpoint. `compress --format onnx` is both: 
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +23,19 @@ from exporters.json_file import write_json
 from exporters.onnx.files import GENAI_CONFIG
 from exporters.onnx.nodes import DOMAIN, OPERATOR, PackedWeight, narrowed
 from exporters.onnx.write import count_operators, save, weight_bytes
+from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.compressed import CompressedCheckpoint
 from swquant.checkpoints.manifest import write_manifest
 from swquant.checkpoints.schema import CheckRecord, NodeRecord, OnnxManifest
 from swquant.compress.pipeline import write
 from swquant.compress.writing import Prepared
-from swquant.export.onnx.check import Reference, check_export, make_reference
+from swquant.export.onnx.builder import check_builder
+from swquant.export.onnx.check import Reference, check_export, make_long_reference, make_reference
 from swquant.export.onnx.graph import dynamo_graph, genai_graph, save_for_builder
+from swquant.export.onnx.lengths import windows_of
 from swquant.export.onnx.linears import at_level_4, channels_of, pack_head, pack_weights, unsupported, watch_peaks
 from swquant.export.onnx.options import ExportOptions
-from swquant.models.architecture import LinearKind
+from swquant.models.architecture import Architecture, LinearKind, describe
 from swquant.models.loading import build_model
 from swquant.output.destination import check_destination, check_space, replace, unfinished, writing
 from swquant.output.verification import file_table
@@ -61,18 +64,19 @@ def export_checkpoint(
     """Export a checkpoint opened with unrounded=True. `out` appears whole or not at all. Raises SwquantError."""
     check_destination(out, overwrite, checkpoint)
     options = options.resolved(checkpoint.manifest["activations"] is not None)
+    _check_graph(checkpoint, describe(checkpoint), options)
     with (
         writing(out),
         unfinished(out) as folder,
-        tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as scratch,
+        unfinished(out) as scratch,
     ):
-        traced = _trace(checkpoint, options, Path(scratch), progress)
+        traced = _trace(checkpoint, options, scratch, progress)
         with progress.step("Writing"):
             check_space(out, weight_bytes(traced.graph))
             save(traced.graph, folder)
             checkpoint.save_companions(folder)
-            write_json(folder / "config.json", _config(checkpoint, options))
-            if (configuration := Path(scratch) / "graph" / GENAI_CONFIG).is_file():
+            write_json(folder / "config.json", _config(checkpoint, options), constants=True)
+            if (configuration := scratch / "graph" / GENAI_CONFIG).is_file():
                 shutil.copyfile(configuration, folder / configuration.name)
         with progress.step("Running it beside the checkpoint"):
             check = check_export(folder, _deltas(traced.graph), checkpoint.config, traced.reference, options)
@@ -88,6 +92,13 @@ def check_plan(prepared: Prepared) -> None:
             raise unsupported(prepared.checkpoint.name, tensor.name)
 
 
+def _check_graph(checkpoint: Checkpoint, architecture: Architecture, options: ExportOptions) -> None:
+    """Raise SwquantError where the chosen graph is known to be another model."""
+    if options.graph == "genai":
+        shapes = {name: stored.shape for name, stored in checkpoint.tensors.items()}
+        check_builder(checkpoint.name, checkpoint.config, architecture, shapes)
+
+
 def write_exported(
     prepared: Prepared, out: Path, options: ExportOptions, *, overwrite: bool = False, progress: Progress = silent
 ) -> Exported:
@@ -96,6 +107,7 @@ def write_exported(
     source = prepared.checkpoint
     check_destination(out, overwrite, source)
     check_plan(prepared)
+    _check_graph(source, prepared.found.architecture, options)
     with writing(out), unfinished(out) as scratch:
         folder = scratch / f"{source.name[:40]}{prepared.plan.options.suffix}"
         write(prepared, folder, progress=progress)
@@ -130,6 +142,7 @@ def _trace(checkpoint: CompressedCheckpoint, options: ExportOptions, scratch: Pa
             weights[head_name] = weights_of_head
         with watch_peaks(model, weights) as peaks:
             reference = make_reference(model, prompt)
+        reference = dataclasses.replace(reference, long=make_long_reference(model))
         if options.accuracy_level:
             weights = at_level_4(weights, peaks, channels_of(checkpoint))
     with progress.step("Tracing the graph"):
@@ -145,6 +158,7 @@ def _trace(checkpoint: CompressedCheckpoint, options: ExportOptions, scratch: Pa
                 dense,
                 head_name,
                 checkpoint.name,
+                windows_of(checkpoint.config),
                 half=dtype is torch.float16,
             )
         else:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from support.tiny_models import Planted
 
 from exporters.errors import SwquantError
@@ -78,3 +80,29 @@ def test_each_kind_answers_what_differs_in_it() -> None:
         assert (one.kind, one.is_compressed, one.stores_floats, one.can_stay_on_disk, one.fills_folder) == expected
         assert one.dense_dtype(stored) is (torch.float32 if one.stores_floats else torch.bfloat16)
     assert issubclass(OnnxFolder, ModelFolder)
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_is_fetched_from_the_hub_for_who_trusts_it_and_pickles_for_nobody(
+    monkeypatch: pytest.MonkeyPatch, bf16_llama: Planted, trusted: bool
+) -> None:
+    wanted: dict[str, list[str]] = {}
+
+    def fetch(_: str, *, allow_patterns: list[str], ignore_patterns: list[str], **__: object) -> str:
+        wanted.update(allow=allow_patterns, ignore=ignore_patterns)
+        return str(bf16_llama.folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    with open_checkpoint("owner/name", trust_remote_code=trusted) as checkpoint:
+        assert checkpoint.name == "name"
+    files = [
+        "model.safetensors",
+        "config.json",
+        "tekken.json",
+        "modeling_own.py",
+        "tokenizer_own.py",
+        "vocab.pkl",
+        "x.bin",
+    ]
+    fetched = list(filter_repo_objects(files, allow_patterns=wanted["allow"], ignore_patterns=wanted["ignore"]))
+    assert fetched == (files[:5] if trusted else files[:3])

@@ -71,12 +71,6 @@ def promise(folder: Path) -> None:
     write_index(folder, {**split(folder), "model.layers.9.mlp.up_proj.weight": "model-00001-of-00003.safetensors"})
 
 
-def store_twice(folder: Path) -> None:
-    table = split(folder)
-    path = folder / next(shard for shard in set(table.values()) if shard != table[LINEAR])
-    save_file({**load_file(path), LINEAR: torch.zeros(128, 64)}, path, {"format": "pt"})
-
-
 def truncate(folder: Path) -> None:
     data = (folder / SINGLE).read_bytes()
     (folder / SINGLE).write_bytes(data[: len(data) // 2])
@@ -135,7 +129,6 @@ DAMAGES = {
     "the index is damaged": (write(INDEX, '{"weight_map"'), "not JSON.*fetch or save it again"),
     "the index is wrong": (disagree, "the index promises .*up_proj.* which does not hold it; fetch"),
     "the index promises too much": (promise, r"the index promises model\.layers\.9.*fetch the model again"),
-    "a tensor is in two shards": (store_twice, "up_proj.* is in .* and in .*; delete the stale shard"),
     "the file is cut": (truncate, "truncated.*fetch or save it again"),
     "the file is empty": (write(SINGLE, ""), "too few for a header"),
     "the file is a git-lfs pointer": (write(SINGLE, "version https://git-lfs.github.com/spec/v1\n"), "header claims"),
@@ -151,13 +144,12 @@ DAMAGES = {
     "the configuration is no text": (write("config.json", "\0"), "config.json: not JSON"),
     "the model type is unknown": (lambda folder: edit_config(folder, model_type="llamarama"), "llamarama"),
     "the model type is missing": (lambda folder: edit_config(folder, model_type=None), "config.json is not usable"),
-    "the model is no causal model": (lambda folder: edit_config(folder, model_type="t5"), "causal language models"),
-    "the depth is zero": (lambda folder: edit_config(folder, num_hidden_layers=0), "no list of 0 decoder layers"),
-    "the width is text": (lambda folder: edit_config(folder, hidden_size="wide"), "config.json|cannot build"),
-    "the model is quantized": (
-        lambda folder: edit_config(folder, quantization_config={"quant_method": "gptq"}),
-        r"already quantized \(gptq\); start from the original model",
+    "the model is no causal model": (
+        lambda folder: edit_config(folder, model_type="t5"),
+        "swquant compresses language models",
     ),
+    "the depth is zero": (lambda folder: edit_config(folder, num_hidden_layers=0), "no list of decoder layers"),
+    "the width is text": (lambda folder: edit_config(folder, hidden_size="wide"), "config.json|cannot build"),
     "no tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), "no usable tokenizer.*put tokenizer.json"),
     "the tokenizer is damaged": (write("tokenizer.json", "{"), "no usable tokenizer"),
     "a linear weight is missing": (lose(LINEAR), f"lacks {LINEAR}"),

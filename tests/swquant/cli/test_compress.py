@@ -47,6 +47,7 @@ OPTIONS = {
     "--dtype float16": {"dtype": "float16"},
     "--shard-size 1MB": {"shard_size": "1MB"},
     "--strict-block --block 64": {"strict_block": True, "block": "64"},
+    "--allow-dense": {"allow_dense": True},
     "--prompt t7": {"prompt": "t7"},
 }
 

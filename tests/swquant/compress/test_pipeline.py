@@ -14,7 +14,7 @@ from support.tiny_models import PROMPT, Planted, planted_model, read_config, sav
 
 import swquant
 from calibrationless import QuantizedTensor, expand, parse_block, parse_clip, quantize, to_blocks
-from exporters.sidecar import SIDECAR, SidecarReader
+from exporters.sidecar import OUTLIERS, SIDECAR, SidecarReader
 from swquant.checkpoints.compressed import CompressedCheckpoint
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -75,7 +75,7 @@ def check_outliers(
     out: Path, name: str, weight: torch.Tensor, rounded: QuantizedTensor, restored: torch.Tensor, record: dict
 ) -> None:
     reader = SidecarReader(out / SIDECAR)
-    points = reader.read(name)
+    points = reader.read(OUTLIERS, name, tuple(weight.shape))
     reader.close()
     rows, cols = points.rows.long(), points.cols.long()
     assert len(points) == record["outliers"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import swquant
+from exporters.json_file import json_bytes
 from exporters.sidecar import SIDECAR
 from swquant.compress.report import REPORT
 
@@ -135,6 +138,69 @@ def test_an_edited_manifest_is_reported(damaged: Path, old: str, new: str) -> No
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace(b"\n", b"\r\n"),
+        lambda text: text.replace(b'": ', b'":  ', 1),
+        lambda text: text.rstrip(b"\n"),
+        lambda text: text + b" ",
+        lambda text: json.dumps(json.loads(text)).encode(),
+        lambda text: text.replace(b'"swquant": "', b'"swquant": "0.0", "swquant": "', 1),
+        lambda text: text.replace(b"tiny", b"\\u0074iny", 1),
+        lambda text: b"\xef\xbb\xbf" + text,
+    ],
+    ids=["line ends", "space", "no last line end", "space at the end", "one line", "key twice", "escape", "mark"],
+)
+def test_a_manifest_of_other_bytes_is_reported_though_it_says_the_same(damaged: Path, change: Callable) -> None:
+    path = damaged / MANIFEST
+    before = path.read_bytes()
+    path.write_bytes(change(before))
+    assert path.read_bytes() != before
+    (problem,) = swquant.verify(damaged)
+    assert problem.startswith(f"{MANIFEST}: says what was written in other bytes")
+
+
+def test_every_bit_of_the_manifest_counts(damaged: Path) -> None:
+    path = damaged / MANIFEST
+    data = path.read_bytes()
+    for place in range(0, len(data), len(data) // 200):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        try:
+            problems = swquant.verify(damaged)
+        except swquant.SwquantError as error:
+            problems = [str(error)]
+        assert problems, place
+        assert all("\n" not in problem for problem in problems)
+
+
+def test_links_to_folders_and_empty_folders_are_seen(damaged: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "model.safetensors").write_text("x")
+    (damaged / "more").symlink_to(other)
+    (damaged / "swquant" / "self").symlink_to(".")
+    (damaged / "empty" / "within").mkdir(parents=True)
+    assert swquant.verify(damaged) == [
+        "empty/within/: an empty folder, which is not part of the checkpoint",
+        "more: a link to a folder, which no checkpoint has; put the files themselves there",
+        "swquant/self: a link to a folder, which no checkpoint has; put the files themselves there",
+    ]
+
+
+def test_a_folder_that_became_a_link_is_seen(damaged: Path, tmp_path: Path) -> None:
+    (damaged / "swquant").rename(tmp_path / "swquant")
+    (damaged / "swquant").symlink_to(tmp_path / "swquant")
+    assert "swquant: a link to a folder, which no checkpoint has; put the files themselves there" in swquant.verify(
+        damaged
+    )
+
+
+def test_a_checkpoint_that_is_reached_by_a_link_verifies(compressed: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(compressed)
+    assert swquant.verify(tmp_path / "link") == []
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "not JSON"),
@@ -166,7 +232,7 @@ def sign(folder: Path, change: dict | None = None) -> None:
         record |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     text = json.dumps(manifest, sort_keys=True)
     manifest["digest"] = hashlib.sha256(text.encode()).hexdigest()
-    path.write_text(json.dumps(manifest))
+    path.write_bytes(json_bytes(manifest))
 
 
 def change_sidecar(folder: Path, name: str, part: str, value: float) -> None:
@@ -180,9 +246,9 @@ def change_sidecar(folder: Path, name: str, part: str, value: float) -> None:
 
 
 def test_signing_again_is_what_a_sound_manifest_has(damaged: Path) -> None:
-    before = json.loads((damaged / MANIFEST).read_text())
+    before = (damaged / MANIFEST).read_bytes()
     sign(damaged)
-    assert json.loads((damaged / MANIFEST).read_text()) == before
+    assert (damaged / MANIFEST).read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -225,3 +291,63 @@ def test_a_tensor_that_the_manifest_does_not_know_is_reported(damaged: Path) -> 
     save_file({**load_file(path), "extra": torch.zeros(1)}, path, {"format": "pt"})
     sign(damaged)
     assert swquant.verify(damaged) == [f"{FILES[2]}: extra is in one of file and manifest only"]
+
+
+UP = "model.layers.2.mlp.up_proj"
+DENSE = "model.layers.2.input_layernorm.weight"
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Weights that were changed by somebody who signs: every hash is right."""
+    path = folder / FILES[2]
+    tensors = load_file(path)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+    tables = json.loads((folder / MANIFEST).read_text())["tensors"]
+    for record in tables.values():
+        for part in record["sha256"]:
+            if part in tensors:
+                data = tensors[part].contiguous().flatten().view(torch.uint8).numpy().tobytes()
+                record["sha256"][part] = hashlib.sha256(data).hexdigest()
+    sign(folder, {"tensors": tables})
+
+
+def put(name: str, place: int, value: float) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda tensors: tensors[name].view(-1).__setitem__(place, value)
+
+
+def reshaped(name: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda tensors: tensors.update({name: make(tensors[name])})
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (put(f"{UP}.weight_scale", 3, float("nan")), "weight_scale holds a NaN or infinite value"),
+        (put(f"{UP}.weight_scale", 0, float("-inf")), "weight_scale holds a NaN or infinite value"),
+        (put(f"{UP}.weight_shape", 0, 64), "contradicts weight_packed"),
+        (put(f"{UP}.weight_shape", 1, -64), "contradicts weight_packed"),
+        (put(f"{UP}.weight_shape", 1, 32), r"weight_packed \[128, 8\] of torch.int32 is not \[128, 4\]"),
+        (put(f"{UP}.weight_shape", 1, 63), r"its shape is \[128, 63\], the manifest says \[128, 64\]"),
+        (reshaped(f"{UP}.weight_packed", lambda codes: codes[:, :-1]), r"weight_packed \[128, 7\]"),
+        (reshaped(f"{UP}.weight_packed", lambda codes: codes.to(torch.int64)), "of torch.int64 is not"),
+        (reshaped(f"{UP}.weight_scale", lambda scale: scale.to(torch.float64)), "weight_scale is of torch.float64"),
+        (reshaped(f"{UP}.weight_scale", lambda scale: scale[:-1]), "contradicts weight_packed"),
+        (put(DENSE, 5, float("nan")), f"{DENSE} holds a NaN or infinite value"),
+        (put(DENSE, 5, float("inf")), f"{DENSE} holds a NaN or infinite value"),
+        (reshaped(DENSE, lambda gain: gain[:-1]), r"has the shape \[63\], the manifest says \[64\]"),
+    ],
+)  # fmt: skip
+def test_impossible_weights_are_reported_and_not_loaded(damaged: Path, change: Callable, problem: str) -> None:
+    change_weights(damaged, change)
+    (found,) = swquant.verify(damaged)
+    assert re.search(problem, found), found
+    assert found.startswith(f"{FILES[2]}: ")
+    with pytest.raises(swquant.SwquantError, match=problem) as caught:
+        swquant.load(damaged)
+    assert "\n" not in str(caught.value)
+
+
+def test_changing_nothing_and_signing_it_leaves_it_sound(damaged: Path) -> None:
+    change_weights(damaged, lambda tensors: None)
+    assert swquant.verify(damaged) == []

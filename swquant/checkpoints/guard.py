@@ -1,0 +1,27 @@
+"""Exceptions of the tokenizer library, made messages.
+
+It is written in Rust, and what it does not expect is a panic there. pyo3 turns that into PanicException, which derives
+from BaseException: it passes every `except Exception` and looks like the end of the program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from exporters.errors import SwquantError, first_line
+
+__all__ = ["failures_of"]
+
+
+@contextmanager
+def failures_of(what: str, remedy: str) -> Iterator[None]:
+    """Whatever a tokenizer library raises inside becomes one SwquantError: `what (its words); remedy`."""
+    try:
+        yield
+    except SwquantError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # Ctrl-C, the end of the program
+        raise SwquantError(f"{what} ({first_line(error)}); {remedy}") from None

@@ -1,0 +1,74 @@
+"""A plan that stock transformers can load: rehearsed before anything is written, and mended until it fits.
+
+What a packed layer lacks and the model's own code touches stays dense, with that reason; so does what transformers
+builds under a name that it does not find. What is left after that is refused: a checkpoint that loads with random
+weights is worse than none. And one of which little is packed is not what somebody wants who asked for 4 bits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+from exporters.errors import SwquantError
+from swquant.checkpoints.base import Checkpoint
+from swquant.compress.config import checkpoint_config
+from swquant.compress.plan import Plan
+from swquant.models.architecture import Architecture
+from swquant.models.rehearsal import Rehearsal, rehearse
+
+__all__ = ["check_share", "rehearsed_plan"]
+
+# Every round leaves one more kind of module dense; no model has so many.
+_ROUNDS = 12
+_OTHERS = "serve the original, or take a tool with a format of its own, such as llama.cpp"
+
+
+def rehearsed_plan(
+    checkpoint: Checkpoint, architecture: Architecture, plan_with: Callable[[Architecture], Plan]
+) -> Plan:
+    """The plan, with whatever must stay dense for stock transformers. Raises SwquantError where nothing helps."""
+    for _ in range(_ROUNDS):
+        plan = plan_with(architecture)
+        layout = {name: form for tensor in plan.tensors for name, form in tensor.layout.items()}
+        rehearsal = rehearse(checkpoint, checkpoint_config(checkpoint, plan, architecture), layout)
+        if not rehearsal.problem:
+            return plan
+        dense = _to_leave_dense(rehearsal, plan, architecture)
+        if not dense:
+            break
+        architecture = architecture.without(dense)
+    raise SwquantError(
+        f"{checkpoint.name}: stock transformers could not load what would be written ({rehearsal.problem}); {_OTHERS}"
+    )
+
+
+def _to_leave_dense(rehearsal: Rehearsal, plan: Plan, architecture: Architecture) -> Mapping[str, str]:
+    """Stored name -> why it has to stay dense, nothing where that would not help."""
+    built = {name: architecture.targets.get(name, "").removesuffix(".weight") for name in architecture.weights}
+    packed = {tensor.name for tensor in plan.quantized}
+    if rehearsal.lacking:
+        pattern = re.compile(re.sub(r"\d+", r"\\d+", re.escape(rehearsal.lacking)))
+        reason = "the model's own code sets this weight up, which a packed layer lacks"
+        return {name: reason for name, module in built.items() if name in packed and pattern.fullmatch(module)}
+    missing = {name.removesuffix(".weight") for name in rehearsal.missing}
+    reason = "transformers does not find it under its stored name"
+    return {name: reason for name, module in built.items() if name in packed and module in missing}
+
+
+def check_share(checkpoint: Checkpoint, plan: Plan, architecture: Architecture) -> None:
+    """Raise SwquantError where less than half of the linear weights of the decoder layers would be packed."""
+    decoder = {*architecture.weights, *architecture.lost}
+    sizes = {tensor.name: tensor.source.numel for tensor in plan.tensors if tensor.name in decoder}
+    packed = sum(tensor.source.numel for tensor in plan.quantized)
+    if 2 * packed >= sum(sizes.values()) or plan.options.allow_dense:
+        return
+    reasons: dict[str, int] = {}
+    for tensor in plan.tensors:
+        if tensor.name in decoder and tensor.block is None:
+            reasons[tensor.reason] = reasons.get(tensor.reason, 0) + tensor.source.numel
+    reason = max(reasons, key=reasons.__getitem__)
+    raise SwquantError(
+        f"{checkpoint.name}: only {packed / sum(sizes.values()):.0%} of the linear weights would be packed ({reason}); "
+        f"{_OTHERS}, or add --allow-dense"
+    )

@@ -1,0 +1,119 @@
+"""The rehearsal: what stock transformers would make of a checkpoint, before a byte of it is written.
+
+transformers' own loader runs, on the meta device, with the configuration that would be written and with the names,
+shapes and dtypes of the tensors that would be stored. It renames them, replaces modules and initializes what it
+misses as it will later, and what it then lacks it would lack: a weight that is missing is a *random* weight in the
+user's hands, told only in a warning. So what does not meet is mended or refused now.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exporters.errors import first_line
+from exporters.json_file import write_json
+from swquant.checkpoints.base import Checkpoint
+from swquant.models.loading import quiet
+from swquant.models.stock import auto_class
+
+__all__ = ["Rehearsal", "rehearse"]
+
+
+# compressed-tensors 0.18 to 0.20 make room for these unpacked and then stop at packed ones, with an error; earlier
+# ones do not. The plan's table of loaders says so, and nobody gets a wrong model.
+_UNPACKED = ".weight_zero_point"
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What went wrong. missing: parameters of the model that would be random. mismatched: of another shape than stored.
+    unexpected: stored tensors that nobody takes. lacking: a packed module whose `weight` the model's own code touches
+    (such modules must stay dense). error: what the loader said where it gave up, "" where it did not."""
+
+    missing: tuple[str, ...] = ()
+    mismatched: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    lacking: str = ""
+    error: str = ""
+
+    @property
+    def problem(self) -> str:
+        """In a few words, "" if all is well. Tensors that nobody takes harm nobody: the original has them, too."""
+        if self.error:
+            return self.error
+        if self.missing:
+            return f"{len(self.missing)} weights would be missing, first {self.missing[0]}"
+        return f"{self.mismatched[0]} would have another shape" if self.mismatched else ""
+
+
+def rehearse(
+    checkpoint: Checkpoint, config: Mapping[str, Any], layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+) -> Rehearsal:
+    """Load a checkpoint that is not there yet. config: what config.json will hold. layout: stored name -> (dtype,
+    shape)."""
+    state = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in layout.items()}
+    try:
+        with _in_silence():
+            empty = _built(checkpoint, config)
+            _, info = type(empty).from_pretrained(
+                None,
+                config=empty.config,
+                state_dict=state,
+                device_map={"": "meta"},
+                dtype="auto",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+    except AttributeError as error:
+        if error.name == "weight" and (module := _name_of(error)):
+            return Rehearsal(lacking=module, error=f"its own code touches {module}.weight, which a packed layer lacks")
+        return Rehearsal(error=first_line(error))
+    except Exception as error:  # transformers raises nearly everything here
+        return Rehearsal(error=first_line(error))
+    return Rehearsal(
+        missing=tuple(sorted(info["missing_keys"])),
+        mismatched=tuple(sorted(name for name, *_ in info["mismatched_keys"] if not name.endswith(_UNPACKED))),
+        unexpected=tuple(sorted(info["unexpected_keys"])),
+    )
+
+
+def _built(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any:
+    """The model as the Auto classes build it from a config.json that is not there yet."""
+    with tempfile.TemporaryDirectory(prefix="swquant-rehearsal-") as folder:
+        write_json(Path(folder) / "config.json", config, constants=True)
+        parsed = type(checkpoint.config).from_pretrained(folder)  # reads what JSON has no number for, too
+    with torch.device("meta"):
+        return auto_class(parsed).from_config(parsed, trust_remote_code=checkpoint.trust_remote_code)
+
+
+def _name_of(error: AttributeError) -> str:
+    """The name of the module that an attribute was looked for in, from the model in whose code that happened."""
+    trace, names = error.__traceback__, ""
+    while trace is not None:
+        model = trace.tb_frame.f_locals.get("self")
+        if isinstance(model, torch.nn.Module):
+            names = names or next((name for name, module in model.named_modules() if module is error.obj), "")
+        trace = trace.tb_next
+    return names
+
+
+@contextlib.contextmanager
+def _in_silence() -> Iterator[None]:
+    """compressed-tensors draws bars and warns of names that it does not know; what matters, the rehearsal says."""
+    logger = logging.getLogger("compressed_tensors")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)

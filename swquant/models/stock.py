@@ -1,0 +1,53 @@
+"""The class that stock transformers loads a checkpoint with, built without memory for its weights.
+
+Which class that is, the Auto classes decide, so they are asked: the causal model of the configuration, or of its text
+part where the configuration is composite; failing that, the image-text model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+from exporters.errors import SwquantError, first_line
+from swquant.checkpoints.base import Checkpoint, check_depth
+
+__all__ = ["auto_class", "empty_model"]
+
+# In the order in which they are asked.
+_AUTO_CLASSES: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText)
+
+
+def auto_class(config: Any) -> Any:
+    """The Auto class that knows a configuration, the first where none does: its error says why."""
+    brought = getattr(config, "auto_map", None) or {}
+    known = (auto for auto in _AUTO_CLASSES if type(config) in auto._model_mapping or auto.__name__ in brought)
+    return next(known, _AUTO_CLASSES[0])
+
+
+def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model without memory for its weights. Raises SwquantError where transformers has no language model for it, or
+    where the configuration claims so many weights that making room for them could bring down the machine."""
+    check_depth(checkpoint.name, checkpoint.config, len(checkpoint.tensors))
+    model = _build(checkpoint)
+    stored = sum(tensor.numel for tensor in checkpoint.tensors.values())
+    if model.num_parameters() > 4 * stored:
+        raise SwquantError(
+            f"{checkpoint.name}: the configuration claims {model.num_parameters():,} weights, but there are only "
+            f"{stored:,}; it belongs to another model"
+        )
+    return model
+
+
+def _build(checkpoint: Checkpoint) -> PreTrainedModel:
+    auto = auto_class(checkpoint.config)
+    try:
+        with torch.device("meta"):
+            return auto.from_config(checkpoint.config, trust_remote_code=checkpoint.trust_remote_code)
+    except Exception as error:  # transformers raises nearly everything here
+        raise SwquantError(
+            f"{checkpoint.name}: transformers cannot build this model ({first_line(error)}); "
+            "swquant compresses language models that write text"
+        ) from None

@@ -1,0 +1,61 @@
+"""What lies in a folder, and whether all of it is ours.
+
+Seen is everything that a person would lose with the folder: files, links (also those to folders, which are not entered)
+and folders with nothing in them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from exporters.errors import SwquantError
+from exporters.text import shown
+from swquant.checkpoints.manifest import MANIFEST, read_manifest
+
+__all__ = ["contents", "strangers", "why_not_ours"]
+
+
+def contents(folder: Path) -> set[str]:
+    """Names below `folder`, with slashes; those of empty folders end in one. Raises OSError where it cannot look."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    names: set[str] = set()
+    for root, folders, files in os.walk(folder, onerror=fail):
+        below = Path(root).relative_to(folder)
+        links = (name for name in folders if Path(root, name).is_symlink())
+        names |= {(below / name).as_posix() for name in (*files, *links)}
+        if not folders and not files and below != Path():
+            names.add(f"{below.as_posix()}/")
+    return names
+
+
+def strangers(folder: Path, listed: Mapping[str, object]) -> list[str]:
+    """What lies in `folder` beside the manifest and the files that it lists."""
+    return sorted(contents(folder) - set(listed) - {MANIFEST})
+
+
+def why_not_ours(folder: Path) -> str | None:
+    """Why `folder` may not be replaced; None if it is empty, or swquant made it and everything in it."""
+    only = "--overwrite replaces only checkpoints of swquant"
+    try:
+        if not folder.is_dir() or not ((folder / MANIFEST).is_file() or not any(folder.iterdir())):
+            return f"exists and is not a checkpoint; {only}"
+        if not any(folder.iterdir()):
+            return None
+        others = strangers(folder, read_manifest(folder)["files"])
+    except OSError as error:
+        return f"exists and cannot be looked into ({error.strerror}); {only}"
+    except SwquantError:
+        return (
+            f"exists, but its {MANIFEST} cannot be relied on (see swquant verify); move it away, or delete it yourself"
+        )
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        return (
+            f"holds {shown(others[0])}{more}, which swquant did not put there; move that elsewhere, or give another OUT"
+        )
+    return None

@@ -1,0 +1,164 @@
+"""Hidden names beside OUT: what is being made, who is still making it, and what a run that was killed left there.
+
+    .NAME.partial-1a2b3c4d     what is not finished, a folder or a file; the old OUT, while it is deleted
+    .NAME.replaced-1a2b3c4d    the old OUT between two renames, where the system cannot exchange two folders in one
+
+Whoever makes one holds a lock on it (`flock`), which the kernel lets go of when the process ends, however it ends. So
+the next run that writes into the same parent can tell the dead from the living, and removes the dead: those that have
+such a name, belong to this user and are not locked. An old OUT that a killed run had moved aside gets its name back.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from exporters.errors import SwquantError
+from swquant.checkpoints.manifest import MANIFEST, read_manifest
+from swquant.interrupts import uninterrupted
+from swquant.output.contents import strangers
+
+try:
+    import fcntl
+except ImportError:  # no flock: nobody is ever found dead
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["hidden_name", "lock", "locked_file", "locked_folder", "remove_dead", "same", "visible"]
+
+_PATTERN = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|replaced)-[0-9a-f]{8}", re.DOTALL)
+_LONGEST = 100  # bytes of a name that are repeated; file systems allow 143 to 255 for the whole
+_TRIES = 100
+
+
+def hidden_name(path: Path, kind: str = "partial") -> Path:
+    """A new name beside `path`, which exists nowhere yet."""
+    name = os.fsencode(path.name)[:_LONGEST].decode(errors="ignore")
+    return path.with_name(f".{name}.{kind}-{secrets.token_hex(4)}")
+
+
+def visible(path: Path) -> Path:
+    """What a path inside something hidden will become part of: OUT, which the user knows. Other paths as they are."""
+    for index, part in enumerate(path.parts):
+        if match := _PATTERN.fullmatch(part):
+            return Path(*path.parts[:index], match["name"])
+    return path
+
+
+def lock(descriptor: int) -> bool | None:
+    """Lock an open file or folder. True: it is ours; False: somebody else's; None: this file system has no locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def same(path: Path, descriptor: int) -> bool:
+    """Whether a path still names what was opened."""
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _opened(path: Path, flags: int) -> int | None:
+    """Open and lock something new. None where another run found it before it was locked, took it for dead and removed
+    it."""
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except FileNotFoundError:
+        return None
+    if lock(descriptor) is not False and same(path, descriptor):
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+@contextmanager
+def _locked(path: Path, open_new: Callable[[Path], int | None]) -> Iterator[tuple[Path, int]]:
+    new, descriptor = hidden_name(path), None
+    try:
+        for _ in range(_TRIES):
+            if (descriptor := open_new(new)) is not None:
+                break
+            new = hidden_name(path)
+        else:
+            raise SwquantError(f"{path}: other runs keep removing what is written for it; write elsewhere")
+        yield new, descriptor
+    finally:
+        with uninterrupted():
+            if new.is_dir():
+                shutil.rmtree(new, ignore_errors=True)
+            else:
+                new.unlink(missing_ok=True)
+            if descriptor is not None:
+                os.close(descriptor)
+
+
+@contextmanager
+def locked_folder(out: Path) -> Iterator[Path]:
+    """A new hidden folder beside `out`, locked while the block runs, then removed if it still has its name."""
+
+    def open_new(folder: Path) -> int | None:
+        folder.mkdir()
+        return _opened(folder, os.O_RDONLY)
+
+    with _locked(out, open_new) as (folder, _):
+        yield folder
+
+
+@contextmanager
+def locked_file(path: Path) -> Iterator[tuple[Path, int]]:
+    """A new hidden file beside `path`, open for writing; otherwise as `locked_folder`."""
+    with _locked(path, lambda new: _opened(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL)) as opened:
+        yield opened
+
+
+def remove_dead(parent: Path) -> None:
+    """Remove what runs that were killed left in a folder. What cannot be looked at or removed stays."""
+    with suppress(OSError):
+        for name in sorted(os.listdir(parent)):
+            if match := _PATTERN.fullmatch(name):
+                _remove_if_dead(parent / name, match)
+
+
+def _remove_if_dead(path: Path, match: re.Match[str]) -> None:
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+        try:
+            status = os.fstat(descriptor)
+            owned = not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
+            if not owned or not lock(descriptor) or not same(path, descriptor):
+                return
+            if stat.S_ISREG(status.st_mode):
+                path.unlink()
+            elif stat.S_ISDIR(status.st_mode):
+                _bury(path, match)
+        finally:
+            os.close(descriptor)
+
+
+def _bury(folder: Path, match: re.Match[str]) -> None:
+    """Remove a dead folder, unless it is all that is left of an OUT, or holds what swquant did not put there."""
+    out = folder.with_name(match["name"])
+    if match["kind"] == "replaced" and not os.path.lexists(out):
+        if len(os.fsencode(out.name)) < _LONGEST:  # otherwise the name is cut
+            folder.rename(out)
+        return
+    if (folder / MANIFEST).is_file():
+        try:
+            if strangers(folder, read_manifest(folder)["files"]):
+                return
+        except SwquantError:  # killed while it was written, or deleted
+            pass
+    shutil.rmtree(folder, ignore_errors=True)
