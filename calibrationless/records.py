@@ -103,7 +103,8 @@ class Residual:
     whole: Tensor | None = None
 
     def channel(self, index: int) -> Tensor:
-        """float32 [tokens]: a channel token by token. Of a long prompt only the largest value is known, others are 0."""
+        """float32 [tokens]: a channel token by token. Of a long prompt only the largest value is known, others are
+        0."""
         if self.whole is not None:
             return self.whole[:, index]
         known = torch.zeros_like(self.medians)

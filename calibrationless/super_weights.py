@@ -10,8 +10,8 @@ magnitudes differ by a factor of a thousand between models (SmolLM2: 24,000; Gem
     written       the residual stream changes at that channel by at least a fifth of what it
                   then holds (layers may share the work), and by a tenth of the most that it ever holds
     stands out    the new value is at least 20 times the median of its token
-    stays         it keeps a third of its size and its sign at that token for a quarter of the
-                  layers that follow (at least one)
+    stays         at that token it keeps its sign and a third of its size, or stands out still, for a
+                  quarter of the layers that follow (at least one)
     share         single terms x[col] * W[row, col] that make at least 10 % of the output
 
 A channel is followed token by token, because a super weight may fire at several. At a token that does not
@@ -131,11 +131,13 @@ def _reach(probe: Probe, channel: int) -> float:
 
 
 def _stays(probe: Probe, layer: int, channel: int, values: Tensor) -> Tensor:
-    """int64 [tokens]: through how many layers after `layer` the channel keeps a third of `values` [tokens]."""
+    """int64 [tokens]: through how many layers after `layer` the channel keeps a third of `values` [tokens], or stands
+    out (a model that normalizes the residual stream itself makes every value small)."""
     kept = torch.zeros(len(values), dtype=torch.int64)
     there = values != 0
     for state in probe.residual[layer + 2 :]:
-        there = there & (state.channel(channel) * values.sign() >= KEPT * values.abs())
+        least = (KEPT * values.abs()).minimum(SPIKE * state.medians)
+        there = there & (state.channel(channel) * values.sign() >= least)
         kept += there
     return kept
 

@@ -213,7 +213,9 @@ class Watcher(TorchFunctionMode):
     def _keep_all(self, watches: Sequence[Watch], inputs: Tensor, matrix: Tensor, result: Tensor, norm: str) -> None:
         """matrix: [out, in], or [experts, out, in]."""
         if matrix.ndim == 2:
-            self._keep(watches[0], inputs.reshape(-1, matrix.shape[1]), matrix, result.reshape(-1, matrix.shape[0]), norm)
+            self._keep(
+                watches[0], inputs.reshape(-1, matrix.shape[1]), matrix, result.reshape(-1, matrix.shape[0]), norm
+            )
             return
         inputs = inputs.expand(*result.shape[:-1], inputs.shape[-1])
         for watch in watches:

@@ -151,7 +151,7 @@ def test_the_residual_is_the_largest_value_of_every_channel_before_and_after_eac
 
 def test_the_residual_of_a_short_prompt_is_kept_whole():
     model, watch, _ = build("linear")
-    for tokens, whole in ((32, True), (33, False)):
+    for tokens, whole in ((64, True), (65, False)):
         prompt = torch.randn(1, tokens, HIDDEN)
         entering, leaving = probe_of(model, watch, prompt).residual
         assert (entering.whole is not None) == (leaving.whole is not None) == whole

@@ -34,5 +34,7 @@ def one_line(ran: Ran) -> str:
     assert ran.out == ""
     assert ran.err.endswith("\n")
     *progress, message = ran.err.splitlines()
-    assert all(line.startswith(("Probing", "Loading", "Evaluating", "Generating")) for line in progress), ran.err
+    assert all(
+        line.startswith(("Probing", "Rehearsing", "Loading", "Evaluating", "Generating")) for line in progress
+    ), ran.err
     return message

@@ -28,7 +28,7 @@ NEURON, VALUE, GAIN = 4.0, 60.0, 60.0
 _ATTENTION = re.compile(r"att(entio)?n", re.IGNORECASE)
 
 
-class CannotPlant(Exception):
+class CannotPlantError(Exception):
     """The layer has no MLP of a kind that is known here, or its neuron does not fire."""
 
 
@@ -53,7 +53,7 @@ def plant_spots(
 ) -> set[tuple[int, int, int]]:
     """Plant all spots; returns their (layer, row, col). prompt: int64 [1, tokens].
 
-    Raises CannotPlant where a layer's MLP is of an unknown kind or its neuron cannot be made to fire.
+    Raises CannotPlantError where a layer's MLP is of an unknown kind or its neuron cannot be made to fire.
     """
     with watchable(model), torch.no_grad():
         for spot in sorted(spots, key=lambda spot: spot.layer):
@@ -71,7 +71,7 @@ def _plant(model: PreTrainedModel, architecture: Architecture, spot: Spot, promp
                 if _plant_in(model, architecture, down, expert, spot, prompt):
                     keep()
                     return
-    raise CannotPlant(f"layer {spot.layer}")
+    raise CannotPlantError(f"layer {spot.layer}")
 
 
 def _plant_in(
@@ -185,10 +185,10 @@ def _inputs(model: PreTrainedModel, module: str, prompt: Tensor) -> Tensor:
     finally:
         hook.remove()
     if not seen:
-        raise CannotPlant(f"{module} is not called")
+        raise CannotPlantError(f"{module} is not called")
     inputs = seen[0].reshape(-1, seen[0].shape[-1]).to(torch.float32)
     if inputs.shape[0] < prompt.shape[1]:
-        raise CannotPlant(f"{module} reads {inputs.shape[0]} tokens")
+        raise CannotPlantError(f"{module} reads {inputs.shape[0]} tokens")
     return inputs
 
 
