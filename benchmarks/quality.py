@@ -51,7 +51,11 @@ from swquant.models.loading import build_model
 DATA = Path(__file__).parent.parent / "data"
 SOURCES = Path(__file__).parent.parent
 # What decides how swquant rounds a weight.
-ROUNDING = ("calibrationless/*.py", *(f"swquant/{name}.py" for name in ("plan", "pipeline", "folding", "self_text")))
+ROUNDING = (
+    "calibrationless/*.py",
+    *(f"swquant/compress/{name}.py" for name in ("choice", "evidence", "plan", "tensor")),
+    *(f"swquant/detect/{name}.py" for name in ("folds", "own_text", "pipeline")),
+)
 CHOICES = list(dict.fromkeys(str(cell) for method in METHODS for cell in method.cells))
 Record = dict[str, Any]
 

@@ -4,12 +4,16 @@ Nothing here knows a family. The module that a down projection reads is found by
 MLP by what it is given. A neuron is made to fire on what the chosen tokens bring into the MLP (its rows of the gate and
 up projections point there), and single weights of the down projection behind it are made large. Layers are planted
 first to last, because an early super activation changes what a later MLP reads. Nothing else is touched.
+
+What was planted is then tried, without detection: left out alone, every weight must change what its channel holds, and
+for a while. A later planting may undo an earlier one (a model that normalizes the residual stream itself makes room
+for one layer's super weights only); such a model is none to measure with.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -25,11 +29,14 @@ from swquant.models.architecture import Architecture, LinearKind, LinearWeight
 
 FIRES = 50.0  # a planted input or output stands out from its token at least so much
 NEURON, VALUE, GAIN = 4.0, 60.0, 60.0
+# Left out alone, a weight changes its channel by so much of the most that this ever holds, after so many of the layers
+# from its own on.
+MATTERS, LASTS = 0.2, 0.5
 _ATTENTION = re.compile(r"att(entio)?n", re.IGNORECASE)
 
 
 class CannotPlantError(Exception):
-    """The layer has no MLP of a kind that is known here, or its neuron does not fire."""
+    """The layer has no MLP of a kind that is known here, its neuron does not fire, or the weight does not matter."""
 
 
 @dataclass(frozen=True)
@@ -53,24 +60,58 @@ def plant_spots(
 ) -> set[tuple[int, int, int]]:
     """Plant all spots; returns their (layer, row, col). prompt: int64 [1, tokens].
 
-    Raises CannotPlantError where a layer's MLP is of an unknown kind or its neuron cannot be made to fire.
+    Raises CannotPlantError where a layer's MLP is of an unknown kind, its neuron cannot be made to fire, or a weight
+    turns out not to matter.
     """
     with watchable(model), torch.no_grad():
-        for spot in sorted(spots, key=lambda spot: spot.layer):
-            _plant(model, architecture, spot, prompt)
+        spots = sorted(spots, key=lambda spot: spot.layer)
+        planted = [_plant(model, architecture, spot, prompt) for spot in spots]
+        states = _states(model, architecture, prompt)
+        for spot, weight in zip(spots, planted, strict=True):
+            for row in spot.rows:
+                for col in spot.cols:
+                    value, weight[row, col] = float(weight[row, col]), 0.0
+                    without = _states(model, architecture, prompt)
+                    weight[row, col] = value
+                    if not _matters(states, without, spot.layer, row):
+                        raise CannotPlantError(f"layer {spot.layer} [{row}, {col}] does not matter")
     return set().union(*(spot.places for spot in spots))
 
 
-def _plant(model: PreTrainedModel, architecture: Architecture, spot: Spot, prompt: Tensor) -> None:
+def _states(model: PreTrainedModel, architecture: Architecture, prompt: Tensor) -> Tensor:
+    """What every layer hands on, [layers, tokens, hidden]."""
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, args: object, output: object) -> None:
+        output = output[0] if isinstance(output, tuple | list) else output
+        assert isinstance(output, Tensor)
+        seen.append(output.detach().reshape(-1, output.shape[-1]).clone())
+
+    with ExitStack() as stack:
+        for name in architecture.layers:
+            stack.callback(model.get_submodule(name).register_forward_hook(keep).remove)
+        model(input_ids=prompt, use_cache=False)
+    return torch.stack(seen)
+
+
+def _matters(states: Tensor, without: Tensor, layer: int, row: int) -> bool:
+    before, after = states[layer:, :, row], without[layer:, :, row]
+    changed = (before - after).abs().amax(dim=1) >= MATTERS * before.abs().max()
+    return float(changed.float().mean()) >= LASTS
+
+
+def _plant(model: PreTrainedModel, architecture: Architecture, spot: Spot, prompt: Tensor) -> Tensor:
+    """The weight [out, in] that they were planted in, a view."""
     downs = [weight for weight in architecture.weights.values() if weight.down and weight.layer == spot.layer]
     for down in downs:
         parameter = model.get_submodule(down.module).get_parameter(down.parameter)
         experts = range(parameter.shape[0]) if down.kind is LinearKind.FUSED else (down.expert,)
         for expert in experts:
-            with _undone_unless_kept(model, down.module) as keep:
-                if _plant_in(model, architecture, down, expert, spot, prompt):
+            with _undone_unless_kept(model) as keep:
+                weight = _plant_in(model, architecture, down, expert, spot, prompt)
+                if weight is not None:
                     keep()
-                    return
+                    return weight
     raise CannotPlantError(f"layer {spot.layer}")
 
 
@@ -81,21 +122,20 @@ def _plant_in(
     expert: int | None,
     spot: Spot,
     prompt: Tensor,
-) -> bool:
-    """Whether a super weight could be planted in this down projection; it may be left half planted where not."""
+) -> Tensor | None:
+    """The weight of this down projection, planted; None if that did not work, then it may be half planted."""
     hidden = model.config.get_text_config().hidden_size
     weight = _matrix(model, down.module, down.parameter, expert, rows=hidden)
     if weight is None or max(spot.cols) >= weight.shape[1]:
-        return False
+        return None
     feeders = _feeders(model, architecture, down, expert, hidden, weight.shape[1])
     if not feeders:
-        return False
+        return None
     reads = feeders[0][0]
     inputs = _inputs(model, reads, prompt)[list(spot.tokens)]
     direction = spot.neuron * (inputs / inputs.norm(dim=1, keepdim=True).clamp(min=1e-6)).sum(dim=0)
     watch = f"{down.name}[{expert}]" if down.kind is LinearKind.FUSED else down.watch
-    signs = (1.0, -1.0)
-    for sign in signs:
+    for sign in (1.0, -1.0):
         for module, matrix in feeders:
             for row in _rows_of(model.get_submodule(module), matrix, spot.cols, weight.shape[1]):
                 matrix[row] = sign * direction
@@ -106,8 +146,8 @@ def _plant_in(
             norm.weight[list(spot.rows)] = GAIN
         record = run_text(model, architecture, prompt, record=True).linears.get(watch)
         if record is not None and _fires(record, spot):
-            return True
-    return False
+            return weight
+    return None
 
 
 def _fires(record: LinearRecord, spot: Spot) -> bool:
@@ -125,7 +165,7 @@ def _matrix(model: PreTrainedModel, module: str, parameter: str, expert: int | N
     weight = weight if expert is None else weight[expert]
     if weight.ndim != 2:
         return None
-    if isinstance(owner, Conv1D) or weight.shape[0] != rows:
+    if isinstance(owner, Conv1D) or getattr(owner, "is_transposed", False) or weight.shape[0] != rows:
         weight = weight.T
     return weight if weight.shape[0] == rows else None
 
@@ -219,7 +259,7 @@ def _norms_behind(model: PreTrainedModel, layer: str, down: str, prompt: Tensor)
 
 
 @contextmanager
-def _undone_unless_kept(model: PreTrainedModel, module: str) -> Iterator[object]:
+def _undone_unless_kept(model: PreTrainedModel) -> Iterator[Callable[[], None]]:
     """Puts every weight of the model back, unless what is yielded is called."""
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     kept: list[bool] = []

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import every_architecture
-from support.planting import CannotPlant, Spot, plant_spots
+from support.planting import CannotPlantError, Spot, plant_spots
 from support.tiny_models import ARCHITECTURES, PROMPT, save_model, tiny_model
 from transformers import PreTrainedModel
 
@@ -72,12 +72,17 @@ def found_in(checkpoint: Checkpoint, model: PreTrainedModel, prompt: str) -> Cou
 @pytest.mark.parametrize("kind", ["layers, one row", "rows", "rows, two tokens", "rows, two layers", "several of each"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3", "gpt_oss"])
 def test_several_super_weights_are_found_and_nothing_else(architecture: str, kind: str, tmp_path: Path) -> None:
-    model = tiny_model(architecture)
-    save_model(model, tmp_path / architecture)
-    with opened(tmp_path / architecture) as (checkpoint, parts):
-        tokens = torch.tensor([prompt_tokens(checkpoint, PROMPT)])
-        planted = plant_spots(model, parts, spots_of(kind, architecture), tokens)
-        assert found_in(checkpoint, model, PROMPT) == Counter(planted)
+    for seed in range(5):
+        model = tiny_model(architecture, seed=seed)
+        with opened(save_model(model, tmp_path / f"{architecture}-{seed}")) as (checkpoint, parts):
+            tokens = torch.tensor([prompt_tokens(checkpoint, PROMPT)])
+            try:
+                planted = plant_spots(model, parts, spots_of(kind, architecture, seed), tokens)
+            except CannotPlantError:
+                continue
+            assert found_in(checkpoint, model, PROMPT) == Counter(planted)
+            return
+    raise AssertionError("in none of five models does everything planted matter")
 
 
 def families(work: Path) -> Iterator[tuple[str, PreTrainedModel, Path, str]]:
@@ -110,7 +115,7 @@ def test_nearly_all_planted_super_weights_are_found_in_every_family(tmp_path: Pa
                     model.load_state_dict(original)
                     try:
                         places = plant_spots(model, parts, spots_of(kind, name), tokens)
-                    except (CannotPlant, IndexError, AttributeError):
+                    except (CannotPlantError, IndexError, AttributeError):
                         continue
                     found = found_in(checkpoint, model, prompt)
                     models[kind] += 1
