@@ -95,7 +95,7 @@ class CompressOptions:
         False, "Fail where the block does not divide a tensor, instead of taking a smaller one.", group="rounding"
     )
     allow_dense: bool = described(
-        False, "Go on where less than half of the linear weights can be packed.", group="rounding"
+        False, "Go on where less than half of the linear weights can be packed.", group="output"
     )
     activations: str = described(
         "none",

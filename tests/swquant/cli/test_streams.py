@@ -17,8 +17,9 @@ from support.tiny_models import PROMPT, Planted
 
 def test_progress_is_plain_lines_in_a_log(cli: Cli, planted_llama: Planted, tmp_path: Path) -> None:
     ran = cli("compress", planted_llama.folder, tmp_path / "out", "--prompt", PROMPT)
-    first, *tenths, last = ran.err.splitlines()
+    first, second, *tenths, last = ran.err.splitlines()
     assert first == f"Probing {planted_llama.folder.name} with one prompt"
+    assert second == "Rehearsing how stock transformers loads it"
     assert last == "Verifying every byte"
     assert tenths
     pattern = r"Compressing \d+ %, [\d.]+ [kM]?B of [\d.]+ [kM]B, [\d.]+ [kMG]?B/s, \d+ s left"
