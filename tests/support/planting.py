@@ -12,6 +12,7 @@ for one layer's super weights only); such a model is none to measure with.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,8 +30,8 @@ from swquant.models.architecture import Architecture, LinearKind, LinearWeight
 
 FIRES = 50.0  # a planted input or output stands out from its token at least so much
 NEURON, VALUE, GAIN = 4.0, 60.0, 60.0
-# Left out alone, a weight changes its channel by so much of the most that this ever holds, after so many of the layers
-# from its own on.
+# Left out alone, a weight changes its channel by so much of the most that this ever holds, in all of so many of the
+# layers from its own on.
 MATTERS, LASTS = 0.2, 0.5
 _ATTENTION = re.compile(r"att(entio)?n", re.IGNORECASE)
 
@@ -97,7 +98,7 @@ def _states(model: PreTrainedModel, architecture: Architecture, prompt: Tensor) 
 def _matters(states: Tensor, without: Tensor, layer: int, row: int) -> bool:
     before, after = states[layer:, :, row], without[layer:, :, row]
     changed = (before - after).abs().amax(dim=1) >= MATTERS * before.abs().max()
-    return float(changed.float().mean()) >= LASTS
+    return bool(changed[: math.ceil(LASTS * len(changed))].all())
 
 
 def _plant(model: PreTrainedModel, architecture: Architecture, spot: Spot, prompt: Tensor) -> Tensor:
