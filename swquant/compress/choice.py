@@ -55,22 +55,26 @@ def choose_block(
     super_weights: Sequence[tuple[int, int]],
     architecture: Architecture,
     options: CompressOptions,
+    *,
+    decoded: bool = False,
 ) -> Block | Dense:
-    """The block of a tensor, or why it stays dense."""
+    """The block of a tensor, or why it stays dense. decoded: see `Plan`."""
     if linear is None:
         return Dense(architecture.dense.get(name, "unknown"))
     if pattern := next((pattern for pattern in options.dense if matches(pattern, name)), None):
         return Dense(f"--dense {pattern}")
     if stored.dtype not in _FLOATS:
         return Dense(f"stored as {str(stored.dtype).removeprefix('torch.')}")
-    if linear.kind is LinearKind.CONV1D:
+    if linear.kind is LinearKind.CONV1D and not decoded:
         return Dense("Conv1D, which compressed-tensors cannot pack (it knows nn.Linear)")
-    if linear.kind is LinearKind.CUSTOM:
+    if linear.kind is LinearKind.CUSTOM and not decoded:
         return Dense("a linear layer with a forward of its own, which stock loaders cannot decode")
     if linear.kind is LinearKind.FUSED:
         return Dense("experts fused in one 3-D tensor: compressed-tensors has no name for a slice")
     shape = (stored.shape[0], stored.shape[1])
     block = fit(options.parsed_block, shape)
+    if decoded and block != options.parsed_block:
+        return Dense("stock transformers decodes a model while loading it only if all blocks are alike")
     if block is None or (options.strict_block and block != options.parsed_block):
         problem = f"block {options.block_name} does not divide {_dimension(options.parsed_block, shape)} of {name}"
         if options.strict_block:

@@ -52,5 +52,7 @@ def checkpoint_config(checkpoint: Checkpoint, plan: Plan, architecture: Architec
         config["dtype"] = plan.options.dtype
         config.pop("torch_dtype", None)
     config["quantization_config"] = compressed_tensors.quantization_config(schemes, dense, _FORMAT_VERSION)
+    if plan.decoded:
+        config["quantization_config"]["dequantize"] = True
     config["swquant"] = {"version": __version__, "manifest": MANIFEST, "sidecar": SIDECAR}
     return config

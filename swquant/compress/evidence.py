@@ -26,7 +26,7 @@ def text_of(
     if options.refinement != "self":
         yield None
         return
-    names = [tensor.name for tensor in plan.quantized]
+    names = [tensor.name for tensor in plan.quantized if not tensor.transposed]
     with self_text(
         checkpoint, found, names, texts=options.texts, low_memory=low_memory, seed=options.seed, progress=progress
     ) as text:
@@ -37,6 +37,8 @@ def evidence_for(tensor: TensorPlan, found: Found, refinement: str, text: SelfTe
     """Of a tensor's inputs, scaled as its columns will be."""
     if tensor.recipe is None:
         return Evidence()
+    if tensor.transposed:  # all weights of a block read one input: they matter alike
+        return Evidence(importance=torch.ones(tensor.shape[1]) if refinement != "none" else None)
     exponents = tensor.fold.exponents if tensor.fold is not None else None
     own = text.statistics(tensor.name, exponents) if text is not None else None
     if own is not None:

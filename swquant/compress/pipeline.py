@@ -20,11 +20,12 @@ from swquant.checkpoints.schema import CheckpointManifest
 from swquant.compress.budget import bits_within
 from swquant.compress.options import CompressOptions
 from swquant.compress.plan import Plan, make_plan, tied_copies
-from swquant.compress.rehearsal import check_share, rehearsed_plan
+from swquant.compress.rehearsal import rehearsed_plan
 from swquant.compress.writing import Prepared, write_all
 from swquant.detect.found import Found
 from swquant.detect.pipeline import find_super_weights
 from swquant.models.architecture import Architecture, LinearKind
+from swquant.models.converted import as_built
 from swquant.output.destination import check_destination, check_space, replace, unfinished, writing
 from swquant.output.verification import verify
 from swquant.progress import Progress, silent
@@ -46,6 +47,7 @@ def prepare(
     """Probe and plan; writes nothing."""
     if checkpoint.is_compressed:
         raise SwquantError(f"{checkpoint.name}: already compressed; start from the original model")
+    checkpoint = as_built(checkpoint)
     with progress.step(f"Probing {checkpoint.name} with one prompt"):
         found = find_super_weights(
             checkpoint, options.prompt, low_memory=low_memory, folds=options.refinement != "none"
@@ -54,16 +56,15 @@ def prepare(
     known = found.architecture.without(_not_rounded_blindly(found))
     left_out = tied_copies(checkpoint, known)
 
-    def plan_with(bits: Mapping[str, int], architecture: Architecture = known) -> Plan:
+    def plan_with(bits: Mapping[str, int], architecture: Architecture = known, *, decoded: bool = False) -> Plan:
         super_weights = found.detection.super_weights
-        return make_plan(checkpoint, architecture, super_weights, options, found.folds, bits, left_out)
+        return make_plan(checkpoint, architecture, super_weights, options, found.folds, bits, left_out, decoded=decoded)
 
     bits: Mapping[str, int] = {}
     if options.bits_budget is not None:
         bits = bits_within(checkpoint, found, options, plan_with, low_memory=low_memory, progress=progress)
     with progress.step("Rehearsing how stock transformers loads it"):
         plan = rehearsed_plan(checkpoint, known, partial(plan_with, bits))
-    check_share(checkpoint, plan, known)
     return Prepared(checkpoint, found, plan, low_memory)
 
 

@@ -40,6 +40,7 @@ class TensorPlan:
     layout: stored name -> (dtype, shape) of what is written for it. patches: what the sidecar will hold of it.
     super_weights: (row, col) of those that the detection found in it. fold: the scaling that it takes part in, as a
     norm's gain or bias or as a weight that reads the norm. int8_inputs: whether it is stored for integer products.
+    transposed: stored [in, out] (Conv1D), so that its blocks run along the outputs of one input.
     """
 
     name: str
@@ -51,6 +52,7 @@ class TensorPlan:
     super_weights: tuple[tuple[int, int], ...] = ()
     fold: Fold | None = None
     int8_inputs: bool = False
+    transposed: bool = False
 
     @property
     def module(self) -> str:
@@ -86,7 +88,9 @@ class TensorPlan:
 @dataclass(frozen=True)
 class Plan:
     """tensors: in the order of the source. shards: the tensors of each file. left_out: name -> why it is not written.
-    int8_inputs: whether stock loaders are told to round activations."""
+    int8_inputs: whether stock loaders are told to round activations. decoded: whether stock transformers is told to
+    decode all weights while it loads them. That is for models whose modules cannot hold codes: a Conv1D, a linear layer
+    with a forward of its own, modules that the model's own code sets up. All weights then share one scheme."""
 
     options: CompressOptions
     tensors: tuple[TensorPlan, ...]
@@ -94,6 +98,7 @@ class Plan:
     left_out: Mapping[str, str]
     notes: tuple[str, ...]
     int8_inputs: bool = False
+    decoded: bool = False
 
     @property
     def quantized(self) -> tuple[TensorPlan, ...]:
@@ -130,17 +135,17 @@ def make_plan(
     folds: Sequence[Fold] = (),
     bits: Mapping[str, int] | None = None,
     left_out: Mapping[str, str] | None = None,
+    *,
+    decoded: bool = False,
 ) -> Plan:
     """Decide for every tensor. bits: of tensors that are not to take those of the options. left_out: from
-    `tied_copies`. Raises SwquantError where an option fits nothing, or --strict-block fails."""
-    coordinates: dict[str, list[tuple[int, int]]] = {}
-    for weight in super_weights:
-        coordinates.setdefault(weight.name, []).append((weight.row, weight.col))
+    `tied_copies`. decoded: see `Plan`. Raises SwquantError where an option fits nothing, or --strict-block fails."""
+    coordinates = _coordinates(architecture, super_weights)
     check_patterns(options.dense, checkpoint.tensors)
     if left_out is None:
         left_out = tied_copies(checkpoint, architecture)
     of_experts = expert_block(checkpoint, architecture, coordinates, options)
-    int8_inputs = _int8_inputs(architecture, options)
+    int8_inputs = not decoded and _int8_inputs(architecture, options)
     tensors: list[TensorPlan] = []
     for name, stored in checkpoint.tensors.items():
         if name in left_out:
@@ -149,7 +154,7 @@ def make_plan(
         own = tuple(coordinates.get(name, ()))
         choice: Block | Dense | None = of_experts
         if linear is None or linear.kind is not LinearKind.EXPERT:
-            choice = choose_block(name, stored, linear, own, architecture, options)
+            choice = choose_block(name, stored, linear, own, architecture, options, decoded=decoded)
         assert choice is not None
         dtype = dense_dtype(checkpoint, stored, options)
         if isinstance(choice, Dense):
@@ -167,22 +172,43 @@ def make_plan(
             outliers=_outliers(stored.numel, own, options),
             columns=min(columns_of, stored.shape[1]),
         )
-        tensors.append(_quantized(name, stored, recipe, int8_inputs))
+        tensors.append(
+            _quantized(name, stored, recipe, int8_inputs, transposed=linear is not None and linear.transposed)
+        )
     if not any(tensor.block for tensor in tensors):
         raise SwquantError(_nothing(checkpoint, tensors))
     tensors = _folded(tensors, folds)
     shards = _shards(tensors, parse_bytes(options.shard_size))
-    notes = (*_notes(tensors, of_experts, options), *checkpoint.notes)
-    return Plan(options, tuple(tensors), shards, left_out, notes, int8_inputs)
+    notes = (*_notes(tensors, of_experts, options, decoded=decoded), *checkpoint.notes)
+    plan = Plan(options, tuple(tensors), shards, left_out, notes, int8_inputs, decoded)
+    if decoded and len({plan.scheme(tensor) for tensor in plan.quantized}) > 1:
+        raise SwquantError(
+            f"{checkpoint.name}: stock transformers decodes a model while loading it only if all weights share one scheme"
+        )
+    return plan
 
 
-def _notes(tensors: Sequence[TensorPlan], of_experts: Block | None, options: CompressOptions) -> tuple[str, ...]:
+def _coordinates(architecture: Architecture, super_weights: Sequence[SuperWeight]) -> dict[str, list[tuple[int, int]]]:
+    """Stored name -> (row, col) of its super weights in the tensor as it is stored."""
+    coordinates: dict[str, list[tuple[int, int]]] = {}
+    for weight in super_weights:
+        linear = architecture.weights.get(weight.name)
+        place = (weight.col, weight.row) if linear is not None and linear.transposed else (weight.row, weight.col)
+        coordinates.setdefault(weight.name, []).append(place)
+    return coordinates
+
+
+def _notes(
+    tensors: Sequence[TensorPlan], of_experts: Block | None, options: CompressOptions, *, decoded: bool
+) -> tuple[str, ...]:
     """What a user should know of the plan beside its table."""
     blocks = [tensor.block for tensor in tensors if tensor.block not in (None, options.parsed_block)]
     notes = [
         f"block {options.block_name} does not divide {count} tensors, which take {block}"
         for block, count in Counter(map(str, blocks)).items()
     ]
+    if decoded:
+        notes.append("its modules cannot hold codes: stock transformers decodes all weights while it loads them")
     if options.activations == "int8" and of_experts is not None:
         notes.append("the inputs of experts stay in float; those of the other linear layers are rounded to int8")
     return tuple(notes)
@@ -214,7 +240,10 @@ def _folded(tensors: Sequence[TensorPlan], folds: Sequence[Fold]) -> list[Tensor
     plans = {tensor.name: tensor for tensor in tensors}
     for fold in folds:
         readers = [plans[name] for name in fold.readers]
-        if all(tensor.block and columns(tensor.block, tensor.shape) <= MAX_COLUMNS_TO_SCALE for tensor in readers):
+        if all(
+            tensor.block and not tensor.transposed and columns(tensor.block, tensor.shape) <= MAX_COLUMNS_TO_SCALE
+            for tensor in readers
+        ):
             for name in (*fold.readers, fold.gain, *filter(None, [fold.bias])):
                 plans[name] = replace(plans[name], fold=fold)
     return list(plans.values())
@@ -243,7 +272,7 @@ def tied_copies(checkpoint: Checkpoint, architecture: Architecture) -> dict[str,
     }
 
 
-def _quantized(name: str, stored: Stored, recipe: Recipe, int8_inputs: bool) -> TensorPlan:
+def _quantized(name: str, stored: Stored, recipe: Recipe, int8_inputs: bool, *, transposed: bool) -> TensorPlan:
     shape, module = (stored.shape[0], stored.shape[1]), name.removesuffix(".weight")
     assert recipe.scale_dtype is not None
     local = compressed_tensors.tensor_layout(
@@ -263,6 +292,7 @@ def _quantized(name: str, stored: Stored, recipe: Recipe, int8_inputs: bool) -> 
         patches=tuple(PlannedPatch(of, name, count, shape, stored.dtype) for of, count in counts.items() if count),
         super_weights=recipe.super_weights,
         int8_inputs=int8_inputs,
+        transposed=transposed,
     )
 
 

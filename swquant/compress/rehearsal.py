@@ -8,7 +8,8 @@ weights is worse than none. And one of which little is packed is not what somebo
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Protocol
 
 from exporters.errors import SwquantError
 from swquant.checkpoints.base import Checkpoint
@@ -17,22 +18,40 @@ from swquant.compress.plan import Plan
 from swquant.models.architecture import Architecture
 from swquant.models.rehearsal import Rehearsal, rehearse
 
-__all__ = ["check_share", "rehearsed_plan"]
+__all__ = ["rehearsed_plan"]
 
 # Every round leaves one more kind of module dense; no model has so many.
 _ROUNDS = 12
 _OTHERS = "serve the original, or take a tool with a format of its own, such as llama.cpp"
 
 
-def rehearsed_plan(
-    checkpoint: Checkpoint, architecture: Architecture, plan_with: Callable[[Architecture], Plan]
-) -> Plan:
-    """The plan, with whatever must stay dense for stock transformers. Raises SwquantError where nothing helps."""
+class Planner(Protocol):
+    """The plan for an architecture; decoded: see `Plan`."""
+
+    def __call__(self, architecture: Architecture, *, decoded: bool = False) -> Plan: ...
+
+
+def rehearsed_plan(checkpoint: Checkpoint, architecture: Architecture, plan_with: Planner) -> Plan:
+    """The plan, with whatever must stay dense for stock transformers; codes in its modules if they can hold them,
+    decoded while loading where they cannot. Raises SwquantError where neither packs half of the linear weights."""
+    try:
+        return _rehearsed(checkpoint, architecture, plan_with, decoded=False)
+    except SwquantError:
+        try:
+            return _rehearsed(checkpoint, architecture, plan_with, decoded=True)
+        except SwquantError:  # what kept the codes out of the modules is the reason to tell
+            pass
+        raise
+
+
+def _rehearsed(checkpoint: Checkpoint, architecture: Architecture, plan_with: Planner, *, decoded: bool) -> Plan:
+    whole = architecture
     for _ in range(_ROUNDS):
-        plan = plan_with(architecture)
+        plan = plan_with(architecture, decoded=decoded)
         layout = {name: form for tensor in plan.tensors for name, form in tensor.layout.items()}
         rehearsal = rehearse(checkpoint, checkpoint_config(checkpoint, plan, architecture), layout)
         if not rehearsal.problem:
+            _check_share(checkpoint, plan, whole)
             return plan
         dense = _to_leave_dense(rehearsal, plan, architecture)
         if not dense:
@@ -56,7 +75,7 @@ def _to_leave_dense(rehearsal: Rehearsal, plan: Plan, architecture: Architecture
     return {name: reason for name, module in built.items() if name in packed and module in missing}
 
 
-def check_share(checkpoint: Checkpoint, plan: Plan, architecture: Architecture) -> None:
+def _check_share(checkpoint: Checkpoint, plan: Plan, architecture: Architecture) -> None:
     """Raise SwquantError where less than half of the linear weights of the decoder layers would be packed."""
     decoder = {*architecture.weights, *architecture.lost}
     sizes = {tensor.name: tensor.source.numel for tensor in plan.tensors if tensor.name in decoder}

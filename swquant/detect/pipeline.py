@@ -23,6 +23,7 @@ from swquant.detect.found import Found
 from swquant.detect.prompt import DEFAULT_PROMPT
 from swquant.detect.published import published_for
 from swquant.models.architecture import Architecture, describe
+from swquant.models.converted import as_built
 from swquant.models.loading import build_model, offloaded_model, quiet
 from swquant.models.memory import fits_in_memory
 
@@ -93,6 +94,7 @@ def find_super_weights(
     Raises SwquantError where the prompt, the tokenizer or the weights are unusable, or no down projection was seen.
     """
     ids = prompt_tokens(checkpoint, prompt)
+    checkpoint = as_built(checkpoint)
     architecture = describe(checkpoint)
     tokens = torch.tensor(ids)
     with ExitStack() as stack:
