@@ -71,6 +71,8 @@ def choose_block(
         return Dense("a linear layer with a forward of its own, which stock loaders cannot decode")
     if linear.kind is LinearKind.FUSED:
         return Dense("experts fused in one 3-D tensor: compressed-tensors has no name for a slice")
+    if not name.endswith(".weight"):
+        return Dense("stored under a name that does not end in .weight, which compressed-tensors cannot tell apart")
     shape = (stored.shape[0], stored.shape[1])
     block = fit(options.parsed_block, shape)
     if decoded and block != options.parsed_block:

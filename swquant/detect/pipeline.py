@@ -116,7 +116,7 @@ def find_super_weights(
         if not any(name in probe.linears for name in architecture.downs):
             raise SwquantError(
                 f"{checkpoint.name}: swquant saw no product of a down projection (it looked for {len(architecture.downs)}); "
-                "this architecture multiplies in a way that swquant does not know"
+                f"{type(probed).__name__} multiplies in a way that swquant does not know, serve the original"
             )
         foldable = (
             find_folds(checkpoint, architecture, probe, lambda scales: run(scales=scales).logits) if folds else ()

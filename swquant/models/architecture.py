@@ -169,7 +169,9 @@ def _weights_in(module: nn.Module) -> int:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    return bool(_ATTENTION.search(type(module).__name__))
+    """Whether a module is an attention, by its class; one of a layer with linear or self attention is a layer."""
+    name = type(module).__name__
+    return bool(_ATTENTION.search(name)) and not re.search("layer|block", name, re.IGNORECASE)
 
 
 def _features(module: nn.Module) -> tuple[int, int]:
@@ -236,10 +238,11 @@ def describe(checkpoint: Checkpoint, model: PreTrainedModel | None = None) -> Ar
         target, how = rename(name)
         if how == "as stored":
             targets[name] = target
+        fused = name in state and len(stored.shape) == 3  # experts that are turned over while loading
         layer = layers.index(target)
         if how == "unknown":
             dense[name] = UNUSED
-        elif how == "converted":
+        elif how == "converted" and not fused:
             dense[name] = "rearranged by transformers while loading"
         elif stored.numel == 0:
             dense[name] = "empty"
@@ -249,7 +252,8 @@ def describe(checkpoint: Checkpoint, model: PreTrainedModel | None = None) -> Ar
         elif layer is None:
             dense[name] = _outside(target, model)
         else:
-            linear = _classify(name, target, how, layer, model, downs, hidden, tuple(state[target].shape))
+            merged = how == "merged" and not fused
+            linear = _classify(name, target, merged, layer, model, downs, hidden, tuple(state[target].shape))
             if isinstance(linear, Dense):
                 dense[name] = linear.reason
                 lost |= {name} if linear.reason != "router" and target in parameters else set()
@@ -295,7 +299,7 @@ def _kind(module: nn.Module) -> LinearKind:
 def _classify(
     name: str,
     target: str,
-    how: str,
+    merged: bool,
     layer: int,
     model: PreTrainedModel,
     downs: set[str],
@@ -304,9 +308,10 @@ def _classify(
 ) -> LinearWeight | Dense:
     module_name, _, parameter = target.rpartition(".")
     module = model.get_submodule(module_name)
-    if len(shape) == 3 and "expert" in module_name:
-        down = parameter in DOWN_PROJECTIONS and hidden in shape[1:]
-        if how == "as stored":
+    if len(shape) == 3 and _holds_experts(module_name, module):
+        leaf = module_name.rpartition(".")[2] if parameter == "weight" else parameter
+        down = leaf in DOWN_PROJECTIONS and hidden in shape[1:]
+        if not merged:
             return LinearWeight(name, LinearKind.FUSED, layer, module_name, parameter, None, down, name)
         index = re.search(r"experts\.(\d+)\.", name)
         if index is None:
@@ -322,6 +327,10 @@ def _classify(
     if parameter == "weight" and isinstance(module, nn.Linear | Conv1D):
         return LinearWeight(name, _kind(module), layer, module_name, parameter, None, module_name in downs, name)
     return Dense(f"{type(module).__name__} is not a linear layer")
+
+
+def _holds_experts(name: str, module: nn.Module) -> bool:
+    return "expert" in name or "Expert" in type(module).__name__
 
 
 def _chooses_experts(model: PreTrainedModel, name: str) -> bool:

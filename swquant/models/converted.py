@@ -1,7 +1,7 @@
 """A checkpoint under the names of the model that is built of it, where transformers rearranges tensors while loading.
 
-Three convolutions become one, a stored `gate_up_proj` becomes two weights, attention's q, k and v lie in one tensor or in
-three. Its loader sends all that through the decoder of packed weights as soon as a checkpoint is compressed, which
+Three convolutions become one, a stored `gate_up_proj` becomes two weights, q, k and v lie in one tensor or three. Its
+loader sends all that through the decoder of packed weights as soon as a checkpoint is compressed, which
 drops what is not packed and has no place for what is. As the model holds them it takes all of them as they are, so
 that is how they are planned, rounded and written. Experts of a mixture stay as they are stored: those it merges packed.
 """
@@ -127,7 +127,9 @@ def as_built(checkpoint: Checkpoint, model: PreTrainedModel | None = None) -> Ch
     gone: set[str] = set()
     for conversion in _conversions(checkpoint, model, state):
         names = [name for name, _ in conversion.sources]
-        empty = {name: torch.empty(form.shape, dtype=form.dtype, device="meta") for name, form in _of(checkpoint, names)}
+        empty = {
+            name: torch.empty(form.shape, dtype=form.dtype, device="meta") for name, form in _of(checkpoint, names)
+        }
         try:
             result = conversion.run(empty)
         except Exception:  # transformers raises nearly everything here; the rehearsal says what becomes of it

@@ -9,15 +9,19 @@ user's hands, told only in a warning. So what does not meet is mended or refused
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from exporters.errors import first_line
 from exporters.json_file import write_json
@@ -36,12 +40,14 @@ _UNPACKED = ".weight_zero_point"
 @dataclass(frozen=True)
 class Rehearsal:
     """What went wrong. missing: parameters of the model that would be random. mismatched: of another shape than stored.
-    unexpected: stored tensors that nobody takes. lacking: a packed module whose `weight` the model's own code touches
-    (such modules must stay dense). error: what the loader said where it gave up, "" where it did not."""
+    unexpected: stored tensors that nobody takes. retyped: parameters that the model keeps in float32 and the loader
+    would not. lacking: a packed module whose `weight` the model's own code touches (such modules must stay dense).
+    error: what the loader said where it gave up, "" where it did not."""
 
     missing: tuple[str, ...] = ()
     mismatched: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
+    retyped: tuple[str, ...] = ()
     lacking: str = ""
     error: str = ""
 
@@ -52,7 +58,9 @@ class Rehearsal:
             return self.error
         if self.missing:
             return f"{len(self.missing)} weights would be missing, first {self.missing[0]}"
-        return f"{self.mismatched[0]} would have another shape" if self.mismatched else ""
+        if self.mismatched:
+            return f"{self.mismatched[0]} would have another shape"
+        return f"{self.retyped[0]} would not be float32, as the model keeps it" if self.retyped else ""
 
 
 def rehearse(
@@ -64,7 +72,10 @@ def rehearse(
     try:
         with _in_silence():
             empty = _built(checkpoint, config)
-            _, info = type(empty).from_pretrained(
+            decoded = config.get("quantization_config", {}).get("dequantize", False)
+            if not decoded and (name := _replaced_buffer(empty)):
+                return Rehearsal(error=f"its own code replaces {name}, which a module that holds codes cannot")
+            model, info = type(empty).from_pretrained(
                 None,
                 config=empty.config,
                 state_dict=state,
@@ -83,7 +94,37 @@ def rehearse(
         missing=tuple(sorted(info["missing_keys"])),
         mismatched=tuple(sorted(name for name, *_ in info["mismatched_keys"] if not name.endswith(_UNPACKED))),
         unexpected=tuple(sorted(info["unexpected_keys"])),
+        retyped=_retyped(model),
     )
+
+
+def _retyped(model: PreTrainedModel) -> tuple[str, ...]:
+    """Parameters that the model's own list keeps in float32, but that were not loaded so."""
+    kept = [re.compile(rf"(^|\.){name}($|\.)") for name in model._keep_in_fp32_modules_strict or ()]
+    return tuple(
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.dtype in (torch.bfloat16, torch.float16) and any(pattern.search(name) for pattern in kept)
+    )
+
+
+def _replaced_buffer(model: PreTrainedModel) -> str:
+    """A buffer that a forward pass puts another tensor in the place of: compressed-tensors copies the new values into
+    the old one, dtype included, so that CTRL's positions would stay float32 in a bfloat16 model."""
+    for prefix, module in model.named_modules():
+        for name in module._buffers:
+            if re.search(rf"\bself\.{name} = ", _source(type(module))):
+                return f"{prefix}.{name}"
+    return ""
+
+
+@cache
+def _source(kind: type) -> str:
+    """Of a class's forward pass, "" where there is none to read."""
+    try:
+        return inspect.getsource(kind.forward)  # type: ignore[attr-defined]
+    except (OSError, TypeError):
+        return ""
 
 
 def _built(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any:

@@ -11,6 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 
+_PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+
+
 def _codes(packed: torch.Tensor, bits: int, count: int, axis: int = 1) -> np.ndarray:
     """uint8 codes of int32 words: code i in bits [i * bits, (i + 1) * bits) of a row, lowest first."""
     words = packed.numpy().view(np.uint32) if axis == 1 else np.ascontiguousarray(packed.numpy().T).view(np.uint32)
@@ -32,7 +35,7 @@ def decoded(folder: Path) -> dict[str, torch.Tensor]:
     for path in sorted(folder.glob("*.safetensors")):
         stored |= load_file(path)
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
-    dense = {name: value for name, value in stored.items() if not name.rpartition(".")[2].startswith("weight_")}
+    dense = {name: value for name, value in stored.items() if name.rpartition(".")[2] not in _PARTS}
     for name in (name for name in stored if name.endswith(".weight_scale")):
         module, scale = name.removesuffix(".weight_scale"), stored[name]
         if f"{module}.weight" in stored:  # int-quantized
