@@ -15,7 +15,9 @@ def loader_table(plan: Plan) -> dict[str, str]:
     schemes = {plan.scheme(tensor) for tensor in plan.quantized}
     odd = sorted({scheme.bits for scheme in schemes} - {4, 8}, reverse=True)
     groups = sorted({scheme.group_size for scheme in schemes if scheme.group_size} - {32, 64, 128})
-    if plan.int8_inputs:
+    if plan.decoded:
+        vllm = "not tried: what holds its weights is no nn.Linear"
+    elif plan.int8_inputs:
         vllm = "yes, with integer products; ignores the sidecar and the channels kept in float"
     elif odd:
         vllm = f"no: its kernels take 4 and 8 bits, not {odd[0]}"
@@ -33,6 +35,8 @@ def loader_table(plan: Plan) -> dict[str, str]:
         versions = "0.18 or later" if odd and odd[0] != 2 else "0.15 or later"
     ours = "yes; restores every outlier" if plan.options.restore else "yes; nothing to restore"
     stock = f"yes, with compressed-tensors {versions}; ignores the sidecar"
+    if plan.decoded:
+        stock = "yes, from 5.23 on, which decodes it while loading; ignores the sidecar"
     if plan.int8_inputs:
         ours, stock = f"{ours}, rounds activations", f"{stock}, rounds activations, all channels of them"
     elif plan.options.activations == "int8":

@@ -181,9 +181,10 @@ def make_plan(
     shards = _shards(tensors, parse_bytes(options.shard_size))
     notes = (*_notes(tensors, of_experts, options, decoded=decoded), *checkpoint.notes)
     plan = Plan(options, tuple(tensors), shards, left_out, notes, int8_inputs, decoded)
-    if decoded and len({plan.scheme(tensor) for tensor in plan.quantized}) > 1:
+    if decoded and (len({plan.scheme(tensor) for tensor in plan.quantized}) > 1 or not options.symmetric):
         raise SwquantError(
-            f"{checkpoint.name}: stock transformers decodes a model while loading it only if all weights share one scheme"
+            f"{checkpoint.name}: stock transformers decodes a model while loading it only if all weights share one symmetric "
+            "scheme"
         )
     return plan
 

@@ -14,7 +14,7 @@ import io
 import logging
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -119,7 +119,7 @@ def _replaced_buffer(model: PreTrainedModel) -> str:
 
 
 @cache
-def _source(kind: type) -> str:
+def _source(kind: Hashable) -> str:
     """Of a class's forward pass, "" where there is none to read."""
     try:
         return inspect.getsource(kind.forward)  # type: ignore[attr-defined]

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-
 _PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
 

@@ -31,7 +31,7 @@ _HEAD_BLOCK = 32
 def unsupported(model: str, name: str) -> SwquantError:
     """The error about a weight that is no linear layer of its own."""
     return SwquantError(
-        f"{model}: {name} is an expert of a mixture, which ONNX export does not support; serve the "
+        f"{model}: {name} is no linear layer of its own (an expert, a Conv1D), which ONNX export does not support; serve the "
         "checkpoint with transformers or vLLM"
     )
 

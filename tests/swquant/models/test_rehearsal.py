@@ -10,9 +10,11 @@ import pytest
 import torch
 from support import every_architecture
 from support.sweep import RIGHT, outcome
-from support.tiny_models import PROMPT, Planted, save_model, tiny_model
+from support.tiny_models import PROMPT, Planted, planted_model, save_model, tiny_model
+from transformers import AutoModelForCausalLM
 
 import swquant
+from exporters.json_file import read_json
 from swquant.checkpoints.open import open_checkpoint
 from swquant.compress import rehearsal
 from swquant.compress.config import checkpoint_config
@@ -32,6 +34,9 @@ KINDS = {
     "xlm": "decoder layers in several lists",
     "mamba": "a product that the prompt does not reach",
     "qwen2_5_vl": "an image-text model that no causal class knows",
+    "falcon": "linear layers with a forward of their own",
+    "ctrl": "a buffer that its own code replaces",
+    "mllama": "layers that are called after attention",
 }
 
 
@@ -96,7 +101,44 @@ def test_a_plan_that_nothing_mends_is_refused(bf16_llama: Planted, monkeypatch: 
     with open_checkpoint(bf16_llama.folder) as checkpoint:
         architecture = describe(checkpoint)
         with pytest.raises(swquant.SwquantError, match="could not load what would be written"):
-            rehearsed_plan(checkpoint, architecture, lambda _: _Nothing)
+            rehearsed_plan(checkpoint, architecture, lambda _, **__: _Nothing)
+
+
+def test_what_no_module_can_hold_is_decoded_while_loading(tmp_path: Path) -> None:
+    """GPT-2's Conv1D holds [in, out]: blocks run along the outputs, and so do places in the sidecar."""
+    planted = planted_model("gpt2", tmp_path / "model", torch.bfloat16)
+    manifest = swquant.compress(planted.folder, tmp_path / "out", block="32", prompt=PROMPT).manifest
+    assert read_json(tmp_path / "out/config.json")["quantization_config"]["dequantize"] is True
+    (code,) = manifest["tensors"][planted.name]["super_weights"]
+    assert (code["row"], code["col"], code["without_sidecar"]) == (planted.col, planted.row, 60.0)
+    assert "decodes it while loading" in manifest["loaders"]["transformers"]
+    original, stock = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("model", "out"))
+    ours = swquant.load(tmp_path / "out", restore=False)
+    weights = dict(original.named_parameters())
+    for name, weight in ours.named_parameters():
+        assert torch.equal(weight, dict(stock.named_parameters())[name])
+        assert (
+            not (name in manifest["tensors"] and "bits" in manifest["tensors"][name]) or weight.ne(weights[name]).any()
+        )
+
+
+def test_weights_that_share_no_scheme_are_not_decoded_while_loading(tmp_path: Path) -> None:
+    planted = planted_model("gpt2", tmp_path / "model", torch.bfloat16)
+    with pytest.raises(swquant.SwquantError, match="nothing would be compressed; 24 tensors: Conv1D"):
+        swquant.compress(planted.folder, tmp_path / "out", block="40", prompt=PROMPT)
+
+
+def test_weights_that_the_model_keeps_in_float32_must_stay_so(tmp_path: Path) -> None:
+    """Decoding while loading would make bfloat16 of them, and the model would mix dtypes."""
+    source = every_architecture.save(every_architecture.build("deepseek_v4"), tmp_path / "source")
+    with open_checkpoint(source) as checkpoint:
+        prepared = prepare(checkpoint, CompressOptions(block="32"))
+        assert not prepared.plan.decoded
+        config = checkpoint_config(checkpoint, prepared.plan, prepared.found.architecture)
+        layout = {name: form for tensor in prepared.plan.tensors for name, form in tensor.layout.items()}
+        assert rehearse(checkpoint, config, layout).problem == ""
+        config["quantization_config"]["dequantize"] = True
+        assert "would not be float32, as the model keeps it" in rehearse(checkpoint, config, layout).problem
 
 
 class _Nothing:
