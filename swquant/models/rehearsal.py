@@ -14,9 +14,8 @@ import io
 import logging
 import re
 import tempfile
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +117,7 @@ def _replaced_buffer(model: PreTrainedModel) -> str:
     return ""
 
 
-@cache
-def _source(kind: Hashable) -> str:
+def _source(kind: type) -> str:
     """Of a class's forward pass, "" where there is none to read."""
     try:
         return inspect.getsource(kind.forward)  # type: ignore[attr-defined]

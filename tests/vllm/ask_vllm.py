@@ -29,7 +29,12 @@ LENGTH = 128
 def answer(folder: str, prompts: list[list[int]], tokens: int) -> Any:
     try:
         llm = LLM(
-            folder, skip_tokenizer_init=True, enforce_eager=True, max_model_len=LENGTH, max_num_seqs=len(prompts), seed=0
+            folder,
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+            max_model_len=LENGTH,
+            max_num_seqs=len(prompts),
+            seed=0,
         )
     except Exception as error:  # of whatever class vLLM refuses a checkpoint with
         return {"refusal": f"{type(error).__name__}: {error}"}
