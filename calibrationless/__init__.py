@@ -7,6 +7,7 @@ from calibrationless.activations import (
     round_activations,
     static_scale,
 )
+from calibrationless.affine import Compact, compact_steps, quantize_affine
 from calibrationless.allocation import allocate
 from calibrationless.blocks import (
     Block,
@@ -61,6 +62,7 @@ __all__ = [
     "Channel",
     "Clip",
     "Columns",
+    "Compact",
     "Contribution",
     "Detection",
     "Evidence",
@@ -98,6 +100,7 @@ __all__ = [
     "choose_scale",
     "clip_threshold",
     "columns",
+    "compact_steps",
     "covered",
     "damping_for",
     "dequantize",
@@ -116,6 +119,7 @@ __all__ = [
     "parse_clip",
     "parts_of",
     "quantize",
+    "quantize_affine",
     "restore",
     "round_activations",
     "round_to_codes",

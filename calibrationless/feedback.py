@@ -60,7 +60,7 @@ def inverse_factor(gram: Tensor, damping: float = 1.0) -> Factor:
 
 
 def feed_back(weight: Tensor, quantized: QuantizedTensor, factor: Factor, *kept: Patch) -> QuantizedTensor:
-    """`quantized` with other codes: rounded column by column, with feedback. Scales and zero points stay.
+    """`quantized` with other codes: rounded column by column, with feedback. Scales, zero points and offsets stay.
 
     weight: [out, in]; factor: from `inverse_factor`; kept: patches that the loader lays over the codes.
     Rows do not depend on each other, and results not on the number of threads.
@@ -71,10 +71,17 @@ def feed_back(weight: Tensor, quantized: QuantizedTensor, factor: Factor, *kept:
     zero = None
     if quantized.zero_point is not None:
         zero = expand(quantized.zero_point, quantized.block, quantized.shape)
+    if quantized.offset is not None:  # a zero point between two codes
+        zero = expand(-quantized.offset.to(torch.float32), quantized.block, quantized.shape) / scale
     held = covered(kept, quantized.shape)
     exact = torch.zeros(quantized.shape, dtype=torch.bool) if held is None else held
     codes = quantized.codes.clone()
     top = float((1 << quantized.bits) - 1)
+
+    def cut(values: Tensor, steps: Tensor, zeros: Tensor) -> Tensor:
+        steps_away = torch.div(values, steps)
+        moved = steps_away.add_(zeros).round_() if quantized.offset is not None else steps_away.round_().add_(zeros)
+        return moved.clamp_(0, top)
 
     def work(piece: slice) -> None:
         w = weight[piece].to(torch.float32)[:, order].T.contiguous()  # [in, rows]: a column is a row here
@@ -86,7 +93,7 @@ def feed_back(weight: Tensor, quantized: QuantizedTensor, factor: Factor, *kept:
         for start in range(0, len(order), _LAZY):
             stop = min(start + _LAZY, len(order))
             for j in range(start, stop):
-                code = torch.div(w[j], steps[j]).round_().add_(zeros[j]).clamp_(0, top)
+                code = cut(w[j], steps[j], zeros[j])
                 found[j] = code
                 value = torch.where(is_exact[j], original[j], (code - zeros[j]) * steps[j])
                 error = (w[j] - value) / upper[j, j]
@@ -96,8 +103,7 @@ def feed_back(weight: Tensor, quantized: QuantizedTensor, factor: Factor, *kept:
             if stop < len(order):
                 w[stop:].addmm_(upper[start:stop, stop:].T, errors[: stop - start], alpha=-1)
         # An outlier's own code is that of its own value, for loaders that do not restore it.
-        plain = torch.div(original, steps).round_().add_(zeros).clamp_(0, top)
-        found = torch.where(is_exact, plain, found)
+        found = torch.where(is_exact, cut(original, steps, zeros), found)
         codes[piece] = codes[piece].index_copy(1, order, found.T.to(torch.int16).to(torch.uint8))
 
     for_pieces(work, *quantized.shape)

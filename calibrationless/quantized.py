@@ -5,6 +5,7 @@ translates from it, every reader rebuilds it. Its codes are unsigned for every s
 has to know whether a scheme is symmetric:
 
     weight = (codes - zero_point) * scale          zero_point = 2^(bits-1) where none is stored
+    weight = codes * scale + offset                where there is an offset (see `affine`)
 
 What codes cannot hold is laid over the decoded weight: see `patches`.
 """
@@ -12,12 +13,16 @@ What codes cannot hold is laid over the decoded weight: see `patches`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from calibrationless.blocks import Block, from_blocks, scale_shape, to_blocks
 from calibrationless.pieces import for_pieces
+
+if TYPE_CHECKING:
+    from calibrationless.affine import Compact
 
 __all__ = ["MAX_BITS", "MIN_BITS", "QuantizedTensor", "check_bits", "dequantize"]
 
@@ -37,6 +42,8 @@ class QuantizedTensor:
     codes: uint8 [out, in], each in 0 .. 2^bits - 1.
     scale: float, `scale_shape(block, shape)`; negative where a block's largest magnitude is positive.
     zero_point: uint8 like scale, or None for symmetric schemes (then it is 2^(bits-1) everywhere).
+    offset: float like scale, what the code 0 stands for, or None where there is a zero point. compact: scale and offset
+    as two bytes each, where they are stored so.
     """
 
     codes: Tensor
@@ -44,13 +51,17 @@ class QuantizedTensor:
     zero_point: Tensor | None
     block: Block
     bits: int
+    offset: Tensor | None = None
+    compact: Compact | None = None
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
-        if self.zero_point is not None and self.zero_point.shape != self.scale.shape:
-            raise ValueError(
-                f"zero_point {list(self.zero_point.shape)} is not shaped like scale {list(self.scale.shape)}"
-            )
+        if self.zero_point is not None and self.offset is not None:
+            raise ValueError("a block has a zero point or an offset, not both")
+        for name in ("zero_point", "offset"):
+            values = getattr(self, name)
+            if values is not None and values.shape != self.scale.shape:
+                raise ValueError(f"{name} {list(values.shape)} is not shaped like scale {list(self.scale.shape)}")
         expected = scale_shape(self.block, self.shape)
         if tuple(self.scale.shape) != expected:
             raise ValueError(
@@ -64,7 +75,7 @@ class QuantizedTensor:
 
     @property
     def symmetric(self) -> bool:
-        return self.zero_point is None
+        return self.zero_point is None and self.offset is None
 
 
 def decode_blocks(quantized: QuantizedTensor, codes: Tensor, piece: slice) -> Tensor:
@@ -74,6 +85,9 @@ def decode_blocks(quantized: QuantizedTensor, codes: Tensor, piece: slice) -> Te
     """
     scale = quantized.scale.reshape(-1, 1)[piece]
     values = codes.to(torch.float32)
+    if quantized.offset is not None:
+        values.mul_(scale).add_(quantized.offset.reshape(-1, 1)[piece])
+        return values if scale.dtype is torch.float32 else values.to(scale.dtype).to(torch.float32)
     if quantized.zero_point is None:
         values.sub_(1 << (quantized.bits - 1))
     else:

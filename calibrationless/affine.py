@@ -1,0 +1,145 @@
+"""Codes on a line of their own: `weight = scale * code + offset`, where the offset is any number.
+
+An integer zero point shifts a grid by whole steps. A real offset is a second free number per block, and with two of
+them the one or two weights that matter most in a block come out nearly exactly: where the energy of the inputs is
+uneven, the divergence of the model is half of what it is with integers, at the same bits (docs/quality.md).
+
+    search   stretches and shifts of the codes; for given codes, scale and offset are a weighted least-squares line,
+             which needs three sums; the best line is refitted to its own codes
+    settle   both to what is stored: floats of 16 bits, or a byte each (`Compact`), the codes cut anew
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calibrationless.blocks import Block, Tile, from_blocks, scale_shape, shape_of, to_blocks
+from calibrationless.pieces import for_pieces
+from calibrationless.quantized import QuantizedTensor, check_bits
+from calibrationless.search import block_importance
+
+__all__ = ["Compact", "compact_steps", "quantize_affine"]
+
+STRETCHES = tuple(0.9 + 0.06 * i for i in range(10))
+SHIFTS = (-0.33, 0.0, 0.33)
+_REFITS = 4
+_AROUND = 2
+_OCTAVE = 24  # values of a compact scale from one power of two to the next
+
+
+@dataclass(frozen=True)
+class Compact:
+    """Scales and offsets of blocks in two bytes each.
+
+        scale  = rows[row] * 2^(-(255 - exponent) / 24)        offset = -scale * zero * 2^bits / 256
+
+    rows: float16 [out]. exponents, zeros: uint8, shaped like the scale of the tensor.
+    """
+
+    rows: Tensor
+    exponents: Tensor
+    zeros: Tensor
+
+
+def compact_steps() -> Tensor:
+    """float32 [256]: the factor that each exponent stands for."""
+    exponent = torch.arange(256, dtype=torch.float64)
+    return torch.exp2(-(255 - exponent) / _OCTAVE).to(torch.float32)
+
+
+def quantize_affine(
+    weight: Tensor,
+    block: Block,
+    bits: int,
+    *,
+    importance: Tensor | None = None,
+    storage: torch.dtype | None = torch.float16,
+) -> QuantizedTensor:
+    """Round a [out, in] weight to codes with a real offset.
+
+    importance: float [in], how much an error on each input channel matters; all alike if None. storage: the dtype that
+    scale and offset are stored in; None for a byte each (`QuantizedTensor.compact` then holds them), which takes a
+    block that lies within a row. Raises ValueError for NaN, infinity, and scales that their storage cannot hold.
+    """
+    check_bits(bits)
+    shape = shape_of(weight)
+    blocks = to_blocks(weight.detach(), block)
+    count, elements = blocks.shape
+    if storage is None and (isinstance(block, Tile) or shape[1] % elements):
+        raise ValueError(f"block {block} reaches over rows, and a byte per scale is relative to its row; use a group")
+    pattern = block_importance(torch.ones(shape[1]) if importance is None else importance, block, shape)
+    scale, offset = torch.empty(count), torch.empty(count)
+    codes = torch.empty(blocks.shape, dtype=torch.uint8)
+
+    def search(piece: slice) -> None:
+        part = blocks[piece].to(torch.float32).contiguous()
+        if not bool(torch.isfinite(part).all()):
+            raise ValueError("a weight is NaN or infinite")
+        _search(part, pattern, piece.start, bits, scale[piece], offset[piece])
+
+    for_pieces(search, count, elements)
+    compact = None
+    if storage is None:
+        compact = _settled_in_bytes(blocks, pattern, bits, shape[0], scale, offset)
+    else:
+        _settled_in(storage, scale, offset)
+
+    scale.masked_fill_(scale == 0, 1.0)  # the block is constant, or its scale too small to store: codes of 0
+
+    def cut(piece: slice) -> None:
+        step = scale[piece].unsqueeze(1)
+        found = blocks[piece].to(torch.float32).sub(offset[piece].unsqueeze(1)).div_(step).round_()
+        codes[piece] = found.clamp_(0, (1 << bits) - 1).to(torch.int16).to(torch.uint8)
+
+    for_pieces(cut, count, elements)
+    form, dtype = scale_shape(block, shape), storage or torch.float32
+    return QuantizedTensor(
+        codes=from_blocks(codes, block, shape) if isinstance(block, Tile) else codes.view(shape),
+        scale=scale.reshape(form).to(dtype),
+        zero_point=None,
+        block=block,
+        bits=bits,
+        offset=offset.reshape(form).to(dtype),
+        compact=compact and Compact(compact.rows, compact.exponents.reshape(form), compact.zeros.reshape(form)),
+    )
+
+
+def _search(part: Tensor, pattern: Tensor, first: int, bits: int, scale: Tensor, offset: Tensor) -> None:
+    from calibrationless.kernels import search_lines  # here: numba takes a second to import
+
+    stretches, shifts = torch.tensor(STRETCHES), torch.tensor(SHIFTS)
+    arrays = (stretches.numpy(), shifts.numpy())
+    search_lines(part.numpy(), pattern.numpy(), first, *arrays, 1 << bits, _REFITS, scale.numpy(), offset.numpy())
+
+
+def _settled_in(dtype: torch.dtype, scale: Tensor, offset: Tensor) -> None:
+    """Round both in place. The offset is what the code 0 stands for: rounded, it moves all weights of the block
+    alike."""
+    for values in (scale, offset):
+        stored = values.to(dtype)
+        if not bool(torch.isfinite(stored).all()):
+            raise ValueError(f"a scale of {values.abs().max():.3g} does not fit {str(dtype).removeprefix('torch.')}")
+        values.copy_(stored)
+
+
+def _settled_in_bytes(blocks: Tensor, pattern: Tensor, bits: int, rows: int, scale: Tensor, offset: Tensor) -> Compact:
+    """Both in place, and the bytes that stand for them."""
+    from calibrationless.kernels import settle_lines
+
+    per_row = len(blocks) // rows
+    of_rows = scale.view(rows, per_row).amax(dim=1).to(torch.float16)
+    if not bool(torch.isfinite(of_rows).all()):
+        raise ValueError(f"a scale of {scale.max():.3g} does not fit float16")
+    exponents, zeros = (torch.empty(len(blocks), dtype=torch.uint8) for _ in range(2))
+    steps, wide = compact_steps().numpy(), of_rows.to(torch.float32).numpy()
+
+    def settle(piece: slice) -> None:
+        part = blocks[piece].to(torch.float32).contiguous().numpy()
+        out = (values[piece].numpy() for values in (scale, offset, exponents, zeros))
+        settle_lines(part, pattern.numpy(), piece.start, 1 << bits, _AROUND, _OCTAVE, steps, wide, per_row, *out)
+
+    for_pieces(settle, *blocks.shape)
+    return Compact(of_rows, exponents, zeros)
