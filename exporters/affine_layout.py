@@ -27,6 +27,7 @@ from exporters.text import shown
 
 __all__ = [
     "BITS",
+    "GROUPS",
     "LOCAL_NAMES",
     "check_tensors",
     "express",
@@ -37,14 +38,14 @@ __all__ = [
 ]
 
 BITS = (2, 4, 8)
+GROUPS = (Group(32), Group(64), Group(128))  # of MLX's kernels
 LOCAL_NAMES = ("weight", "scales", "qbiases")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def express(block: Block, shape: tuple[int, int]) -> Group | None:
-    """The group that can carry `block` on a [out, in] weight; None where its codes do not fill words, or there is
-    none."""
-    return block if isinstance(block, Group) and block.size % 32 == 0 and shape[1] % block.size == 0 else None
+    """The group that can carry `block` on a [out, in] weight; None where the kernels take none."""
+    return block if isinstance(block, Group) and block in GROUPS and shape[1] % block.size == 0 else None
 
 
 def to_tensors(quantized: QuantizedTensor) -> dict[str, Tensor]:
@@ -56,11 +57,15 @@ def to_tensors(quantized: QuantizedTensor) -> dict[str, Tensor]:
 
 
 def tensor_layout(
-    shape: tuple[int, int], block: Group, bits: int, scale_dtype: torch.dtype
+    shape: tuple[int, int], block: Block, bits: int, scale_dtype: torch.dtype
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Local names -> (dtype, shape) of what `to_tensors` will return."""
+    """Local names -> (dtype, shape) of what `to_tensors` will return. Raises ValueError for a block that it cannot
+    hold."""
     out_features, in_features = shape
-    form = (out_features, in_features // block.size)
+    group = express(block, shape)
+    if group is None:
+        raise ValueError(f"block {block} is no group of 32, 64 or 128 inputs")
+    form = (out_features, in_features // group.size)
     words = (out_features, packed_words(in_features, bits))
     return {"weight": (torch.uint32, words), "scales": (scale_dtype, form), "qbiases": (scale_dtype, form)}
 

@@ -61,12 +61,14 @@ _INT8_INPUTS = {
 @dataclass(frozen=True)
 class Scheme:
     """What a config group declares. group_size: None for one scale per output channel. int8_inputs: `int-quantized`,
-    with inputs that the loader rounds; only for 8 bits, one symmetric scale per output channel."""
+    with inputs that the loader rounds; only for 8 bits, one symmetric scale per output channel. offset: of another
+    layout (`affine_layout`)."""
 
     bits: int
     group_size: int | None
     symmetric: bool
     int8_inputs: bool = False
+    offset: bool = False
 
     def __post_init__(self) -> None:
         if self.int8_inputs and (self.bits, self.group_size, self.symmetric) != (8, None, True):
@@ -79,7 +81,8 @@ class Scheme:
     def __str__(self) -> str:
         kind = "channel" if self.group_size is None else f"group {self.group_size}"
         inputs = ", int8 inputs" if self.int8_inputs else ""
-        return f"int{self.bits} {kind} {'symmetric' if self.symmetric else 'asymmetric'}{inputs}"
+        zero = "offset" if self.offset else "symmetric" if self.symmetric else "asymmetric"
+        return f"int{self.bits} {kind} {zero}{inputs}"
 
 
 def express(block: Block, shape: tuple[int, int]) -> Group | Channel | None:

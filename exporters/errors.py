@@ -1,12 +1,23 @@
-"""The exceptions that users meet. Their message is all a user sees: the value, the limit and the remedy."""
+"""The exceptions that users meet. Their message is all a user sees: the value, the limit and the remedy.
+
+Values and names in it come from files. So a message is one line without anything that a terminal obeys, and has an
+end, whoever prints it: the command line, a notebook, a log.
+"""
 
 from __future__ import annotations
 
+from exporters.text import shown
+
 __all__ = ["CheckpointError", "SwquantError", "first_line"]
+
+_LONGEST, _END = 1500, 500  # characters: a path may be long, a message may name two, and ends with its remedy
 
 
 class SwquantError(Exception):
     """Something the user can mend. The command line prints the message alone and exits with 1."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(shown(message, _LONGEST, tail=_END))
 
 
 class CheckpointError(SwquantError):

@@ -3,23 +3,49 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from exporters.errors import CheckpointError
 
-__all__ = ["json_bytes", "read_json", "write_json"]
+__all__ = ["json_bytes", "parse_json", "read_json", "read_json_value", "write_json"]
+
+_LARGEST = 1 << 28  # bytes; a manifest of 100,000 tensors has a quarter of them
+
+
+def parse_json(data: bytes) -> Any:
+    """JSON in UTF-8. Raises ValueError for anything else: Python by itself also reads UTF-16 and a byte order mark,
+    which other readers of the same file do not."""
+    try:
+        return json.loads(data.decode())
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_json_value(path: Path) -> Any:
+    """What a JSON file holds. Raises CheckpointError if it is none."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe waits for ever, a device never ends
+            raise CheckpointError(f"{path}: not a file; put the file itself there, or fetch it again")
+        if status.st_size > _LARGEST:
+            raise CheckpointError(
+                f"{path}: {status.st_size:,} bytes are more than {_LARGEST:,}; the file is damaged, fetch it again"
+            )
+        return parse_json(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}); make it readable, or fetch it again"
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error}); the file is damaged, fetch or save it again") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises CheckpointError if it is none."""
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); the file is damaged, fetch or save it again") from None
+    value = read_json_value(path)
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: not a JSON object; the file is damaged, fetch or save it again")
     return value

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from exporters.errors import CheckpointError
+from exporters.json_file import parse_json
 
 __all__ = ["Entry", "FileRecord", "SafetensorsReader", "SafetensorsWriter", "dtype_name"]
 
@@ -144,12 +145,16 @@ class SafetensorsReader:
         _check(length <= min(size - 8, _MAX_HEADER), self.path, f"the header claims {length} bytes in a file of {size}")
         text = self._file.read(length)
         try:
-            header = json.loads(text)
-        except (ValueError, RecursionError):
+            header = parse_json(text)
+        except ValueError:
             header = None
         _check(isinstance(header, dict), self.path, "the header is not a JSON object")
         metadata = header.pop("__metadata__", None) or {}
-        _check(isinstance(metadata, dict), self.path, "the metadata is not a JSON object")
+        _check(
+            isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()),
+            self.path,
+            "the metadata is not a JSON object of strings",
+        )
         entries = {name: _parse_entry(self.path, name, raw, 8 + length, size) for name, raw in header.items()}
         position = 8 + length
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
@@ -181,6 +186,11 @@ class SafetensorsReader:
         """A tensor of its own memory, with the dtype and shape of its entry."""
         entry = self.entries[name]
         return self.read_bytes(name).view(entry.dtype).reshape(entry.shape)
+
+    def sha256(self) -> str:
+        """Hexadecimal sha256 of the whole file."""
+        self._file.seek(0)
+        return hashlib.file_digest(self._file, "sha256").hexdigest()
 
     def close(self) -> None:
         self._file.close()

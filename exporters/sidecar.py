@@ -117,7 +117,9 @@ class SidecarReader:
             of_set, _, tensor = patched.partition("/")
             known = set(self._kinds[of_set].shapes(0, (0, 0))) if of_set in self._kinds else set()
             if parts != known:
-                raise CheckpointError(f"{path}: {patched} has the parts {sorted(parts)}, which no set has")
+                raise CheckpointError(
+                    f"{path}: {patched} has the parts {sorted(parts)}, which no set has; fetch it again, or update swquant"
+                )
             self.counts[of_set][tensor] = torch.Size(self._reader.entries[_name(of_set, tensor, "cols")].shape).numel()
 
     @property
@@ -139,6 +141,10 @@ class SidecarReader:
     def read_all(self, tensor: str, shape: tuple[int, int]) -> tuple[Patch, ...]:
         """The patches of all sets, in the order in which they are laid over the weight."""
         return tuple(self.read(of_set, tensor, shape) for of_set, counts in self.counts.items() if tensor in counts)
+
+    def sha256(self) -> str:
+        """Hexadecimal sha256 of the file."""
+        return self._reader.sha256()
 
     def close(self) -> None:
         self._reader.close()

@@ -16,6 +16,7 @@ __all__ = ["LONGEST", "harmless_json", "shown"]
 LONGEST = 300  # characters of a file's text that anybody reads
 # Controls, formats (bidirectional ones among them), surrogates, and the two separators that break a line.
 _OBEYED = ("Cc", "Cf", "Cs", "Zl", "Zp")
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # other libraries' messages have some; nobody wants to read `\x1b[96m`
 _JOINERS = "\u200c\u200d"  # formats that only join or part letters: Persian, Hindi and emoji need them
 
 
@@ -26,7 +27,8 @@ def _harmless(character: str) -> str:
 
 
 def shown(value: object, limit: int | None = LONGEST, *, tail: int = 0, keep: str = "") -> str:
-    r"""One line without anything that a terminal obeys (`\x1b` stands for ESC), cut at `limit` characters.
+    r"""One line without anything that a terminal obeys (`\x1b` stands for ESC; colours are left out), cut at `limit`
+    characters.
 
     tail: so many of them are the text's last ones: a message ends with its remedy. keep: characters that stay as they
     are, for text of several lines.
@@ -34,6 +36,7 @@ def shown(value: object, limit: int | None = LONGEST, *, tail: int = 0, keep: st
     text = str(value)
     if limit is not None and len(text) > limit:  # before it is gone through: it may be long
         text = text[: limit - tail] + text[len(text) - tail - 1 :]
+    text = _COLOUR.sub("", text)
     text = "".join(character if character in keep else _harmless(character) for character in text)
     if limit is None or len(text) <= limit:
         return text

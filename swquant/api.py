@@ -156,7 +156,7 @@ def _planned(
         if to_overwrite is not None:
             check_destination(target, to_overwrite, checkpoint)
         prepared = prepare(checkpoint, chosen, low_memory=low_memory, progress=progress)
-        row.check_plan(prepared)
+        row.check_plan(prepared, export_to)
         yield Planned(prepared, target, row, export_to)
 
 
@@ -219,14 +219,21 @@ def inspect(path: Model) -> Manifest:
     return read_manifest(Path(path))
 
 
-def verify(path: Model) -> list[str]:
+def verify(path: Model, *, loads: bool = False, trust_remote_code: bool = False) -> list[str]:
     """Read every byte of a compressed checkpoint and compare it with the manifest. Returns what is wrong.
 
-    Raises SwquantError where there is no intact manifest.
+    loads: also let the stock loader look at it, without memory for the weights (of an ONNX folder: with ONNX Runtime,
+    in full). Raises SwquantError where there is no intact manifest.
     """
     from swquant.output.verification import verify as verify_folder
 
-    return verify_folder(Path(path))
+    problems = verify_folder(Path(path))
+    if loads and not problems:
+        from swquant.models.loads import loading_of
+
+        loading = loading_of(Path(path), trust_remote_code=trust_remote_code)
+        problems += [loading.problem] if loading.problem else []
+    return problems
 
 
 def evaluate(

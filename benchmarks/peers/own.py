@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 
 import swquant
 from exporters.sidecar import SIDECAR
-from peers.base import Cell, Method, Original, Outcome
+from peers.base import CELLS, Cell, Method, Original, Outcome
 from swquant.checkpoints.open import open_checkpoint
 from swquant.compress.options import PRESETS
 
@@ -54,12 +54,15 @@ def read_back(original: Original, folder: Path, manifest: Mapping[str, Any]) -> 
     return Outcome(state, nbytes, (f"{len(dense)} dense: {', '.join(dense)}",) if dense else ())
 
 
-def row(name: str, **options: Any) -> Method:
+def row(name: str, cells: Sequence[Cell] = CELLS, **options: Any) -> Method:
     call = ", ".join(f"{key}={value!r}" for key, value in options.items())
-    return Method(name, ("swquant",), f"swquant.compress(model, out, {call})", compressed(options))
+    return Method(name, ("swquant",), f"swquant.compress(model, out, {call})", compressed(options), cells)
 
 
+# The layout of offsets has groups of 32, 64 and 128, and 2, 4 and 8 bits.
+_OFFSETS = [Cell(4, block) for block in ("32", "64", "128")]
 METHODS = [
     row(MIN_MAX, preset="fast", symmetric=False),
     *(row(f"swquant {preset}", preset=preset) for preset in PRESETS),
+    *(row(f"swquant {preset}, offsets", _OFFSETS, preset=preset, offsets=True) for preset in ("balanced", "best")),
 ]

@@ -25,7 +25,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from exporters.errors import SwquantError
-from exporters.json_file import read_json
+from swquant.checkpoints.generation import GENERATION, read_generation
 from swquant.checkpoints.guard import failures_of
 from swquant.checkpoints.schema import SourceKind
 
@@ -95,8 +95,8 @@ class ModelFolder(ABC):
     @property
     def generation(self) -> dict[str, Any]:
         """What generation_config.json says of how the model is to be asked, {} where there is none."""
-        path = self.folder / "generation_config.json"
-        return read_json(path) if path.is_file() else {}
+        path = self.folder / GENERATION
+        return read_generation(path) if path.is_file() else {}
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
@@ -107,7 +107,7 @@ class ModelFolder(ABC):
         ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
         if not all(isinstance(token, int) for token in ids):
             raise SwquantError(
-                f"{self.name}: generation_config.json has the eos_token_id {str(ids)[:60]}; it is an id or a list of ids"
+                f"{self.name}: config.json has the eos_token_id {str(ids)[:60]}; it is an id or a list of ids"
             )
         return tuple(ids)
 

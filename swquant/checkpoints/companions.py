@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from exporters.errors import SwquantError
-from exporters.json_file import read_json
+from exporters.json_file import read_json, read_json_value
 from exporters.text import shown
+from swquant.checkpoints.generation import GENERATION, read_generation
 
 __all__ = ["CODE", "COMPANIONS", "NEVER", "check_readable", "copy_companions", "left_behind", "without_lost_code"]
 
@@ -68,8 +69,8 @@ def _allowed(source: Path, path: Path) -> bool:
 
 
 def check_readable(source: Path, name: str, *, code: bool) -> None:
-    """Raise SwquantError where a file that will be copied cannot be read, or is a link out of the folder: known before
-    the work, not after it."""
+    """Raise SwquantError where a file that will be copied cannot be read or used, or is a link out of the folder: known
+    before the work, not after it."""
     for path in _companions(source, code):
         if not _allowed(source, path):
             raise SwquantError(
@@ -83,6 +84,10 @@ def check_readable(source: Path, name: str, *, code: bool) -> None:
             raise SwquantError(
                 f"{name}: {path.relative_to(source)} cannot be read ({error.strerror}); make it readable, or move it away"
             ) from None
+        if path.name == GENERATION:
+            read_generation(path)
+        elif path.suffix.lower() == ".json":
+            read_json_value(path)
 
 
 def copy_companions(source: Path, folder: Path, *, code: bool = False) -> None:

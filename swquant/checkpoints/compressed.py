@@ -25,7 +25,7 @@ from swquant.checkpoints.manifest import MANIFEST, is_onnx, read_manifest
 from swquant.checkpoints.patch_sets import open_patches
 from swquant.checkpoints.schema import TensorRecord
 from swquant.checkpoints.shards import shard_names
-from swquant.checkpoints.stored import check_dense
+from swquant.checkpoints.stored import check_decoded, check_dense, check_hashes
 
 __all__ = ["CompressedCheckpoint"]
 
@@ -103,11 +103,16 @@ class CompressedCheckpoint(Checkpoint):
         """The codes, scales and zero points of a tensor. Raises SwquantError where they contradict each other."""
         record, reader, module = self._records[name], self._reader(name), name.removesuffix(".weight")
         assert "dense" not in record
-        parts = {part.removeprefix(f"{module}."): reader.read(part) for part in record["sha256"]}
+        tensors = {stored: reader.read(stored) for stored in record["sha256"]}
+        parts = {stored.removeprefix(f"{module}."): tensor for stored, tensor in tensors.items()}
         try:
-            return compressed_tensors.from_tensors(parts, record["bits"], record["shape"])
-        except (KeyError, ValueError) as error:
+            quantized = compressed_tensors.from_tensors(parts, record["bits"], record["shape"])
+            check_hashes(name, record, tensors)
+        except ValueError as error:
             raise SwquantError(f"{self.name}: {name} is damaged ({error}); run swquant verify") from None
+        except CheckpointError as error:
+            raise SwquantError(f"{self.name}: {error}") from None
+        return quantized
 
     def patches(self, name: str) -> tuple[Patch, ...]:
         """What is laid over a tensor, in order; nothing where patches are not to be restored. Raises SwquantError where
@@ -125,13 +130,19 @@ class CompressedCheckpoint(Checkpoint):
             tensor = self._reader(name).read(name)
             try:
                 check_dense(name, record, tensor)
+                check_hashes(name, record, {name: tensor})
             except CheckpointError as error:
                 raise SwquantError(f"{self.name}: {error}") from None
             return tensor
         quantized = self.quantized(name)
         if self._unrounded:
             quantized = replace(quantized, scale=quantized.scale.to(torch.float32))
-        return restore(dequantize(quantized), *self.patches(name))
+        weight = restore(dequantize(quantized), *self.patches(name))
+        try:
+            check_decoded(name, weight)
+        except CheckpointError as error:
+            raise SwquantError(f"{self.name}: {error}") from None
+        return weight
 
     def save_companions(self, folder: Path) -> None:
         copy_companions(self.folder, folder, code=self.trust_remote_code)

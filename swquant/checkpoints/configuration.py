@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from exporters.errors import SwquantError, first_line
 from exporters.text import shown
 from swquant.checkpoints.companions import without_lost_code
+from swquant.checkpoints.guard import silent_transformers
 
 __all__ = ["attention_note", "handed_on", "load_config"]
 
@@ -33,7 +34,8 @@ def load_config(folder: Path, raw: Mapping[str, Any], name: str, trust_remote_co
             "read it, and if you trust it, add --trust-remote-code"
         )
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with silent_transformers():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises nearly everything here
         raise SwquantError(
             f"{name}: config.json is not usable ({first_line(error)}); correct it, or fetch it again"

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -23,8 +22,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from exporters.errors import SwquantError, first_line
+from exporters.text import shown
 from swquant.checkpoints.base import Checkpoint, Stored, check_depth
 from swquant.checkpoints.gguf_rope import rope_scaling
+from swquant.scratch import temporary_folder
 
 __all__ = ["GgufCheckpoint"]
 
@@ -60,6 +61,23 @@ def _check_whole(path: Path, fields: Mapping[str, Any], tensors: int) -> None:
         )
 
 
+def _check_layout(path: Path, reader: Any) -> None:
+    """Raise SwquantError unless the tensors lie end to end behind the header, zeros between them: what llama.cpp writes,
+    and asks for. A header that lost or won a byte would shift every weight, and every shifted weight is a number."""
+    last, size = reader.tensors[-1].field, len(reader.data)
+    ends = [int(last.offset) + sum(int(part.nbytes) for part in last.parts)]
+    ends += [int(tensor.data_offset + tensor.n_bytes) for tensor in reader.tensors]
+    starts = [*(int(tensor.data_offset) for tensor in reader.tensors), size]
+    names = ["the header", *(tensor.name for tensor in reader.tensors)]
+    for name, end, start in zip(names, ends, starts, strict=True):
+        aligned = end + -end % reader.alignment
+        if not (start == aligned or end <= start == size < aligned) or reader.data[end:start].any():
+            raise SwquantError(
+                f"{path.name}: {shown(name)} ends at byte {end}, what follows begins at byte {start} of {size}, or zeros are "
+                "missing between them; the file is damaged, fetch it again"
+            )
+
+
 class GgufCheckpoint(Checkpoint):
     """Reads one .gguf file."""
 
@@ -86,6 +104,7 @@ class GgufCheckpoint(Checkpoint):
         _check_beginning(self.path)
         reader = GGUFReader(self.path)
         _check_whole(self.path, reader.fields, len(reader.tensors))
+        _check_layout(self.path, reader)
         self._encoded = {tensor.name: tensor for tensor in reader.tensors}
         self._has_vocabulary = "tokenizer.ggml.tokens" in reader.fields
         parsed = load_gguf_checkpoint(str(self.path))["config"]
@@ -178,8 +197,8 @@ class GgufCheckpoint(Checkpoint):
     def _cached_tokenizer(self) -> PreTrainedTokenizerBase:
         # Reading a vocabulary of 262,144 tokens out of a GGUF header takes ten seconds: once is enough. A folder that
         # holds nothing else, because transformers prefers what lies beside the file.
-        with tempfile.TemporaryDirectory(prefix="swquant-gguf-") as folder:
-            (Path(folder) / "model.gguf").symlink_to(self.path.resolve())
+        with temporary_folder("gguf") as folder:
+            (folder / "model.gguf").symlink_to(self.path.resolve())
             return AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf", trust_remote_code=False)
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:

@@ -1,7 +1,8 @@
-"""Exceptions of the tokenizer library, made messages.
+"""What other libraries say: exceptions of the tokenizer library made messages, warnings of transformers left out.
 
-It is written in Rust, and what it does not expect is a panic there. pyo3 turns that into PanicException, which derives
-from BaseException: it passes every `except Exception` and looks like the end of the program.
+The tokenizer library is written in Rust, and what it does not expect is a panic there. pyo3 turns that into
+PanicException, which derives from BaseException: it passes every `except Exception` and looks like the end of the
+program.
 """
 
 from __future__ import annotations
@@ -9,9 +10,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import transformers
+
 from exporters.errors import SwquantError, first_line
 
-__all__ = ["failures_of"]
+__all__ = ["failures_of", "silent_transformers"]
+
+
+@contextmanager
+def silent_transformers() -> Iterator[None]:
+    """No warnings on stderr from transformers about a file that it reads: what matters, swquant says itself."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
 
 
 @contextmanager

@@ -39,13 +39,12 @@ def open_patches(folder: Path, manifest: Manifest, name: str) -> SidecarReader |
     were written. name: of the checkpoint, for messages."""
     if not counted(manifest):
         return None
-    if not (folder / SIDECAR).is_file():
+    if not (folder / SIDECAR).is_file() or SIDECAR not in manifest["files"]:
         raise SwquantError(f"{name}: {SIDECAR} is missing; fetch it again, or load without it (--no-restore)")
     sidecar = SidecarReader(folder / SIDECAR)
-    if (odd := uncounted(sidecar, manifest)) is not None:
-        sidecar.close()
-        raise SwquantError(
-            f"{name}: {SIDECAR} does not hold the {odd} that the manifest counts; fetch it again, "
-            "or load without it (--no-restore)"
-        )
-    return sidecar
+    odd = uncounted(sidecar, manifest)
+    if odd is None and sidecar.sha256() == manifest["files"][SIDECAR]["sha256"]:
+        return sidecar
+    sidecar.close()
+    what = "is not what was written, its sha256 says" if odd is None else f"does not hold the {odd} that the manifest counts"
+    raise SwquantError(f"{name}: {SIDECAR} {what}; fetch it again, or load without it (--no-restore)")

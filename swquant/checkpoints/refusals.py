@@ -34,6 +34,7 @@ _MARKS = {
 # Files of tools from before quantization_config -> what wrote them.
 _FILES = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ", "hf_quant_config.json": "ModelOpt"}
 _SCALES = ("_scale_inv", "_scale")
+_PARAMETERS = (".weight", ".bias")  # of modules, which are floats; buffers have other names
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -98,6 +99,11 @@ def refuse_quantized(folder: Path, name: str, raw: Mapping[str, Any], tensors: M
             f"{name}: {len(scaled)} weights are FP8 with a scale beside them (first {scaled[0]}), but config.json has no "
             f"quantization_config, so no loader multiplies the two; fetch config.json again and dequantize, or {_ORIGINAL}"
         )
+    whole = (weight for weight, stored in tensors.items() if weight.endswith(_PARAMETERS) and _is_whole(stored.dtype))
+    if (weight := next(whole, None)) is not None:
+        raise SwquantError(
+            f"{name}: {weight} is of whole numbers ({tensors[weight].dtype}), and nothing says what they stand for; {_ORIGINAL}"
+        )
 
 
 def _mark(tensors: Mapping[str, Stored]) -> tuple[str, str] | None:
@@ -109,6 +115,10 @@ def _mark(tensors: Mapping[str, Stored]) -> tuple[str, str] | None:
 
 def _is_scaled_fp8(name: str, tensors: Mapping[str, Stored]) -> bool:
     return tensors[name].dtype in _FP8 and any(name + end in tensors for end in _SCALES)
+
+
+def _is_whole(dtype: torch.dtype) -> bool:
+    return not dtype.is_floating_point and not dtype.is_complex
 
 
 def _only_floats(tensors: Mapping[str, Stored]) -> bool:

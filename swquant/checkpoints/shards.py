@@ -29,7 +29,7 @@ def shard_names(folder: Path) -> tuple[str, ...]:
     names = tuple(sorted(set(_weight_map(folder).values())))
     for name in names:
         if Path(name).name != name or name in ("", ".", "..") or "\\" in name or not name.endswith(".safetensors"):
-            raise SwquantError(f"{folder / INDEX}: {name!r} is not the name of a safetensors file beside it")
+            raise SwquantError(f"{folder / INDEX}: {name!r} is not the name of a safetensors file beside it; fetch or save the model again")
     if (folder / SINGLE).is_file() and SINGLE not in names:
         raise SwquantError(
             f"{folder.name}: two sets of weights, {SINGLE} and the {len(names)} shards that {INDEX} names, and loaders "

@@ -1,21 +1,25 @@
 """What stands in the files for one tensor of a compressed checkpoint, and whether that can be believed.
 
 A hash proves that a file is the one that the manifest lists, not that either makes sense. `check_stored` looks at what
-a loader relies on: the parts that belong to a tensor, their dtypes and shapes, and that every scale and every weight
-that is not rounded is a finite number. Codes and zero points need no look: every bit pattern is one.
+a loader relies on: the parts that belong to a tensor, their dtypes and shapes, that every scale and every weight is a
+finite number, and the hash of every part: whoever loads a checkpoint gets what was written, or a message.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
+
 import torch
 
+from calibrationless import dequantize
 from exporters import compressed_tensors
 from exporters.errors import CheckpointError
 from exporters.safetensors_file import SafetensorsReader
 from exporters.text import shown
 from swquant.checkpoints.schema import UNUSED, TensorRecord
 
-__all__ = ["all_finite", "check_dense", "check_stored"]
+__all__ = ["all_finite", "check_decoded", "check_dense", "check_hashes", "check_stored"]
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
@@ -35,21 +39,42 @@ def check_dense(name: str, record: TensorRecord, tensor: torch.Tensor) -> None:
         raise CheckpointError(f"{shown(name)} holds a NaN or infinite value; fetch or write it again")
 
 
+def check_hashes(name: str, record: TensorRecord, parts: Mapping[str, torch.Tensor]) -> None:
+    """Raise CheckpointError unless stored name -> tensor are byte for byte those of the record."""
+    for stored, tensor in parts.items():
+        data = tensor.contiguous().flatten().view(torch.uint8).numpy() if tensor.numel() else b""
+        if hashlib.sha256(data).hexdigest() != record["sha256"][stored]:
+            raise CheckpointError(
+                f"{shown(stored)} is not what was written for {shown(name)}, its sha256 says; fetch or write it again"
+            )
+
+
+def check_decoded(name: str, weight: torch.Tensor) -> None:
+    """Raise CheckpointError where codes and scales, finite by themselves, stand for a weight that is not."""
+    if not all_finite(weight):
+        raise CheckpointError(
+            f"{shown(name)} is damaged (its scales are so large that a weight is infinite); fetch or write it again"
+        )
+
+
 def check_stored(name: str, record: TensorRecord, reader: SafetensorsReader) -> None:
     """Raise CheckpointError unless the parts of a tensor are those of its record, and can be decoded. The file must
     hold them all."""
     if "dense" in record:
         if list(record["sha256"]) != [name]:
             raise CheckpointError(f"{shown(name)} is said to be made of {shown(list(record['sha256']))}")
-        check_dense(name, record, reader.read(name))
+        dense = reader.read(name)
+        check_dense(name, record, dense)
+        check_hashes(name, record, {name: dense})
         return
     module = name.removesuffix(".weight")
-    parts = {}
-    for stored in record["sha256"]:
-        local, entry = stored.removeprefix(f"{module}."), reader.entries[stored]
-        looked_at = local in ("weight_scale", "weight_shape")  # of the others, dtype and shape are enough
-        parts[local] = reader.read(stored) if looked_at else torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+    tensors = {stored: reader.read(stored) for stored in record["sha256"]}
+    parts = {stored.removeprefix(f"{module}."): tensor for stored, tensor in tensors.items()}
     try:
         compressed_tensors.check_tensors(parts, record["bits"], record["shape"])
     except ValueError as error:
         raise CheckpointError(f"{shown(name)} is damaged ({error}); fetch or write it again") from None
+    check_hashes(name, record, tensors)
+    scale = parts["weight_scale"]
+    if float(scale.abs().max()) * (1 << record["bits"]) > torch.finfo(scale.dtype).max:  # otherwise no weight can be
+        check_decoded(name, dequantize(compressed_tensors.from_tensors(parts, record["bits"], record["shape"])))

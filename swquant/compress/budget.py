@@ -21,6 +21,7 @@ from calibrationless import MAX_BITS, MIN_BITS, allocate, dequantize, fit, follo
 from exporters.errors import SwquantError
 from swquant.checkpoints.base import Checkpoint
 from swquant.compress.evidence import evidence_for
+from swquant.compress.loaders import fused_layer
 from swquant.compress.options import CompressOptions
 from swquant.compress.plan import Plan, TensorPlan
 from swquant.detect.found import Found
@@ -75,12 +76,13 @@ def bits_within(
 
 
 def fused_groups(found: Found, names: Sequence[str]) -> list[tuple[str, ...]]:
-    """The names, those together that must have equal bits: weights that read the same norm, and all experts."""
+    """The names, those together that must have equal bits: weights that read the same norm, those that vLLM fuses (of a
+    post-norm model, whose layers read no norm), and all experts."""
     groups: dict[str, list[str]] = {}
     for name in names:
         weight, record = found.architecture.weights[name], found.record(name)
         norm = record.norm if record is not None else ""
-        groups.setdefault("experts" if weight.kind is LinearKind.EXPERT else norm or name, []).append(name)
+        groups.setdefault("experts" if weight.kind is LinearKind.EXPERT else norm or fused_layer(name), []).append(name)
     return [tuple(group) for group in groups.values()]
 
 

@@ -19,7 +19,7 @@ from swquant.checkpoints.base import Checkpoint, Stored
 from swquant.compress.options import CompressOptions
 from swquant.models.architecture import Architecture, Dense, LinearKind, LinearWeight
 
-__all__ = ["check_patterns", "choose_block", "dense_dtype", "expert_block"]
+__all__ = ["check_patterns", "choose_block", "dense_dtype", "expert_block", "shared_block"]
 
 # Weights in a block that may hold a super weight, at 4 bits: beyond a few hundred, the step that represents it rounds
 # all its neighbours to zero. Each further bit halves the step and doubles the limit.
@@ -76,7 +76,7 @@ def choose_block(
     shape = (stored.shape[0], stored.shape[1])
     block = fit(options.parsed_block, shape)
     if decoded and block != options.parsed_block:
-        return Dense("stock transformers decodes a model while loading it only if all blocks are alike")
+        return Dense(f"block {options.parsed_block}, which all weights share, does not divide it")
     if block is None or (options.strict_block and block != options.parsed_block):
         problem = f"block {options.block_name} does not divide {_dimension(options.parsed_block, shape)} of {name}"
         if options.strict_block:
@@ -93,6 +93,18 @@ def choose_block(
             f"that ignore the sidecar (limit {_limit(options)})"
         )
     return block
+
+
+def shared_block(checkpoint: Checkpoint, architecture: Architecture, options: CompressOptions) -> Block:
+    """The one block that most linear weights can share, where they all have to: the one asked for, fitted to what their
+    shapes have in common. Those that no part of it divides are not asked."""
+    stored = [checkpoint.tensors[name].shape for name in architecture.weights]
+    shapes = [(shape[0], shape[1]) for shape in stored if len(shape) == 2]
+    shapes = [shape for shape in shapes if fit(options.parsed_block, shape) is not None]
+    if not shapes:
+        return options.parsed_block
+    common = (math.gcd(*(rows for rows, _ in shapes)), math.gcd(*(cols for _, cols in shapes)))
+    return fit(options.parsed_block, common) or options.parsed_block
 
 
 def _limit(options: CompressOptions) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from exporters import compressed_tensors
+from exporters import affine_layout, compressed_tensors
 from exporters.sidecar import SIDECAR
 from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.manifest import MANIFEST
@@ -51,8 +51,13 @@ def checkpoint_config(checkpoint: Checkpoint, plan: Plan, architecture: Architec
     if plan.options.parsed_dtype is not None:
         config["dtype"] = plan.options.dtype
         config.pop("torch_dtype", None)
-    config["quantization_config"] = compressed_tensors.quantization_config(schemes, dense, _FORMAT_VERSION)
-    if plan.decoded:
+    if plan.options.offsets:
+        (scheme,) = set(schemes.values())
+        assert scheme.group_size is not None
+        config["quantization_config"] = affine_layout.quantization_config(scheme.bits, scheme.group_size, dense)
+    else:
+        config["quantization_config"] = compressed_tensors.quantization_config(schemes, dense, _FORMAT_VERSION)
+    if plan.decoded and not plan.options.offsets:
         config["quantization_config"]["dequantize"] = True
     config["swquant"] = {"version": __version__, "manifest": MANIFEST, "sidecar": SIDECAR}
     return config

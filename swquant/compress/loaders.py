@@ -1,32 +1,92 @@
-"""Which loaders take a compressed checkpoint, and what each does with it: told before it is written, and recorded."""
+"""Which loaders take a compressed checkpoint, and what each does with it: told before it is written, and recorded.
+
+What is said of vLLM was seen with 0.32 on a CPU (`make test-vllm`); what its CUDA kernels take is what its sources say.
+vLLM makes one layer of weights that read the same input (q/k/v, gate/up) and takes it only if all are stored alike: one
+of them dense is refused, other bits end in an assertion without a word.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from swquant.compress.plan import Plan
 
-__all__ = ["loader_table"]
+__all__ = ["fused_layer", "loader_table"]
+
+# Modules that vLLM's models make one layer of: the `packed_modules_mapping` of those that write text.
+_FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("c_fc_0", "c_fc_1"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+)
+_LAYER = {part: "+".join(parts) for parts in _FUSED for part in parts}
+
+
+def fused_layer(name: str) -> str:
+    """The layer that vLLM makes of a stored weight: the same for weights that it fuses."""
+    parent, _, module = name.removesuffix(".weight").rpartition(".")
+    return f"{parent}.{_LAYER.get(module, module)}"
+
+
+def _unlike(plan: Plan) -> str:
+    """The first two weights that vLLM fuses and that are not stored alike; "" where all of them are."""
+    layers: dict[str, dict[str, str]] = {}
+    for tensor in plan.tensors:
+        if tensor.name.endswith(".weight"):
+            stored = "dense" if tensor.block is None else str(plan.scheme(tensor))
+            layers.setdefault(fused_layer(tensor.name), {}).setdefault(stored, tensor.module)
+    for parts in layers.values():
+        if len(parts) > 1:
+            (first, one), (second, other) = list(parts.items())[:2]
+            return f"{one} is {first} and {other.rpartition('.')[2]} {second}"
+    return ""
+
+
+def _vllm(plan: Plan) -> str:
+    """vLLM's verdict: of the kernels for weights alone, those for CPUs know 4 bits, Marlin's on CUDA some groups."""
+    if plan.decoded:
+        return "no: in GPT-2 and Falcon, where it was tried, it found no place for codes of what is no nn.Linear"
+    if unlike := _unlike(plan):
+        return f"no: it fuses layers whose weights must be stored alike, and {unlike}"
+    if plan.int8_inputs:
+        return "yes, with integer products; ignores the sidecar and the channels kept in float"
+    schemes = {plan.scheme(tensor) for tensor in plan.quantized}
+    bits = sorted({scheme.bits for scheme in schemes} - {4})
+    groups = sorted({scheme.group_size for scheme in schemes if scheme.group_size} - {32, 64, 128})
+    if odd := [number for number in bits if number != 8]:
+        why = f"others take 4 and 8 bits, not {odd[0]}"
+    elif bits and not plan.options.symmetric:
+        why = "others take no zero points of 8 bits"
+    elif bits and groups:
+        why = f"others take groups of 32, 64, 128 or a channel, not {groups[0]}"
+    else:
+        return f"{_where(plan, bits, groups)}; ignores the sidecar"
+    return f"on CUDA with Humming's kernels only, by its sources: {why}; ignores the sidecar"
+
+
+def _where(plan: Plan, bits: Sequence[int], groups: Sequence[int]) -> str:
+    """On which devices. bits, groups: those of the plan that only some kernels take."""
+    if bits:
+        return f"yes on CUDA, by its sources; not on a CPU, where its kernel takes 4 bits, not {bits[0]}"
+    if any(".experts." in tensor.name for tensor in plan.quantized):
+        return "yes on CUDA, by its sources; not on a CPU, where it has no kernel for packed experts"
+    if groups:
+        known = f"groups of 32, 64, 128 or a channel, not {groups[0]}"
+        return f"yes on a CPU; on CUDA, by its sources, Marlin's kernels take {known}, and Humming's all"
+    return "yes"
 
 
 def loader_table(plan: Plan) -> dict[str, str]:
     """Loader -> what it does with the result, in one sentence each."""
-    schemes = {plan.scheme(tensor) for tensor in plan.quantized}
-    odd = sorted({scheme.bits for scheme in schemes} - {4, 8}, reverse=True)
-    groups = sorted({scheme.group_size for scheme in schemes if scheme.group_size} - {32, 64, 128})
-    if plan.decoded:
-        vllm = "not tried: what holds its weights is no nn.Linear"
-    elif plan.int8_inputs:
-        vllm = "yes, with integer products; ignores the sidecar and the channels kept in float"
-    elif odd:
-        vllm = f"no: its kernels take 4 and 8 bits, not {odd[0]}"
-    elif groups:
-        vllm = f"no: its kernels take groups of 32, 64, 128 or a channel, not {groups[0]}"
-    elif any(".experts." in tensor.name for tensor in plan.quantized):
-        vllm = "yes, as mixture of experts; ignores the sidecar"
-    else:
-        vllm = "yes; ignores the sidecar"
+    odd = sorted({tensor.bits for tensor in plan.quantized} - {4, 8}, reverse=True)
+    vllm = _vllm(plan)
     if not plan.options.symmetric:
         # 0.18 to 0.20 allocate the zero point unpacked and stop with a size mismatch; earlier ones pack odd bits
         # otherwise.
@@ -41,5 +101,5 @@ def loader_table(plan: Plan) -> dict[str, str]:
         ours, stock = f"{ours}, rounds activations", f"{stock}, rounds activations, all channels of them"
     elif plan.options.activations == "int8":
         ours, stock = f"{ours}, rounds activations", f"{stock}, leaves activations in float"
-        vllm = f"{vllm}, leaves activations in float" if vllm.startswith("yes") else vllm
+        vllm = f"{vllm}, leaves activations in float" if vllm.endswith("sidecar") else vllm
     return {"swquant.load": ours, "transformers": stock, "vLLM": vllm}

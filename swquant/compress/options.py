@@ -33,7 +33,7 @@ _DTYPES = ("bfloat16", "float16", "float32")
 class CompressOptions:
     """What `compress` can be told. Raises SwquantError for values that make no sense, alone or together."""
 
-    bits: int = described(4, "Bits per weight, 2 to 8. vLLM's kernels take 4 and 8.", group="basic", metavar="N")
+    bits: int = described(4, "Bits per weight, 2 to 8. vLLM takes 4 everywhere, 8 on CUDA.", group="basic", metavar="N")
     block: str | None = described(
         None,
         "Weights that share a scale: 128, 64x64, channel, tensor or flat:512; 128, or channel for 8 bits and int8 activations.",
@@ -42,6 +42,11 @@ class CompressOptions:
     )
     symmetric: bool = described(
         True, "Signed-maximum scale without zero point, or min/max with one.", group="rounding", off="asymmetric"
+    )
+    offsets: bool = described(
+        False,
+        "Codes with a real offset per block, in MLX's layout: half the divergence; transformers reads it, vLLM does not.",
+        group="rounding",
     )
     preset: str = described(
         "balanced",
@@ -148,6 +153,7 @@ class CompressOptions:
             raise SwquantError(
                 f"clip {self.clip} belongs to plain rounding, and --refine {self.refine} decides itself what to cut; use one"
             )
+        self._check_offsets()
         if not 1 <= self.texts <= 256:
             raise SwquantError(f"texts {self.texts} is outside 1 to 256; 16 is the default, and 64 has helped")
         if self.texts != CompressOptions.texts and self.refinement != "self":
@@ -170,6 +176,18 @@ class CompressOptions:
             raise SwquantError("an empty --dense pattern would match every tensor; name a part of a tensor's name")
         if parse_bytes(self.shard_size) < 1_000_000:
             raise SwquantError(f"shard size {self.shard_size} is below 1MB; the usual size is 5GB")
+
+    def _check_offsets(self) -> None:
+        if not self.offsets:
+            return
+        if self.bits not in (2, 4, 8):
+            raise SwquantError(f"--offsets with {self.bits} bits: the layout that holds offsets takes 2, 4 or 8")
+        if not self.symmetric or self.parsed_clip is not None:
+            other = f"clip {self.clip}" if self.symmetric else "--asymmetric"
+            raise SwquantError(f"--offsets and {other} are two ways to choose a block's codes; use one")
+        if self.bits_budget is not None or self.activations != "none":
+            other = "--bits-budget" if self.activations == "none" else f"--activations {self.activations}"
+            raise SwquantError(f"--offsets does not go with {other}: one scheme for all weights, decoded while loading")
 
     def _check_activations(self) -> None:
         for name in ("activation_scale", "activation_range"):
@@ -234,7 +252,8 @@ class CompressOptions:
         """What is appended to a model's name for the default OUT: `-w4-b128`, `-w8a8-bchannel`."""
         bits = self.bits if self.bits_budget is None else f"{self.bits_budget:g}"
         activations = "a8" if self.activations == "int8" else ""
-        return f"-w{bits}{activations}-b{self.block_name}".replace(":", "")
+        offsets = "-offsets" if self.offsets else ""
+        return f"-w{bits}{activations}-b{self.block_name}{offsets}".replace(":", "")
 
     def as_dict(self) -> OptionsRecord:
         values = {**asdict(self), "block": self.block_name}
@@ -252,6 +271,7 @@ class CompressKeywords(TypedDict, total=False):
     bits: int
     block: str | None
     symmetric: bool
+    offsets: bool
     preset: str
     refine: str | None
     texts: int

@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from calibrationless import Block, Channel, Group, Recipe, SuperWeight, Whole, columns
-from exporters import compressed_tensors
+from exporters import affine_layout, compressed_tensors
 from exporters.compressed_tensors import Scheme
 from exporters.errors import SwquantError
 from exporters.sidecar import COLUMNS, OUTLIERS, PlannedPatch
 from swquant.checkpoints.base import Checkpoint, Stored
-from swquant.compress.choice import check_patterns, choose_block, dense_dtype, expert_block
+from swquant.compress.choice import check_patterns, choose_block, dense_dtype, expert_block, shared_block
 from swquant.compress.options import CompressOptions
 from swquant.detect.folds import Fold
 from swquant.models.architecture import Architecture, Dense, LinearKind
@@ -124,7 +124,7 @@ class Plan:
         assert tensor.block is not None
         carried = compressed_tensors.express(tensor.block, tensor.shape)
         group = carried.size if isinstance(carried, Group) else None
-        return Scheme(tensor.bits, group, self.options.symmetric, self.int8_inputs)
+        return Scheme(tensor.bits, group, self.options.symmetric, self.int8_inputs, self.options.offsets)
 
 
 def make_plan(
@@ -144,7 +144,12 @@ def make_plan(
     check_patterns(options.dense, checkpoint.tensors)
     if left_out is None:
         left_out = tied_copies(checkpoint, architecture)
-    of_experts = expert_block(checkpoint, architecture, coordinates, options)
+    asked = replace(options, block=str(shared_block(checkpoint, architecture, options))) if decoded else options
+    if options.offsets and asked.parsed_block not in affine_layout.GROUPS:
+        raise SwquantError(
+            f"{checkpoint.name}: block {asked.block_name} holds no offsets: their layout takes 32, 64 or 128 inputs"
+        )
+    of_experts = expert_block(checkpoint, architecture, coordinates, asked)
     int8_inputs = not decoded and _int8_inputs(architecture, options)
     tensors: list[TensorPlan] = []
     for name, stored in checkpoint.tensors.items():
@@ -154,7 +159,7 @@ def make_plan(
         own = tuple(coordinates.get(name, ()))
         choice: Block | Dense | None = of_experts
         if linear is None or linear.kind is not LinearKind.EXPERT:
-            choice = choose_block(name, stored, linear, own, architecture, options, decoded=decoded)
+            choice = choose_block(name, stored, linear, own, architecture, asked, decoded=decoded)
         assert choice is not None
         dtype = dense_dtype(checkpoint, stored, options)
         if isinstance(choice, Dense):
@@ -166,6 +171,7 @@ def make_plan(
             block=choice,
             bits=(bits or {}).get(name, options.bits),
             symmetric=options.symmetric,
+            offset=options.offsets,
             clip=options.parsed_clip,
             scale_dtype=dtype,
             super_weights=own,
@@ -208,7 +214,7 @@ def _notes(
         f"block {options.block_name} does not divide {count} tensors, which take {block}"
         for block, count in Counter(map(str, blocks)).items()
     ]
-    if decoded:
+    if decoded and not options.offsets:
         notes.append("its modules cannot hold codes: stock transformers decodes all weights while it loads them")
     if options.activations == "int8" and of_experts is not None:
         notes.append("the inputs of experts stay in float; those of the other linear layers are rounded to int8")
@@ -276,14 +282,17 @@ def tied_copies(checkpoint: Checkpoint, architecture: Architecture) -> dict[str,
 def _quantized(name: str, stored: Stored, recipe: Recipe, int8_inputs: bool, *, transposed: bool) -> TensorPlan:
     shape, module = (stored.shape[0], stored.shape[1]), name.removesuffix(".weight")
     assert recipe.scale_dtype is not None
-    local = compressed_tensors.tensor_layout(
-        shape,
-        recipe.block,
-        recipe.bits,
-        symmetric=recipe.symmetric,
-        scale_dtype=recipe.scale_dtype,
-        int8_inputs=int8_inputs,
-    )
+    if recipe.offset:
+        local = affine_layout.tensor_layout(shape, recipe.block, recipe.bits, recipe.scale_dtype)
+    else:
+        local = compressed_tensors.tensor_layout(
+            shape,
+            recipe.block,
+            recipe.bits,
+            symmetric=recipe.symmetric,
+            scale_dtype=recipe.scale_dtype,
+            int8_inputs=int8_inputs,
+        )
     counts = {COLUMNS: recipe.columns, OUTLIERS: recipe.outliers}
     return TensorPlan(
         name=name,

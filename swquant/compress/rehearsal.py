@@ -31,9 +31,14 @@ class Planner(Protocol):
     def __call__(self, architecture: Architecture, *, decoded: bool = False) -> Plan: ...
 
 
-def rehearsed_plan(checkpoint: Checkpoint, architecture: Architecture, plan_with: Planner) -> Plan:
+def rehearsed_plan(
+    checkpoint: Checkpoint, architecture: Architecture, plan_with: Planner, *, offsets: bool = False
+) -> Plan:
     """The plan, with whatever must stay dense for stock transformers; codes in its modules if they can hold them,
-    decoded while loading where they cannot. Raises SwquantError where neither packs half of the linear weights."""
+    decoded while loading where they cannot, and with offsets, which no module holds. Raises SwquantError where neither
+    packs half of the linear weights."""
+    if offsets:
+        return _rehearsed(checkpoint, architecture, plan_with, decoded=True)
     try:
         return _rehearsed(checkpoint, architecture, plan_with, decoded=False)
     except SwquantError:

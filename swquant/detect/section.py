@@ -44,9 +44,10 @@ def _finding(found: Found) -> str:
         else ""
     )
     if not detection.super_weights:
+        times = f", {number(spike.output / usual)} times the median layer's" if usual else ""  # layers that give zeros
         return (
             f"No super weight was found on the prompt “{found.prompt}”. The largest output of a down projection is "
-            f"{number(spike.output)} in layer {spike.layer}, {number(spike.output / usual)} times the median layer's.{blind}"
+            f"{number(spike.output)} in layer {spike.layer}{times}.{blind}"
         )
     first = detection.super_weights[0]
     others = len(detection.super_weights) - 1

@@ -29,8 +29,8 @@ class Format:
     """What can be written. text: what it is, for `--help`. suffix: what the default name of OUT ends in.
 
     options: the class of those that only this format has. require: raises SwquantError where something that it needs is
-    not installed. check_plan: raises SwquantError for a plan that it cannot express, before hours are spent on it. run:
-    carries out a plan; OUT appears whole or not at all.
+    not installed. check_plan: raises SwquantError for a plan that it cannot express with these options of it, before
+    hours are spent on it. run: carries out a plan; OUT appears whole or not at all.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Format:
     suffix: str
     options: type[Any] | None
     require: Callable[[], None]
-    check_plan: Callable[[Prepared], None]
+    check_plan: Callable[[Prepared, Any], None]
     run: Callable[[Planned, bool, Progress], Compressed | Exported]
 
     def chosen(self, given: Mapping[str, Any], *, int8: bool) -> Any:
@@ -95,10 +95,10 @@ def _require_onnx() -> None:
     require_exporter()
 
 
-def _check_for_onnx(prepared: Prepared) -> None:
+def _check_for_onnx(prepared: Prepared, options: ExportOptions) -> None:
     from swquant.export.onnx.pipeline import check_plan
 
-    check_plan(prepared)
+    check_plan(prepared, options)
 
 
 def _write_onnx(planned: Planned, overwrite: bool, progress: Progress) -> Exported:

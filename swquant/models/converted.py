@@ -9,7 +9,7 @@ that is how they are planned, rounded and written. Experts of a mixture stay as 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from transformers.core_model_loading import (
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
+    dot_natural_key,
     rename_source_key,
 )
 
@@ -30,11 +31,11 @@ from exporters.errors import SwquantError, first_line
 from swquant.checkpoints.base import Checkpoint, Stored
 from swquant.models.stock import empty_model
 
-__all__ = ["ConvertedCheckpoint", "as_built"]
+__all__ = ["Conversion", "ConvertedCheckpoint", "as_built", "sources"]
 
 
 @dataclass(frozen=True)
-class _Conversion:
+class Conversion:
     """What transformers does to some stored tensors. target: the first parameter that comes of it. sources: (stored
     name, pattern that it matches), in the order in which they are collected."""
 
@@ -55,7 +56,7 @@ class _Conversion:
 class ConvertedCheckpoint(Checkpoint):
     """Another checkpoint, some of its tensors as the model holds them."""
 
-    def __init__(self, source: Checkpoint, made: Mapping[str, _Conversion], tensors: Mapping[str, Stored]) -> None:
+    def __init__(self, source: Checkpoint, made: Mapping[str, Conversion], tensors: Mapping[str, Stored]) -> None:
         self._source, self._made = source, made
         self.tensors = tensors
         self.kind = source.kind  # type: ignore[misc]
@@ -122,7 +123,7 @@ def as_built(checkpoint: Checkpoint, model: PreTrainedModel | None = None) -> Ch
         return checkpoint
     model = model if model is not None else empty_model(checkpoint)
     state = model.state_dict()
-    made: dict[str, _Conversion] = {}
+    made: dict[str, Conversion] = {}
     forms: dict[str, dict[str, Stored]] = {}  # first source -> what takes the place of it and of the others
     gone: set[str] = set()
     for conversion in _conversions(checkpoint, model, state):
@@ -151,18 +152,32 @@ def _of(checkpoint: Checkpoint, names: list[str]) -> list[tuple[str, Stored]]:
     return [(name, checkpoint.tensors[name]) for name in names]
 
 
-def _conversions(checkpoint: Checkpoint, model: PreTrainedModel, state: Mapping[str, Tensor]) -> list[_Conversion]:
-    """Every conversion that transformers would make of this checkpoint, the merging of experts aside."""
-    mapping = get_model_conversion_mapping(model)
+def sources(
+    names: Iterable[str], model: PreTrainedModel
+) -> tuple[dict[str, list[tuple[str, str | None]]], dict[str, WeightConverter]]:
+    """(parameter or buffer -> what it is made of, in transformers' order; pattern -> its converter). What it is made
+    of: (stored name, pattern of the conversion, None where it is only renamed)."""
+    mapping, state = get_model_conversion_mapping(model), dict(model.state_dict())
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    sources: dict[str, list[tuple[str, str]]] = {}
-    for name in checkpoint.tensors:
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, dict(state))
-        if pattern is not None and target in state and name not in state and not _merges_experts(by_pattern[pattern]):
-            sources.setdefault(target, []).append((name, pattern))
-    return [_Conversion(by_pattern[found[0][1]], target, tuple(found), model) for target, found in sources.items()]
+    found: dict[str, list[tuple[str, str | None]]] = {}
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if target not in state and name in state:
+            target, pattern = name, None
+        found.setdefault(target, []).append((name, pattern))
+    return found, {pattern: entry for entry in converters for pattern in entry.source_patterns}
+
+
+def _conversions(checkpoint: Checkpoint, model: PreTrainedModel, state: Mapping[str, Tensor]) -> list[Conversion]:
+    """Every conversion that transformers would make of this checkpoint, the merging of experts aside."""
+    found, converters = sources(checkpoint.tensors, model)
+    made: list[Conversion] = []
+    for target, stored in found.items():
+        parts = tuple((name, pattern) for name, pattern in stored if pattern is not None and name not in state)
+        if target in state and parts and not _merges_experts(converters[parts[0][1]]):
+            made.append(Conversion(converters[parts[0][1]], target, parts, model))
+    return made
 
 
 def _merges_experts(converter: WeightConverter) -> bool:

@@ -7,11 +7,11 @@ transformers' own, and a weight that is missing is an error, never a random numb
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +21,13 @@ from transformers import GenerationConfig, PreTrainedModel
 from exporters.errors import SwquantError, first_line
 from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.compressed import CompressedCheckpoint
+from swquant.checkpoints.stored import all_finite
 from swquant.interrupts import sigterm_interrupts
 from swquant.models.architecture import describe
 from swquant.models.memory import check_memory
 from swquant.models.rounded_inputs import round_inputs
 from swquant.models.stock import empty_model
+from swquant.models.streaming import stream
 
 __all__ = ["build_model", "offloaded_model", "quiet", "running_model"]
 
@@ -73,12 +75,17 @@ def _load(checkpoint: Checkpoint, folder: str | None, **options: Any) -> PreTrai
 
 
 def build_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: str = "cpu") -> PreTrainedModel:
-    """The model with all weights in memory, as `dtype` (its own if None). Raises SwquantError if some are missing."""
+    """The model with all weights in memory, as `dtype` (its own if None). Raises SwquantError if some are missing,
+    or no numbers."""
     check_memory(checkpoint, dtype)
     with quiet():
         state = {name: checkpoint.read(name) for name in checkpoint.tensors}
         # transformers wraps .to() in a way mypy cannot follow, hence Any.
         model: Any = _load(checkpoint, None, state_dict=state, dtype=dtype or "auto")
+    if name := next((name for name, value in model.named_parameters() if not all_finite(value.detach())), None):
+        raise SwquantError(
+            f"{checkpoint.name}: {name} holds a NaN or infinite value as {model.dtype}; fetch the model again"
+        )
     return model.to(device)
 
 
@@ -108,20 +115,13 @@ def _settle_generation(model: Any, checkpoint: Checkpoint) -> None:
 
 @contextmanager
 def offloaded_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[PreTrainedModel]:
-    """The model with its weights left in the safetensors files, read module by module as the forward pass needs them.
-
-    Weights that transformers converts while loading (fused experts) are rewritten into a temporary folder.
-    """
+    """The model with its weights left in their files, read module by module as the forward pass needs them."""
     if not checkpoint.can_stay_on_disk:
         raise SwquantError(
             f"{checkpoint.name}: a {checkpoint.kind} model must fit in memory; convert it to safetensors first"
         )
     with sigterm_interrupts(), tempfile.TemporaryDirectory(prefix="swquant-offload-") as folder, quiet():
-        yield _load(
-            checkpoint,
-            os.fspath(checkpoint.folder),
-            dtype=dtype,
-            device_map={"": "disk"},
-            offload_folder=folder,
-            trust_remote_code=checkpoint.trust_remote_code,
-        )
+        forms = checkpoint.tensors.items()
+        state = {name: torch.empty(form.shape, dtype=form.dtype, device="meta") for name, form in forms}
+        empty = _load(checkpoint, None, state_dict=state, dtype=dtype, device_map={"": "meta"})
+        yield stream(checkpoint, empty, dtype, Path(folder))

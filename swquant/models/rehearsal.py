@@ -13,7 +13,6 @@ import inspect
 import io
 import logging
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +24,14 @@ from transformers import PreTrainedModel
 from exporters.errors import first_line
 from exporters.json_file import write_json
 from swquant.checkpoints.base import Checkpoint
+from swquant.models.converted import sources
 from swquant.models.loading import quiet
 from swquant.models.stock import auto_class
+from swquant.scratch import temporary_folder
 
 __all__ = ["Rehearsal", "rehearse"]
 
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 # compressed-tensors 0.18 to 0.20 make room for these unpacked and then stop at packed ones, with an error; earlier
 # ones do not. The plan's table of loaders says so, and nobody gets a wrong model.
@@ -39,14 +41,17 @@ _UNPACKED = ".weight_zero_point"
 @dataclass(frozen=True)
 class Rehearsal:
     """What went wrong. missing: parameters of the model that would be random. mismatched: of another shape than stored.
-    unexpected: stored tensors that nobody takes. retyped: parameters that the model keeps in float32 and the loader
-    would not. lacking: a packed module whose `weight` the model's own code touches (such modules must stay dense).
-    error: what the loader said where it gave up, "" where it did not."""
+    zero_points: those of another shape than this version makes room for. unexpected: stored tensors that nobody takes.
+    retyped: parameters that the model keeps in float32 and the loader would not. recast: numbers where the model has
+    codes, or codes where it has numbers. lacking: a packed module whose `weight` the model's own code touches (such
+    modules must stay dense). error: what the loader said where it gave up, "" where it did not."""
 
     missing: tuple[str, ...] = ()
     mismatched: tuple[str, ...] = ()
+    zero_points: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     retyped: tuple[str, ...] = ()
+    recast: tuple[str, ...] = ()
     lacking: str = ""
     error: str = ""
 
@@ -62,9 +67,7 @@ class Rehearsal:
         return f"{self.retyped[0]} would not be float32, as the model keeps it" if self.retyped else ""
 
 
-def rehearse(
-    checkpoint: Checkpoint, config: Mapping[str, Any], layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
-) -> Rehearsal:
+def rehearse(checkpoint: Checkpoint, config: Mapping[str, Any], layout: Layout) -> Rehearsal:
     """Load a checkpoint that is not there yet. config: what config.json will hold. layout: stored name -> (dtype,
     shape)."""
     state = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in layout.items()}
@@ -89,12 +92,28 @@ def rehearse(
         return Rehearsal(error=first_line(error))
     except Exception as error:  # transformers raises nearly everything here
         return Rehearsal(error=first_line(error))
+    mismatched = sorted(name for name, *_ in info["mismatched_keys"])
     return Rehearsal(
         missing=tuple(sorted(info["missing_keys"])),
-        mismatched=tuple(sorted(name for name, *_ in info["mismatched_keys"] if not name.endswith(_UNPACKED))),
+        mismatched=tuple(name for name in mismatched if not name.endswith(_UNPACKED)),
+        zero_points=tuple(name for name in mismatched if name.endswith(_UNPACKED)),
         unexpected=tuple(sorted(info["unexpected_keys"])),
         retyped=_retyped(model),
+        recast=_recast(empty, model, layout),
     )
+
+
+def _recast(empty: PreTrainedModel, model: PreTrainedModel, layout: Layout) -> tuple[str, ...]:
+    """Stored tensors of floats for a parameter of integers, or the other way round: the loader takes both and says
+    nothing. empty: the model before it was loaded, which knows the parameters that are not packed."""
+    dense, loaded = dict(empty.named_parameters()), dict(model.named_parameters())
+    odd: list[str] = []
+    for target, stored in sources(layout, model)[0].items():
+        for name, _ in stored:
+            parameter = loaded.get(target) if f"{name}_scale" in layout else dense.get(target, loaded.get(target))
+            if parameter is not None and layout[name][0].is_floating_point != parameter.dtype.is_floating_point:
+                odd.append(name)
+    return tuple(odd)
 
 
 def _retyped(model: PreTrainedModel) -> tuple[str, ...]:
@@ -127,8 +146,8 @@ def _source(kind: type) -> str:
 
 def _built(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any:
     """The model as the Auto classes build it from a config.json that is not there yet."""
-    with tempfile.TemporaryDirectory(prefix="swquant-rehearsal-") as folder:
-        write_json(Path(folder) / "config.json", config, constants=True)
+    with temporary_folder("rehearsal") as folder:
+        write_json(folder / "config.json", config, constants=True)
         parsed = type(checkpoint.config).from_pretrained(folder)  # reads what JSON has no number for, too
     with torch.device("meta"):
         return auto_class(parsed).from_config(parsed, trust_remote_code=checkpoint.trust_remote_code)

@@ -25,7 +25,7 @@ from swquant.checkpoints.companions import check_readable
 from swquant.interrupts import sigterm_interrupts, uninterrupted
 from swquant.output.contents import why_not_ours
 from swquant.output.exchange import flush, flush_folder, swap, swap_back
-from swquant.output.hidden import lock, locked_file, locked_folder, remove_dead, same, visible
+from swquant.output.hidden import locked_file, locked_folder, remove_dead, visible
 
 __all__ = ["check_destination", "check_space", "replace", "unfinished", "write_whole", "writing"]
 

@@ -23,13 +23,9 @@ from exporters.errors import SwquantError
 from swquant.checkpoints.manifest import MANIFEST, read_manifest
 from swquant.interrupts import uninterrupted
 from swquant.output.contents import strangers
+from swquant.scratch import lock, same
 
-try:
-    import fcntl
-except ImportError:  # no flock: nobody is ever found dead
-    fcntl = None  # type: ignore[assignment]
-
-__all__ = ["hidden_name", "lock", "locked_file", "locked_folder", "remove_dead", "same", "visible"]
+__all__ = ["hidden_name", "locked_file", "locked_folder", "remove_dead", "visible"]
 
 _PATTERN = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|replaced)-[0-9a-f]{8}", re.DOTALL)
 _LONGEST = 100  # bytes of a name that are repeated; file systems allow 143 to 255 for the whole
@@ -48,27 +44,6 @@ def visible(path: Path) -> Path:
         if match := _PATTERN.fullmatch(part):
             return Path(*path.parts[:index], match["name"])
     return path
-
-
-def lock(descriptor: int) -> bool | None:
-    """Lock an open file or folder. True: it is ours; False: somebody else's; None: this file system has no locks."""
-    if fcntl is None:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
-
-
-def same(path: Path, descriptor: int) -> bool:
-    """Whether a path still names what was opened."""
-    try:
-        return os.path.samestat(path.lstat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
 
 
 def _opened(path: Path, flags: int) -> int | None:

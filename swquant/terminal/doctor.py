@@ -21,6 +21,8 @@ def show_doctor(console: Console, report: Mapping[str, Any]) -> None:
     table.title = None
     for name, version in {**report["packages"], **report["optional"]}.items():
         absent = "[yellow]not installed (optional)[/]" if name in report["optional"] else "[red]not installed[/]"
+        if name == "vllm":  # `pip install vllm` here would take other versions of what swquant runs on
+            absent = "[yellow]not here (optional, in an environment of its own)[/]"
         table.add_row(name, version or absent)
     show_table(console, table)
     console.print(f"Devices: {'; '.join(report['devices']) or 'none, without torch'}", markup=False)

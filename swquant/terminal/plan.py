@@ -110,5 +110,8 @@ def show_result(console: Console, result: Compressed) -> None:
     totals = result.manifest["totals"]
     files = f"{human_bytes(totals['bytes'])} in {len(result.manifest['files'])} files, every byte verified"
     console.print(f"[bold green]Wrote {marked_sentence(str(result.path))}[/]: {files}.", soft_wrap=True)
+    for loader, verdict in result.manifest["loaders"].items():
+        if not verdict.startswith("yes"):
+            console.print(sentence(f"{loader}: {verdict}"), markup=False, soft_wrap=True)
     path = marked_sentence(shlex.quote(str(result.path)))
     console.print(f"Next: swquant inspect {path}   swquant eval {path} --text FILE", soft_wrap=True)

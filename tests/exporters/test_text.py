@@ -22,6 +22,8 @@ ANY = st.text(st.characters(codec=None, exclude_categories=()))  # surrogates, t
         ("größe 名 ✓ \U0001f469\u200d\U0001f52c", "größe 名 ✓ \U0001f469\u200d\U0001f52c"),
         ("می\u200cخواهم", "می\u200cخواهم"),
         ("\x1b[2J", r"\x1b[2J"),
+        ("\x1b[96mBlue\x1b[0;1m and bold\x1b[m", "Blue and bold"),
+        ("\x1b[\x1b[31m2J", r"\x1b[2J"),  # what is left without the colour is no better
         ("\x1b]0;title\x07", r"\x1b]0;title\x07"),
         ("a\nb\rc\td", r"a\nb\rc\td"),
         ("\x9b31m", r"\x9b31m"),

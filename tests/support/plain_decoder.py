@@ -34,6 +34,8 @@ def decoded(folder: Path) -> dict[str, torch.Tensor]:
     for path in sorted(folder.glob("*.safetensors")):
         stored |= load_file(path)
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    if config["quant_method"] == "metal":
+        return _with_offsets(stored, config["bits"])
     dense = {name: value for name, value in stored.items() if name.rpartition(".")[2] not in _PARTS}
     for name in (name for name in stored if name.endswith(".weight_scale")):
         module, scale = name.removesuffix(".weight_scale"), stored[name]
@@ -50,4 +52,19 @@ def decoded(folder: Path) -> dict[str, torch.Tensor]:
         group = cols // scale.shape[1]
         wide = scale.float().repeat_interleave(group, 1)
         dense[f"{module}.weight"] = ((codes - zeros.repeat_interleave(group, 1)) * wide).to(scale.dtype)
+    return dense
+
+
+def _with_offsets(stored: dict[str, torch.Tensor], bits: int) -> dict[str, torch.Tensor]:
+    """MLX's affine layout: `scales * code + qbiases` in float32, rounded to the type of the scales."""
+    dense = {name: value for name, value in stored.items() if not name.endswith((".scales", ".qbiases"))}
+    for name in (name for name in stored if name.endswith(".scales")):
+        module, scale = name.removesuffix(".scales"), stored[name]
+        words = stored[f"{module}.weight"].view(torch.int32)
+        count = words.shape[1] * 32 // bits
+        codes = torch.from_numpy(_codes(words, bits, count).astype(np.float32))
+        wide = [
+            part.float().repeat_interleave(count // scale.shape[1], 1) for part in (scale, stored[f"{module}.qbiases"])
+        ]
+        dense[f"{module}.weight"] = (codes * wide[0] + wide[1]).to(scale.dtype)
     return dense

@@ -32,6 +32,10 @@ from transformers import AutoConfig, PreTrainedModel
 import swquant
 from swquant.models.stock import auto_class
 
+# What a model takes beside text.
+_INPUTS = re.compile(
+    r"\b(\w*(?:pixel_values|flattened_patches|image_embeds|image_encoder_embeddings|qformer_input_ids)|state)\b"
+)
 RIGHT, REFUSED, NOT_BUILT = "right", "refused", "not built"
 
 
@@ -45,11 +49,15 @@ def outcome(model_type: str, work: Path) -> dict[str, Any]:
     """{outcome, detail, packed, share}: what becomes of one architecture."""
     source, out = work / "source", work / "out"
     try:
-        every_architecture.save(every_architecture.build(model_type), source)
-        original, _ = _stock(source)
+        built = every_architecture.build(model_type)
+        every_architecture.save(built, source)
+        original, info = _stock(source)
         every_architecture.logits_of(original)
     except Exception as error:  # transformers raises nearly everything here
-        return {"outcome": NOT_BUILT, "detail": f"{type(error).__name__}: {error}"}
+        return {"outcome": NOT_BUILT, "detail": _why_not(error)}
+    if lost := len(info["missing_keys"]):
+        kinds = f"{type(original).__name__} does not find {lost} weights in what {type(built).__name__} saved"
+        return {"outcome": NOT_BUILT, "detail": f"stock transformers: {kinds}"}
     try:
         manifest = swquant.compress(source, out, bits=4, block="32").manifest
     except swquant.SwquantError as error:
@@ -77,6 +85,18 @@ def outcome(model_type: str, work: Path) -> dict[str, Any]:
             difference = float((other - expected).abs().max())
             return {"outcome": "loads wrong", "detail": f"{name} is {difference:.3g} off a plain decoder", **found}
     return {"outcome": RIGHT, "detail": "", **found}
+
+
+def _why_not(error: Exception) -> str:
+    """Why a model does not come to run on text, in few words where it is what the architecture wants."""
+    text = str(error)
+    if isinstance(error, ImportError) and (
+        library := re.search(r"requires the (\S+) library|module named '(\S+)'", text)
+    ):
+        return f"transformers needs {library[1] or library[2]} for it"
+    if wanted := list(dict.fromkeys(_INPUTS.findall(text))):
+        return f"does not run on text alone: it wants {', '.join(wanted)}"
+    return f"{type(error).__name__}: {text}"
 
 
 def _dense(manifest: Any) -> dict[str, int]:

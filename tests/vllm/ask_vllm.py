@@ -1,8 +1,8 @@
 """Asks vLLM about checkpoints: a program of its own, run by the Python of vLLM's environment, which has no swquant.
 
 Reads {"folders": […], "prompts": [[token, …], …], "tokens": n} as JSON on stdin. Writes to the file that its argument
-names, for every folder, either for every prompt {"tokens": those of the prompt and n greedy ones, "logprobs": of each
-but the first}, or {"refusal": the words that vLLM stops with}.
+names a line {"folder": …, "answer": …} for each: of every prompt {"tokens": those of the prompt and n greedy ones,
+"logprobs": of all but the first}, or {"refusal": the words that vLLM stops with}.
 """
 
 from __future__ import annotations
@@ -27,46 +27,38 @@ LENGTH = 128
 
 
 def answer(folder: str, prompts: list[list[int]], tokens: int) -> Any:
-    try:
-        llm = LLM(
-            folder,
-            skip_tokenizer_init=True,
-            enforce_eager=True,
-            max_model_len=LENGTH,
-            max_num_seqs=len(prompts),
-            seed=0,
-        )
-    except Exception as error:  # of whatever class vLLM refuses a checkpoint with
-        return {"refusal": f"{type(error).__name__}: {error}"}
     greedy = SamplingParams(
         temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, logprobs=0, prompt_logprobs=0
     )
-    said = []
-    for request in llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy, use_tqdm=False):
-        written = request.outputs[0]
-        ids = [*request.prompt_token_ids, *written.token_ids]
-        seen = [*request.prompt_logprobs, *written.logprobs]
-        logprobs = [table[token].logprob for token, table in zip(ids[1:], seen[1:], strict=True)]
-        said.append({"tokens": ids, "logprobs": logprobs})
-    return said
+    try:
+        llm = LLM(folder, skip_tokenizer_init=True, enforce_eager=True, max_model_len=LENGTH, max_num_seqs=len(prompts))
+        said = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy, use_tqdm=False)
+    except Exception as error:  # of whatever class vLLM refuses a checkpoint with
+        return {"refusal": f"{type(error).__name__}: {error}"}
+    return [told(request) for request in said]
+
+
+def told(request: Any) -> dict[str, Any]:
+    written = request.outputs[0]
+    ids = [*request.prompt_token_ids, *written.token_ids]
+    seen = [*request.prompt_logprobs, *written.logprobs]  # the first token has none
+    return {"tokens": ids, "logprobs": [table[token].logprob for token, table in zip(ids[1:], seen[1:], strict=True)]}
 
 
 def main() -> None:
     """vLLM is imported once, and every folder answered by a fork, so that no engine sees what another one left."""
     question = json.load(sys.stdin)
-    answers = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "answer"
-        for folder in question["folders"]:
-            path.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as scratch, Path(sys.argv[1]).open("w") as lines:
+        for number, folder in enumerate(question["folders"]):
+            path = Path(scratch, str(number))
             child = os.fork()
             if not child:
                 path.write_text(json.dumps(answer(folder, question["prompts"], question["tokens"])))
                 os._exit(0)
             _, status = os.waitpid(child, 0)
             died = {"refusal": f"died: {os.waitstatus_to_exitcode(status)}"}
-            answers[folder] = json.loads(path.read_text()) if path.is_file() else died
-    Path(sys.argv[1]).write_text(json.dumps(answers))
+            said = json.loads(path.read_text()) if path.is_file() else died
+            print(json.dumps({"folder": folder, "answer": said}), file=lines, flush=True)
 
 
 if __name__ == "__main__":

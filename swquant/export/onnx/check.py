@@ -9,7 +9,6 @@ more than its arithmetic explains is not written under its final name.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -143,10 +142,10 @@ def _without_outliers(folder: Path, deltas: Mapping[str, np.ndarray], config: An
 
 def _providers(folder: Path, config: Any, reference: Reference) -> dict[str, int]:
     """Provider -> nodes that ran on it, from a profile of one run."""
-    with tempfile.TemporaryDirectory(prefix="swquant-profile-") as scratch:
+    with temporary_folder("profile") as scratch:
         options = onnxruntime.SessionOptions()
         options.enable_profiling = True
-        options.profile_file_prefix = str(Path(scratch) / "run")
+        options.profile_file_prefix = str(scratch / "run")
         session = open_session(folder / MODEL, options)
         model = OnnxModel(session, config)
         model.step(np.array([reference.prompt]), model.empty_past(1))

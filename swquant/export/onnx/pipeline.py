@@ -85,8 +85,9 @@ def export_checkpoint(
     return Exported(out, manifest)
 
 
-def check_plan(prepared: Prepared) -> None:
+def check_plan(prepared: Prepared, options: ExportOptions) -> None:
     """Raise SwquantError where what is planned could be compressed but not exported, before hours are spent on it."""
+    _check_graph(prepared.checkpoint, prepared.found.architecture, options)
     for tensor in prepared.plan.quantized:
         if prepared.found.architecture.weights[tensor.name].kind is not LinearKind.LINEAR:
             raise unsupported(prepared.checkpoint.name, tensor.name)
@@ -95,8 +96,7 @@ def check_plan(prepared: Prepared) -> None:
 def _check_graph(checkpoint: Checkpoint, architecture: Architecture, options: ExportOptions) -> None:
     """Raise SwquantError where the chosen graph is known to be another model."""
     if options.graph == "genai":
-        shapes = {name: stored.shape for name, stored in checkpoint.tensors.items()}
-        check_builder(checkpoint.name, checkpoint.config, architecture, shapes)
+        check_builder(checkpoint, architecture)
 
 
 def write_exported(
@@ -106,8 +106,7 @@ def write_exported(
     all. Raises SwquantError."""
     source = prepared.checkpoint
     check_destination(out, overwrite, source)
-    check_plan(prepared)
-    _check_graph(source, prepared.found.architecture, options)
+    check_plan(prepared, options)
     with writing(out), unfinished(out) as scratch:
         folder = scratch / f"{source.name[:40]}{prepared.plan.options.suffix}"
         write(prepared, folder, progress=progress)

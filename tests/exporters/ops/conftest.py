@@ -7,7 +7,7 @@ import pytest
 from support.linear_nbits import cpu_flags
 
 from exporters.ops import LIBRARY, library_path
-from exporters.ops.build import build_library, find_compiler, sources
+from exporters.ops.build import FOLDER, build_library, find_compiler, sources
 
 SIMDE = Path("/usr/include/simde/x86/avx512.h")
 
@@ -16,7 +16,7 @@ SIMDE = Path("/usr/include/simde/x86/avx512.h")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The installed library, or one made of the sources as they are now."""
     installed = library_path()
-    newest = max(path.stat().st_mtime for path in sources())
+    newest = max(path.stat().st_mtime for path in (*sources(), *FOLDER.rglob("*.h")))
     if installed is not None and installed.stat().st_mtime >= newest:
         return installed
     if find_compiler() is None:

@@ -117,6 +117,10 @@ def poison(name: str, value: float) -> Callable[[Path], None]:
     return lambda folder: edit_weights(folder, change)
 
 
+def integers(name: str) -> Callable[[Path], None]:
+    return lambda folder: edit_weights(folder, lambda weights: weights.update({name: weights[name].view(torch.int16)}))
+
+
 DAMAGES = {
     "a shard is missing": (lose_a_shard, "1 of 3 shards are missing, first model-00002.*fetch the model again"),
     "the index leaves the folder": (rename_in_index("../model.safetensors"), "not the name of a safetensors file"),
@@ -151,7 +155,11 @@ DAMAGES = {
     "the depth is zero": (lambda folder: edit_config(folder, num_hidden_layers=0), "no list of decoder layers"),
     "the width is text": (lambda folder: edit_config(folder, hidden_size="wide"), "config.json|cannot build"),
     "no tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), "no usable tokenizer.*put tokenizer.json"),
-    "the tokenizer is damaged": (write("tokenizer.json", "{"), "no usable tokenizer"),
+    "the tokenizer is damaged": (write("tokenizer.json", "{"), "tokenizer.json: not JSON .*fetch or save it again"),
+    "the tokenizer is another thing": (write("tokenizer.json", "{}"), "no usable tokenizer"),
+    "a file that is copied is damaged": (write("preprocessor_config.json", "{"), "preprocessor_config.json: not JSON"),
+    "a linear weight is of whole numbers": (integers(LINEAR), f"{LINEAR} is of whole numbers .torch.int16.*start from"),
+    "a norm is of whole numbers": (integers(NORM), f"{NORM} is of whole numbers"),
     "a linear weight is missing": (lose(LINEAR), f"lacks {LINEAR}"),
     "a norm is missing": (lose(NORM), f"lacks {NORM}"),
     "a linear weight is NaN": (poison(LINEAR, torch.nan), "NaN"),

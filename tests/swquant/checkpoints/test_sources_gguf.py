@@ -200,3 +200,28 @@ def test_scaling_that_cannot_be_said_is_refused(tmp_path: Path, keys: dict[str, 
     write_gguf(tmp_path / "m.gguf", header=scaling(**keys))
     with pytest.raises(swquant.SwquantError, match=r"rope\.scaling has .*known are linear, and yarn.*start from"):
         swquant.load(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("shift", [1, 2, 31, 32])
+@pytest.mark.parametrize("where", ["in the header's padding", "in front of the weights", "in the weights"])
+def test_weights_that_are_shifted_are_refused(f16: bytes, tmp_path: Path, where: str, shift: int) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(f16)
+    reader = gguf.GGUFReader(path)
+    begin = int(reader.data_offset)
+    last = reader.tensors[-1].field
+    end = last.offset + sum(part.nbytes for part in last.parts)
+    at = {"in the header's padding": end, "in front of the weights": begin, "in the weights": begin + 1000}[where]
+    path.write_bytes(f16[:at] + b"\1" * shift + f16[at:])
+    with pytest.raises(swquant.SwquantError, match="m.gguf: .*fetch it again"):
+        open_checkpoint(path)
+
+
+def test_tensors_that_overlap_are_refused(f16: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(f16)
+    last = gguf.GGUFReader(path).tensors[-1].field
+    at = last.offset + sum(part.nbytes for part in last.parts) - 8  # its offset
+    path.write_bytes(f16[:at] + (0).to_bytes(8, "little") + f16[at + 8 :])
+    with pytest.raises(swquant.SwquantError, match="ends at byte .*fetch it again"):
+        open_checkpoint(path)

@@ -10,12 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.tiny_models import PROMPT, TOKENS, Planted, planted_model, save_model, tiny_model
+from support import every_architecture
+from support.tiny_models import ARCHITECTURES, PROMPT, TOKENS, Planted, planted_model, save_model, tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import swquant
 from exporters.sidecar import OUTLIERS, SIDECAR, SidecarReader
 from swquant.checkpoints.compressed import CompressedCheckpoint
+from swquant.checkpoints.open import open_checkpoint
+from swquant.detect.pipeline import watchable
+from swquant.models import streaming
+from swquant.models.converted import as_built
+from swquant.models.loading import build_model, offloaded_model
 
 LOADABLE = ("llama", "qwen3", "phi3", "gemma3", "mixtral", "qwen3_moe", "opt")
 
@@ -190,6 +196,41 @@ def test_detection_from_disk_finds_what_detection_in_memory_finds(architecture: 
     from_disk = swquant.detect(folder, PROMPT, low_memory=True).detection
     assert from_disk.super_weights == in_memory.super_weights != ()
     assert from_disk.layers == in_memory.layers
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "dbrx", "jetmoe", "kosmos-2.5", "llama4_text"])
+@pytest.mark.parametrize("large", [streaming._LARGE, 1], ids=["", "through files"])
+def test_a_streamed_model_gives_what_the_model_in_memory_gives(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: int
+) -> None:
+    """dbrx, jetmoe and kosmos-2.5 take weights of modules that are not running, or ask where their weights are."""
+    monkeypatch.setattr(streaming, "_LARGE", large)
+    if architecture in ARCHITECTURES:
+        folder = save_model(tiny_model(architecture).to(torch.bfloat16), tmp_path / "model")
+    else:
+        folder = every_architecture.save(every_architecture.build(architecture), tmp_path / "model")
+    with open_checkpoint(folder) as opened:
+        checkpoint = as_built(opened)
+        whole = build_model(checkpoint, torch.float32)
+        with watchable(whole):
+            expected = every_architecture.logits_of(whole)
+        with offloaded_model(checkpoint, torch.float32) as streamed, watchable(streamed):
+            assert torch.equal(every_architecture.logits_of(streamed), expected)
+            assert torch.equal(every_architecture.logits_of(streamed), expected)
+            for name, parameter in streamed.named_parameters():
+                assert parameter.untyped_storage().nbytes() <= 8, name
+                assert bool(parameter.isnan().all())
+
+
+def test_a_streamed_weight_is_gone_after_an_error(bf16_llama: Planted) -> None:
+    with (
+        open_checkpoint(bf16_llama.folder) as checkpoint,
+        offloaded_model(checkpoint, torch.float32) as model,
+    ):
+        with pytest.raises(IndexError):
+            model(torch.tensor([[10**6]]))
+        assert not any(module._parameters.read for module in model.modules())  # type: ignore[attr-defined]
+        assert torch.isfinite(logits(model)).all()
 
 
 def test_a_compressed_model_keeps_its_super_weight(bf16_llama: Planted, compressed: Path) -> None:

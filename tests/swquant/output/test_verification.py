@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.signed import sign
 
 import swquant
-from exporters.json_file import json_bytes
 from exporters.sidecar import SIDECAR
 from swquant.compress.report import REPORT
 
@@ -147,9 +147,8 @@ def test_an_edited_manifest_is_reported(damaged: Path, old: str, new: str) -> No
         lambda text: json.dumps(json.loads(text)).encode(),
         lambda text: text.replace(b'"swquant": "', b'"swquant": "0.0", "swquant": "', 1),
         lambda text: text.replace(b"tiny", b"\\u0074iny", 1),
-        lambda text: b"\xef\xbb\xbf" + text,
     ],
-    ids=["line ends", "space", "no last line end", "space at the end", "one line", "key twice", "escape", "mark"],
+    ids=["line ends", "space", "no last line end", "space at the end", "one line", "key twice", "escape"],
 )
 def test_a_manifest_of_other_bytes_is_reported_though_it_says_the_same(damaged: Path, change: Callable) -> None:
     path = damaged / MANIFEST
@@ -221,18 +220,6 @@ def test_a_folder_without_a_manifest_is_refused(bf16_llama, tmp_path: Path) -> N
     for folder in (bf16_llama.folder, tmp_path, tmp_path / "missing"):
         with pytest.raises(swquant.SwquantError, match=r"no swquant/manifest\.json; not a checkpoint made by swquant"):
             swquant.verify(folder)
-
-
-def sign(folder: Path, change: dict | None = None) -> None:
-    """Make the manifest agree with the files again: what remains is what only a look inside can find."""
-    path = folder / MANIFEST
-    manifest = {**json.loads(path.read_text()), "digest": "", **(change or {})}
-    for name, record in manifest["files"].items():
-        data = (folder / name).read_bytes()
-        record |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    text = json.dumps(manifest, sort_keys=True)
-    manifest["digest"] = hashlib.sha256(text.encode()).hexdigest()
-    path.write_bytes(json_bytes(manifest))
 
 
 def change_sidecar(folder: Path, name: str, part: str, value: float) -> None:

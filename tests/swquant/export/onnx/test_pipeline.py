@@ -10,9 +10,9 @@ from pathlib import Path
 
 import onnx_ir
 import pytest
-from support.command_line import Cli
+from support.command_line import Cli, one_line
 from support.exported import SETTINGS, compressed_model
-from support.tiny_models import PROMPT, sample_text
+from support.tiny_models import PROMPT, planted_model, sample_text
 
 import swquant
 from swquant.export.onnx import pipeline
@@ -68,6 +68,24 @@ def test_the_plan_of_both_steps_is_shown_and_checked(
         ran = cli(*words, *extra)
         assert (ran.code, problem in ran.err) == (1, True), ran.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [(), ("--dry-run",)], ids=["run", "dry run"])
+def test_what_the_builder_refuses_is_known_before_the_work(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    model = planted_model("opt", tmp_path / "model").folder
+    monkeypatch.setattr(pipeline, "write", None)  # would be a TypeError if it came that far
+    ran = cli("compress", model, tmp_path / "out", "--format", "onnx", "--graph", "genai", *words, "--prompt", PROMPT)
+    assert "builder cannot export this model (it does not know OPTForCausalLM); use --graph dynamo" in one_line(ran)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_export_is_opened_without_our_operators(cli: Cli, exported: Path) -> None:
+    assert swquant.verify(exported, loads=True) == []
+    ran = cli("verify", exported, "--loads")
+    assert (ran.code, ran.err) == (0, "")
+    assert "loads it, without swquant's operators, too" in ran.out
 
 
 def test_the_manifest_says_what_was_checked(exported: Path) -> None:
