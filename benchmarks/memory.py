@@ -9,8 +9,8 @@ this script makes, of random weights in bfloat16:
     mixture     64 experts in each of 3 layers, 1.5 billion weights. They are stored one by one, 4 MB each, and
                 transformers holds those of a layer in one tensor, in float32 256 times as large
 
-Each row is a run of its own, all with --low-memory: what `compress` does by itself, with --refine none (plain rounding),
-and `detect` (the probe alone).
+Each row is a run of its own, all with --low-memory: what `compress` does by itself, with --refine none (plain
+rounding), and `detect` (the probe alone).
 
 Not held to the bound: --preset best (--refine self), which keeps matrices of second order, up to 1 GiB of them at a
 time, and keys and values of its texts.

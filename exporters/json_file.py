@@ -15,11 +15,20 @@ __all__ = ["json_bytes", "parse_json", "read_json", "read_json_value", "write_js
 _LARGEST = 1 << 28  # bytes; a manifest of 100,000 tensors has a quarter of them
 
 
-def parse_json(data: bytes) -> Any:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are text, each there once."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a key is there twice")
+    "".join(value).encode()  # raises UnicodeError, a ValueError, for half of a surrogate pair
+    return value
+
+
+def parse_json(data: bytes, *, unique: bool = False) -> Any:
     """JSON in UTF-8. Raises ValueError for anything else: Python by itself also reads UTF-16 and a byte order mark,
-    which other readers of the same file do not."""
+    which other readers of the same file do not. unique: also for a key that is there twice."""
     try:
-        return json.loads(data.decode())
+        return json.loads(data.decode(), object_pairs_hook=_unique if unique else None)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

@@ -45,6 +45,7 @@ _DTYPES: dict[str, torch.dtype] = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U32": torch.uint32,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -102,7 +103,11 @@ def _parse_entry(path: Path, name: str, raw: Any, data_start: int, size: int) ->
             "load the model in transformers and save it again in bfloat16"
         )
     shape, offsets = raw["shape"], raw["data_offsets"]
-    _check(isinstance(shape, list) and all(map(_natural, shape)), path, f"{name} has the shape {shape}")
+    _check(
+        isinstance(shape, list) and all(map(_natural, shape)) and math.prod(max(1, size) for size in shape) < 2**63,
+        path,
+        f"{name} has the shape {shape}",
+    )
     _check(
         isinstance(offsets, list) and len(offsets) == 2 and all(map(_natural, offsets)),
         path,
@@ -145,11 +150,12 @@ class SafetensorsReader:
         _check(length <= min(size - 8, _MAX_HEADER), self.path, f"the header claims {length} bytes in a file of {size}")
         text = self._file.read(length)
         try:
-            header = parse_json(text)
+            header = parse_json(text, unique=True)
         except ValueError:
             header = None
         _check(isinstance(header, dict), self.path, "the header is not a JSON object")
-        metadata = header.pop("__metadata__", None) or {}
+        metadata = header.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata
         _check(
             isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()),
             self.path,

@@ -52,7 +52,7 @@ def same(path: Path, descriptor: int) -> bool:
 
 @contextmanager
 def temporary_folder(use: str) -> Iterator[Path]:
-    """A new empty folder, removed when the block ends, or by the next run if this one is killed. use: one of `_USES`."""
+    """A new empty folder, removed when the block ends, or by the next run if this one is killed. use: of `_USES`."""
     assert use in _USES
     _remove_dead(Path(tempfile.gettempdir()))
     path, descriptor = _made(use)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from calibrationless import Patch, QuantizedTensor, dequantize, restore
-from exporters import compressed_tensors
+from exporters import layouts
 from exporters.errors import CheckpointError, SwquantError
 from exporters.json_file import read_json
 from exporters.safetensors_file import SafetensorsReader
@@ -90,7 +90,8 @@ class CompressedCheckpoint(Checkpoint):
             return Stored(entry.dtype, entry.shape)
         if len(record["shape"]) != 2:
             raise SwquantError(f"{self.name}: {name} has the shape {record['shape']}, which no rounded weight has")
-        scale = f"{name.removesuffix('.weight')}.weight_scale"
+        module = name.removesuffix(".weight")
+        scale = f"{module}.{layouts.scale_name(part.removeprefix(f'{module}.') for part in record['sha256'])}"
         stored = self._reader(name, scale).entries[scale].dtype
         return Stored(torch.float32 if self._unrounded else stored, tuple(record["shape"]))
 
@@ -106,7 +107,7 @@ class CompressedCheckpoint(Checkpoint):
         tensors = {stored: reader.read(stored) for stored in record["sha256"]}
         parts = {stored.removeprefix(f"{module}."): tensor for stored, tensor in tensors.items()}
         try:
-            quantized = compressed_tensors.from_tensors(parts, record["bits"], record["shape"])
+            quantized = layouts.from_tensors(parts, record["bits"], record["shape"])
             check_hashes(name, record, tensors)
         except ValueError as error:
             raise SwquantError(f"{self.name}: {name} is damaged ({error}); run swquant verify") from None
@@ -136,7 +137,8 @@ class CompressedCheckpoint(Checkpoint):
             return tensor
         quantized = self.quantized(name)
         if self._unrounded:
-            quantized = replace(quantized, scale=quantized.scale.to(torch.float32))
+            offset = None if quantized.offset is None else quantized.offset.to(torch.float32)
+            quantized = replace(quantized, scale=quantized.scale.to(torch.float32), offset=offset)
         weight = restore(dequantize(quantized), *self.patches(name))
         try:
             check_decoded(name, weight)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ from exporters.errors import SwquantError, first_line
 from exporters.text import shown
 from swquant.checkpoints.base import Checkpoint, Stored, check_depth
 from swquant.checkpoints.gguf_rope import rope_scaling
+from swquant.checkpoints.guard import silent_transformers
 from swquant.scratch import temporary_folder
 
 __all__ = ["GgufCheckpoint"]
@@ -62,8 +64,8 @@ def _check_whole(path: Path, fields: Mapping[str, Any], tensors: int) -> None:
 
 
 def _check_layout(path: Path, reader: Any) -> None:
-    """Raise SwquantError unless the tensors lie end to end behind the header, zeros between them: what llama.cpp writes,
-    and asks for. A header that lost or won a byte would shift every weight, and every shifted weight is a number."""
+    """Raise SwquantError unless the tensors lie end to end behind the header, zeros between them: what llama.cpp
+    writes and asks for. A header that lost or won a byte would shift every weight, and all would be numbers still."""
     last, size = reader.tensors[-1].field, len(reader.data)
     ends = [int(last.offset) + sum(int(part.nbytes) for part in last.parts)]
     ends += [int(tensor.data_offset + tensor.n_bytes) for tensor in reader.tensors]
@@ -88,7 +90,9 @@ class GgufCheckpoint(Checkpoint):
         self.folder = path.parent
         self.name = path.stem
         try:
-            self._open()
+            with warnings.catch_warnings(), silent_transformers():
+                warnings.simplefilter("ignore")  # numpy's, of sums that overflow: the reader then finds no such bytes
+                self._open()
         except SwquantError:
             raise
         except Exception as error:  # struct.error, IndexError, ValueError, …: the header lies

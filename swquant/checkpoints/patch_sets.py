@@ -46,5 +46,9 @@ def open_patches(folder: Path, manifest: Manifest, name: str) -> SidecarReader |
     if odd is None and sidecar.sha256() == manifest["files"][SIDECAR]["sha256"]:
         return sidecar
     sidecar.close()
-    what = "is not what was written, its sha256 says" if odd is None else f"does not hold the {odd} that the manifest counts"
+    what = (
+        "is not what was written, its sha256 says"
+        if odd is None
+        else f"does not hold the {odd} that the manifest counts"
+    )
     raise SwquantError(f"{name}: {SIDECAR} {what}; fetch it again, or load without it (--no-restore)")

@@ -64,6 +64,7 @@ class OptionsRecord(TypedDict):
     bits: int
     block: str
     symmetric: bool
+    offsets: NotRequired[bool]
     preset: str
     refine: str | None
     texts: int

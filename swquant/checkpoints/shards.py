@@ -8,6 +8,7 @@ leftover of an earlier save, and nothing in the folder says which.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from os.path import isfile  # unlike Path.is_file, no error for a name that is too long
 from pathlib import Path
 
 from exporters.errors import SwquantError
@@ -22,20 +23,22 @@ _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 def shard_names(folder: Path) -> tuple[str, ...]:
     """Names of the safetensors files that make up the model in `folder`, checked against its index."""
-    if not (folder / INDEX).is_file():
-        if (folder / SINGLE).is_file():
+    if not isfile(folder / INDEX):
+        if isfile(folder / SINGLE):
             return (SINGLE,)
         raise _no_weights(folder)
     names = tuple(sorted(set(_weight_map(folder).values())))
     for name in names:
         if Path(name).name != name or name in ("", ".", "..") or "\\" in name or not name.endswith(".safetensors"):
-            raise SwquantError(f"{folder / INDEX}: {name!r} is not the name of a safetensors file beside it; fetch or save the model again")
-    if (folder / SINGLE).is_file() and SINGLE not in names:
+            raise SwquantError(
+                f"{folder / INDEX}: {name!r} is not the name of a safetensors file beside it; fetch or save the model again"
+            )
+    if isfile(folder / SINGLE) and SINGLE not in names:
         raise SwquantError(
             f"{folder.name}: two sets of weights, {SINGLE} and the {len(names)} shards that {INDEX} names, and loaders "
             f"disagree which they read; delete {SINGLE}, or {INDEX} with its shards, whichever is older"
         )
-    if missing := [name for name in names if not (folder / name).is_file()]:
+    if missing := [name for name in names if not isfile(folder / name)]:
         raise SwquantError(
             f"{folder.name}: {len(missing)} of {len(names)} shards are missing, first {missing[0]}; fetch the model again"
         )
@@ -49,7 +52,7 @@ def holders(folder: Path, name: str, shards: Mapping[str, Iterable[str]]) -> dic
     promises what is not there, or leaves open which of two is meant.
     """
     held = {shard: set(tensors) for shard, tensors in shards.items()}
-    listed = _weight_map(folder) if (folder / INDEX).is_file() else {}
+    listed = _weight_map(folder) if isfile(folder / INDEX) else {}
     if lost := sorted(tensor for tensor, shard in listed.items() if tensor not in held.get(shard, ())):
         raise SwquantError(
             f"{name}: the index promises {lost[0]} in {listed[lost[0]]}, which does not hold it; fetch the model again"

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 
 from calibrationless import dequantize
-from exporters import compressed_tensors
+from exporters import layouts
 from exporters.errors import CheckpointError
 from exporters.safetensors_file import SafetensorsReader
 from exporters.text import shown
@@ -34,7 +34,9 @@ def check_dense(name: str, record: TensorRecord, tensor: torch.Tensor) -> None:
     """Raise CheckpointError unless a tensor that is not rounded has the shape of its record and is finite, or of no
     use to any loader."""
     if list(tensor.shape) != record["shape"]:
-        raise CheckpointError(f"{shown(name)} has the shape {list(tensor.shape)}, the manifest says {record['shape']}")
+        raise CheckpointError(
+            f"{shown(name)} has the shape {list(tensor.shape)}, the manifest says {record['shape']}; fetch or write it again"
+        )
     if record.get("dense") != UNUSED and not all_finite(tensor):
         raise CheckpointError(f"{shown(name)} holds a NaN or infinite value; fetch or write it again")
 
@@ -42,7 +44,7 @@ def check_dense(name: str, record: TensorRecord, tensor: torch.Tensor) -> None:
 def check_hashes(name: str, record: TensorRecord, parts: Mapping[str, torch.Tensor]) -> None:
     """Raise CheckpointError unless stored name -> tensor are byte for byte those of the record."""
     for stored, tensor in parts.items():
-        data = tensor.contiguous().flatten().view(torch.uint8).numpy() if tensor.numel() else b""
+        data = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy().data) if tensor.numel() else b""
         if hashlib.sha256(data).hexdigest() != record["sha256"][stored]:
             raise CheckpointError(
                 f"{shown(stored)} is not what was written for {shown(name)}, its sha256 says; fetch or write it again"
@@ -71,10 +73,11 @@ def check_stored(name: str, record: TensorRecord, reader: SafetensorsReader) -> 
     tensors = {stored: reader.read(stored) for stored in record["sha256"]}
     parts = {stored.removeprefix(f"{module}."): tensor for stored, tensor in tensors.items()}
     try:
-        compressed_tensors.check_tensors(parts, record["bits"], record["shape"])
+        layouts.check_tensors(parts, record["bits"], record["shape"])
     except ValueError as error:
         raise CheckpointError(f"{shown(name)} is damaged ({error}); fetch or write it again") from None
     check_hashes(name, record, tensors)
-    scale = parts["weight_scale"]
-    if float(scale.abs().max()) * (1 << record["bits"]) > torch.finfo(scale.dtype).max:  # otherwise no weight can be
-        check_decoded(name, dequantize(compressed_tensors.from_tensors(parts, record["bits"], record["shape"])))
+    floats = [part for part in parts.values() if part.is_floating_point()]
+    largest = sum(float(part.abs().max()) for part in floats) * (1 << record["bits"])
+    if largest > torch.finfo(floats[0].dtype).max:  # otherwise no weight can be infinite
+        check_decoded(name, dequantize(layouts.from_tensors(parts, record["bits"], record["shape"])))

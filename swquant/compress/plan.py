@@ -24,10 +24,14 @@ from swquant.detect.folds import Fold
 from swquant.models.architecture import Architecture, Dense, LinearKind
 from swquant.units import parse_bytes
 
-__all__ = ["Plan", "TensorPlan", "make_plan", "tied_copies"]
+__all__ = ["Plan", "TensorPlan", "TooFewCodesError", "make_plan", "tied_copies"]
 
 # Scaling channels makes the weights of a row less alike: in a block of a few hundred columns it pays, beyond it costs.
 MAX_COLUMNS_TO_SCALE = 256
+
+
+class TooFewCodesError(SwquantError):
+    """What is asked for makes sense, but too few of the weights could be packed so."""
 
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -182,7 +186,7 @@ def make_plan(
             _quantized(name, stored, recipe, int8_inputs, transposed=linear is not None and linear.transposed)
         )
     if not any(tensor.block for tensor in tensors):
-        raise SwquantError(_nothing(checkpoint, tensors))
+        raise TooFewCodesError(_nothing(checkpoint, tensors))
     tensors = _folded(tensors, folds)
     shards = _shards(tensors, parse_bytes(options.shard_size))
     notes = (*_notes(tensors, of_experts, options, decoded=decoded), *checkpoint.notes)

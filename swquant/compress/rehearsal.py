@@ -14,7 +14,7 @@ from typing import Protocol
 from exporters.errors import SwquantError
 from swquant.checkpoints.base import Checkpoint
 from swquant.compress.config import checkpoint_config
-from swquant.compress.plan import Plan
+from swquant.compress.plan import Plan, TooFewCodesError
 from swquant.models.architecture import Architecture
 from swquant.models.rehearsal import Rehearsal, rehearse
 
@@ -41,7 +41,7 @@ def rehearsed_plan(
         return _rehearsed(checkpoint, architecture, plan_with, decoded=True)
     try:
         return _rehearsed(checkpoint, architecture, plan_with, decoded=False)
-    except SwquantError:
+    except TooFewCodesError:
         try:
             return _rehearsed(checkpoint, architecture, plan_with, decoded=True)
         except SwquantError:  # what kept the codes out of the modules is the reason to tell
@@ -62,7 +62,7 @@ def _rehearsed(checkpoint: Checkpoint, architecture: Architecture, plan_with: Pl
         if not dense:
             break
         architecture = architecture.without(dense)
-    raise SwquantError(
+    raise TooFewCodesError(
         f"{checkpoint.name}: stock transformers could not load what would be written ({rehearsal.problem}); {_OTHERS}"
     )
 
@@ -92,7 +92,7 @@ def _check_share(checkpoint: Checkpoint, plan: Plan, architecture: Architecture)
         if tensor.name in decoder and tensor.block is None:
             reasons[tensor.reason] = reasons.get(tensor.reason, 0) + tensor.source.numel
     reason = max(reasons, key=reasons.__getitem__)
-    raise SwquantError(
+    raise TooFewCodesError(
         f"{checkpoint.name}: only {packed / sum(sizes.values()):.0%} of the linear weights would be packed ({reason}); "
         f"{_OTHERS}, or add --allow-dense"
     )

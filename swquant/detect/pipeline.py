@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from calibrationless import Probe, Scalar, detect, run_probe
-from exporters.errors import SwquantError
+from exporters.errors import SwquantError, first_line
 from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.tokenizer import encode
 from swquant.detect.folds import find_folds
@@ -106,7 +106,13 @@ def find_super_weights(
         def run(
             prune: Sequence[Scalar] = (), record: bool = False, scales: Mapping[str, torch.Tensor] | None = None
         ) -> Probe:
-            probe = run_text(probed, architecture, tokens.unsqueeze(0), prune=prune, scales=scales, record=record)
+            try:
+                probe = run_text(probed, architecture, tokens.unsqueeze(0), prune=prune, scales=scales, record=record)
+            except (ValueError, TypeError, AttributeError) as error:  # what models say that want more than token ids
+                raise SwquantError(
+                    f"{checkpoint.name}: {type(probed).__name__} does not run on text alone ({first_line(error)}); swquant "
+                    "compresses models that write text"
+                ) from None
             return replace(probe, logits=probe.logits[0])
 
         try:

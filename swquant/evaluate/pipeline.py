@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from exporters.errors import SwquantError
+from exporters.errors import SwquantError, first_line
 from swquant.checkpoints.base import Checkpoint, ModelFolder
 from swquant.checkpoints.guard import failures_of
 from swquant.checkpoints.onnx import OnnxFolder
@@ -237,16 +237,22 @@ def generate_text(checkpoint: ModelFolder, prompt: str, *, tokens: int = 40) -> 
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         model: Any = runnable_model(checkpoint)
         inputs = torch.tensor([ids])
-        output = model.generate(
-            input_ids=inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=tokens,
-            do_sample=False,
-            num_beams=1,
-            num_return_sequences=1,
-            return_dict_in_generate=False,
-            pad_token_id=pad,
-        )
+        try:
+            output = model.generate(
+                input_ids=inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=tokens,
+                do_sample=False,
+                num_beams=1,
+                num_return_sequences=1,
+                return_dict_in_generate=False,
+                pad_token_id=pad,
+            )
+        except (ValueError, TypeError, LookupError, AttributeError) as error:  # a setting that fails where it is used
+            raise SwquantError(
+                f"{checkpoint.name}: transformers cannot write with these settings ({first_line(error)}); correct "
+                "generation_config.json, or move it away"
+            ) from None
     with failures_of(
         f"{checkpoint.name}: the tokenizer cannot write this text", "its tokenizer.json is damaged, fetch it again"
     ):

@@ -225,7 +225,7 @@ def describe(checkpoint: Checkpoint, model: PreTrainedModel | None = None) -> Ar
     """Sort every tensor of a checkpoint into linear weights and others with a reason."""
     model = model if model is not None else empty_model(checkpoint)
     layers = _decoder_layers(model)
-    hidden = model.config.get_text_config().hidden_size
+    hidden = _hidden_size(model)
     downs = _down_projections(model, layers, hidden)
     rename = _Renamer(model)
     state, parameters = model.state_dict(), {name for name, _ in model.named_parameters()}
@@ -271,6 +271,12 @@ def describe(checkpoint: Checkpoint, model: PreTrainedModel | None = None) -> Ar
         tied=_tied(model, targets),
         lost=frozenset(lost),
     )
+
+
+def _hidden_size(model: PreTrainedModel) -> int:
+    """Width of the residual stream: the configuration's, or the embedding's where it has none of that name (BLT)."""
+    size = getattr(model.config.get_text_config(), "hidden_size", None)
+    return size if isinstance(size, int) else model.get_input_embeddings().get_parameter("weight").shape[1]
 
 
 def _tied(model: PreTrainedModel, targets: Mapping[str, str]) -> dict[str, str]:

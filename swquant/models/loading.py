@@ -7,11 +7,9 @@ transformers' own, and a weight that is missing is an error, never a random numb
 from __future__ import annotations
 
 import logging
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +26,7 @@ from swquant.models.memory import check_memory
 from swquant.models.rounded_inputs import round_inputs
 from swquant.models.stock import empty_model
 from swquant.models.streaming import stream
+from swquant.scratch import temporary_folder
 
 __all__ = ["build_model", "offloaded_model", "quiet", "running_model"]
 
@@ -120,8 +119,8 @@ def offloaded_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[PreT
         raise SwquantError(
             f"{checkpoint.name}: a {checkpoint.kind} model must fit in memory; convert it to safetensors first"
         )
-    with sigterm_interrupts(), tempfile.TemporaryDirectory(prefix="swquant-offload-") as folder, quiet():
+    with sigterm_interrupts(), temporary_folder("offload") as folder, quiet():
         forms = checkpoint.tensors.items()
         state = {name: torch.empty(form.shape, dtype=form.dtype, device="meta") for name, form in forms}
         empty = _load(checkpoint, None, state_dict=state, dtype=dtype, device_map={"": "meta"})
-        yield stream(checkpoint, empty, dtype, Path(folder))
+        yield stream(checkpoint, empty, dtype, folder)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 from exporters.errors import SwquantError, first_line
 from swquant.checkpoints.base import Checkpoint, check_depth
+from swquant.checkpoints.guard import silent_transformers
 
 __all__ = ["auto_class", "empty_model"]
 
@@ -44,7 +45,7 @@ def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
 def _build(checkpoint: Checkpoint) -> PreTrainedModel:
     auto = auto_class(checkpoint.config)
     try:
-        with torch.device("meta"):
+        with silent_transformers(), torch.device("meta"):
             return auto.from_config(checkpoint.config, trust_remote_code=checkpoint.trust_remote_code)
     except Exception as error:  # transformers raises nearly everything here
         raise SwquantError(

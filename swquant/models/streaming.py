@@ -110,7 +110,7 @@ def _reads(checkpoint: Checkpoint, model: PreTrainedModel, folder: Path) -> dict
         if pattern is None:
             reads[id(parameter)] = _reading(checkpoint, name, parameter, path)
         else:
-            merge = Conversion(converters[pattern], target, tuple(stored), model)
+            merge = Conversion(converters[pattern], target, tuple((part, of) for part, of in stored if of), model)
             reads[id(parameter)] = partial(
                 _through_file, path, parameter, partial(_experts, checkpoint, merge, parameter)
             )

@@ -26,6 +26,7 @@ from swquant.interrupts import sigterm_interrupts, uninterrupted
 from swquant.output.contents import why_not_ours
 from swquant.output.exchange import flush, flush_folder, swap, swap_back
 from swquant.output.hidden import locked_file, locked_folder, remove_dead, visible
+from swquant.scratch import lock, same
 
 __all__ = ["check_destination", "check_space", "replace", "unfinished", "write_whole", "writing"]
 

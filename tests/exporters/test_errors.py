@@ -6,7 +6,7 @@ from exporters.errors import CheckpointError, SwquantError
 
 
 def test_a_message_holds_nothing_that_a_terminal_obeys() -> None:
-    assert str(CheckpointError("a\x1b[31mb\nc\u202ed; fetch it")) == r"a\x1b[31mb\nc\u202ed; fetch it"
+    assert str(CheckpointError("a\x1b]0;b\x07\nc\u202ed; fetch it")) == r"a\x1b]0;b\x07\nc\u202ed; fetch it"
 
 
 def test_a_long_value_leaves_room_for_the_remedy() -> None:

@@ -39,6 +39,26 @@ def _place(rng: Random, document: Any) -> tuple[Any, Any]:
     return container, key
 
 
+_WHOLE_NUMBERS = (0, 1, -1, 2, 3, 8, 31, 64, 65, 1000, 2**31 - 1, 2**31, -(2**31), 2**63 - 1, 2**63, 10**30)
+
+
+def _of_its_type(rng: Random, value: Any, document: Any) -> Any:
+    """Another value of the same type, so that no check of types finds it."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return rng.choice(_WHOLE_NUMBERS)
+    if isinstance(value, float):
+        return rng.choice((0.0, -1.0, 1e-300, 1e300, value * 1000))
+    if isinstance(value, str):
+        container, key = _place(rng, document)
+        return rng.choice(("", "x", str(key), str(container[key])[:200], "\x1b[31m", "../x"))
+    if value is None:
+        return rng.choice((0, "", [], {}))
+    items = list(value.items()) if isinstance(value, dict) else value
+    return type(value)(rng.sample(items, len(items)) + (items[:1] if isinstance(value, list) else []))
+
+
 def _nudged(rng: Random, value: Any) -> Any:
     if isinstance(value, bool):
         return not value
@@ -65,10 +85,13 @@ def _edit(rng: Random, document: Any) -> tuple[bytes, str]:
     """One place of a document changed, and in words."""
     container, key = _place(rng, document)
     raw, old = rng.choice(HOSTILE), container[key]
-    match rng.choice(("hostile",) * 6 + ("nudge",) * 4 + ("delete", "twice", "rename", "add", "swap")):
+    match rng.choice(("hostile",) * 5 + ("typed",) * 5 + ("nudge",) * 3 + ("delete", "twice", "rename", "add", "swap")):
         case "hostile":
             container[key] = _MARK
             return _written(document, raw), f"{_brief(key)} = {_brief(raw)}"
+        case "typed":
+            container[key] = _of_its_type(rng, old, document)
+            return _written(document), f"{_brief(key)}: {_brief(old)} -> {_brief(container[key])}"
         case "nudge":
             container[key] = _nudged(rng, old)
             return _written(document), f"{_brief(key)}: {_brief(old)} -> {_brief(container[key])}"

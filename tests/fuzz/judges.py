@@ -54,10 +54,10 @@ def told_well(ran: Ran, as_json: bool) -> Iterator[str]:
         for character in ran.out + ran.err
         if unicodedata.category(character) in ("Cc", "Cs", "Cf") and character != "\n"
     ]:
-        yield f"prints {ascii(odd[:5])}"
+        yield f"prints {odd[:5]!a}"
     if ran.code == 1 and ran.verb != "verify" and as_json:
         lines = ran.err.splitlines()
-        if len(lines) != 1 or ran.out or not lines[0].strip("error: ") or len(ran.err) > LONGEST:
+        if len(lines) != 1 or ran.out or not lines[0].removeprefix("error: ") or len(ran.err) > LONGEST:
             yield f"not one line: out {ran.out[:100]!r}, err {ran.err[:300]!r} ({len(ran.err)})"
         elif "; " not in ran.err and "(" not in ran.err:
             yield f"no remedy: {ran.err!r}"
@@ -89,9 +89,9 @@ def judge(mutant: Mutant, ran: Mapping[str, Ran], worlds: Mapping[str, Path], ou
         and mutant.world not in ("compressed", "int8")
     ):
         yield from (f"load: {problem}" for problem in _same_state(loaded.value.state_dict(), _stock_or_filed(mutant)))
-    if (said := ran.get("generate")) is not None and said.code == 0 and mutant.kind == "safetensors":
-        if any(not torch.isfinite(value).all() for value in _stock(mutant.folder).values()):
-            yield "generate: the weights hold NaN or infinity, and it spoke"
+    spoke = (said := ran.get("generate")) is not None and said.code == 0 and mutant.kind == "safetensors"
+    if spoke and any(not torch.isfinite(value).all() for value in _stock(mutant.folder).values()):
+        yield "generate: the weights hold NaN or infinity, and it spoke"
 
 
 def _stock(folder: Path, **options: Any) -> dict[str, torch.Tensor]:
@@ -103,16 +103,19 @@ def _stock(folder: Path, **options: Any) -> dict[str, torch.Tensor]:
 
 
 def _stock_or_filed(mutant: Mutant) -> dict[str, torch.Tensor]:
-    """What stock transformers makes of a source; where it does not load it, what the safetensors package reads."""
+    """What stock transformers makes of a source; where it does not load it, and of shards, in which it takes any of two
+    tensors of one name, what the safetensors package reads where the index says."""
+    if mutant.world == "gguf":
+        return _stock(mutant.folder, gguf_file=mutant.model.name)
     try:
-        return _stock(mutant.folder, **({"gguf_file": mutant.model.name} if mutant.world == "gguf" else {}))
+        if mutant.world != "sharded":
+            return _stock(mutant.folder)
     except Exception:
-        if mutant.world == "gguf":
-            raise
-        tensors: dict[str, torch.Tensor] = {}
-        for path in sorted(mutant.folder.glob("*.safetensors")):
-            tensors |= load_file(path)
-        return tensors
+        return load_file(mutant.folder / "model.safetensors")
+    table = json.loads((mutant.folder / "model.safetensors.index.json").read_bytes())["weight_map"]
+    shards = {path.name: load_file(path) for path in sorted(mutant.folder.glob("*.safetensors"))}
+    found = {name: value for shard in shards.values() for name, value in shard.items()}
+    return {name: shards[table[name]][name] if name in table else value for name, value in found.items()}
 
 
 def _same_state(

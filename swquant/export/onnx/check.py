@@ -27,6 +27,7 @@ from swquant.export.onnx.lengths import BEHIND, changes_of, length_past, pieces_
 from swquant.export.onnx.options import ExportOptions
 from swquant.models.onnx_model import OnnxModel
 from swquant.models.runtime import library_path, open_session
+from swquant.scratch import temporary_folder
 from swquant.units import short
 
 __all__ = ["LongReference", "Reference", "check_export", "make_long_reference", "make_reference"]

@@ -65,3 +65,9 @@ def test_a_compressed_copy_does_not_carry_it_on(source: Path, tmp_path: Path) ->
         with pytest.raises(swquant.SwquantError, match="output_hidden_states"):
             ask()
     assert not (tmp_path / "out").exists()
+
+
+def test_settings_that_fail_only_when_they_are_used_are_one_message(source: Path) -> None:
+    write(source, repetition_penalty=-1.0)
+    with pytest.raises(swquant.SwquantError, match=r"repetition_penalty|penalty.*; correct generation_config\.json"):
+        swquant.generate(source, PROMPT, tokens=2)

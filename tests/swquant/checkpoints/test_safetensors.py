@@ -128,6 +128,7 @@ DAMAGES = {
     "the index names a pickle": (rename_in_index("model.bin"), "not the name of a safetensors file"),
     "the index names a Windows path": (rename_in_index("..\\model.safetensors"), "not the name of a safetensors file"),
     "the index names nothing": (rename_in_index(""), "not the name of a safetensors file"),
+    "the index names what no name can be": (rename_in_index("a" * 300 + ".safetensors"), "1 of 4 shards are missing"),
     "the index is a list": (lambda folder: write_index(folder, [SINGLE]), "weight_map is not a table"),
     "the index holds numbers": (lambda folder: write_index(folder, {LINEAR: 1}), "weight_map is not a table"),
     "the index is damaged": (write(INDEX, '{"weight_map"'), "not JSON.*fetch or save it again"),
@@ -240,3 +241,34 @@ def test_shards_that_the_index_does_not_name_are_not_read(source: Path) -> None:
     split(source)
     (source / "leftover.safetensors").write_bytes(b"garbage")
     assert len(swquant.detect(source, PROMPT).detection.super_weights) == 1
+
+
+def test_a_model_whose_down_projections_are_zero_is_a_model(source: Path, tmp_path: Path) -> None:
+    def clear(weights: dict[str, torch.Tensor]) -> None:
+        for name in weights:
+            if "down_proj" in name:
+                weights[name].zero_()
+
+    edit_weights(source, clear)
+    made = swquant.compress(source, tmp_path / "out", prompt=PROMPT, preset="fast")
+    assert made.manifest["detection"]["super_weights"] == []
+    assert "The largest output of a down projection is 0 in layer" in (made.path / "swquant/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"__metadata__":{"format":1}}', "the metadata is not a JSON object of strings"),
+        ('{"__metadata__":[]}', "the metadata is not a JSON object of strings"),
+        ('\ufeff{"__metadata__":{}}', "the header is not a JSON object"),
+        ('{"__metadata__":{},"__metadata__":{}}', "the header is not a JSON object"),
+        ('{"x":{"dtype":"F16","dtype":"BF16","shape":[0],"data_offsets":[0,0]}}', "the header is not a JSON object"),
+        ('{"\\ud800":{"dtype":"BF16","shape":[0],"data_offsets":[0,0]}}', "the header is not a JSON object"),
+        ('{"x":{"dtype":"BF16","shape":[0,4611686018427387904,8],"data_offsets":[0,0]}}', "x has the shape .0, 4611"),
+    ],
+)
+def test_a_header_that_the_safetensors_package_refuses_is_refused(source: Path, text: str, message: str) -> None:
+    data = text.encode()
+    (source / SINGLE).write_bytes(len(data).to_bytes(8, "little") + data)
+    with pytest.raises(swquant.SwquantError, match=message):
+        swquant.load(source)

@@ -188,13 +188,17 @@ def poison(folder: Path, value: float) -> None:
 
 def test_a_model_of_nan_is_refused(source: Path) -> None:
     poison(source, torch.nan)
-    with pytest.raises(swquant.SwquantError, match=r"source: model\.layers\.2.* holds a NaN or infinite value.*fetch the model again"):
+    with pytest.raises(
+        swquant.SwquantError, match=r"source: model\.layers\.2.* holds a NaN or infinite value.*fetch the model again"
+    ):
         swquant.evaluate(source, TEXT)
 
 
 def test_an_original_of_nan_is_refused_too(bf16_llama: Planted, source: Path) -> None:
     poison(source, torch.nan)
-    with pytest.raises(swquant.SwquantError, match=r"source: model\.layers\.2.* holds a NaN or infinite value.*fetch the model again"):
+    with pytest.raises(
+        swquant.SwquantError, match=r"source: model\.layers\.2.* holds a NaN or infinite value.*fetch the model again"
+    ):
         swquant.evaluate(bf16_llama.folder, TEXT, source)
 
 

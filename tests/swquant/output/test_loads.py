@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.command_line import Cli, document, one_line
 from support.signed import sign
@@ -16,6 +17,7 @@ from support.tiny_models import PROMPT, Planted, planted_model
 from transformers import AutoModelForCausalLM
 
 import swquant
+from exporters.sidecar import SIDECAR
 from swquant.checkpoints.manifest import MANIFEST
 
 NORM = "model.layers.2.input_layernorm.weight"
@@ -24,11 +26,17 @@ Weights = dict[str, torch.Tensor]
 
 
 def tampered(folder: Path, change: Callable[[Weights], dict[str, str]]) -> None:
-    """Change the weights, manifest and index with them. change: of the weights in place; returns old -> new name."""
+    """Change the weights, and what lists them too. change: of the weights in place; returns old -> new name."""
     (path,) = folder.glob("model-*.safetensors")
     weights = load_file(path)
     renamed = change(weights)
     save_file(weights, path, {"format": "pt"})
+    with safe_open(folder / SIDECAR, "pt") as file:
+        metadata = file.metadata()
+    patches = load_file(folder / SIDECAR)
+    for old, new in renamed.items():
+        patches = {name.replace(old, new): patch for name, patch in patches.items()}
+    save_file(patches, folder / SIDECAR, metadata)
     index = folder / "model.safetensors.index.json"
     table = json.loads(index.read_text())
     table["weight_map"] = dict.fromkeys(weights, path.name)
@@ -69,7 +77,7 @@ def another_kind(weights: Weights) -> dict[str, str]:
 
 CHANGES = [
     (another_name, f"1 weights would be missing, first {NORM}"),
-    (another_module, f"2 weights would be missing, first {CODES}.weight_packed"),
+    (another_module, f"3 weights would be missing, first {CODES}.weight_packed"),
     (another_shape, f"{NORM} would have another shape"),
     (another_kind, f"{NORM} is stored as int32, which the model does not expect"),
 ]
@@ -118,7 +126,7 @@ def test_zero_points_that_this_transformers_refuses_are_refused(bf16_llama: Plan
     assert "weight_zero_point would have another shape" in problem
 
 
-@pytest.mark.parametrize("architecture", ["gemma3", "mixtral", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("architecture", ["gemma3", "mixtral", "phi3", "gpt_neox"])
 def test_other_architectures_load(architecture: str, tmp_path: Path) -> None:
     source = planted_model(architecture, tmp_path / "model", torch.bfloat16).folder
     assert swquant.verify(swquant.compress(source, tmp_path / "out", prompt=PROMPT).path, loads=True) == []
