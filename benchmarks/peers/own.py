@@ -60,7 +60,7 @@ def row(name: str, cells: Sequence[Cell] = CELLS, **options: Any) -> Method:
 
 
 # The layout of offsets has groups of 32, 64 and 128, and 2, 4 and 8 bits.
-_OFFSETS = [Cell(4, block) for block in ("32", "64", "128")]
+_OFFSETS = tuple(Cell(4, block) for block in ("32", "64", "128"))
 METHODS = [
     row(MIN_MAX, preset="fast", symmetric=False),
     *(row(f"swquant {preset}", preset=preset) for preset in PRESETS),
