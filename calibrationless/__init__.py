@@ -7,7 +7,7 @@ from calibrationless.activations import (
     round_activations,
     static_scale,
 )
-from calibrationless.affine import Compact, compact_steps, quantize_affine
+from calibrationless.affine import compact_steps, quantize_affine
 from calibrationless.allocation import allocate
 from calibrationless.blocks import (
     Block,
@@ -45,7 +45,7 @@ from calibrationless.patches import (
 )
 from calibrationless.pieces import for_pieces
 from calibrationless.probe import run_probe
-from calibrationless.quantized import MAX_BITS, MIN_BITS, QuantizedTensor, check_bits, dequantize
+from calibrationless.quantized import MAX_BITS, MIN_BITS, Compact, QuantizedTensor, check_bits, dequantize
 from calibrationless.recipe import Evidence, Recipe, Rounded, follow
 from calibrationless.records import Contribution, LinearRecord, Peak, Probe, Residual, Scalar, Spike, Watch
 from calibrationless.rounding import choose_scale, quantize, round_to_codes

@@ -11,37 +11,21 @@ uneven, the divergence of the model is half of what it is with integers, at the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from calibrationless.blocks import Block, Tile, from_blocks, scale_shape, shape_of, to_blocks
 from calibrationless.pieces import for_pieces
-from calibrationless.quantized import QuantizedTensor, check_bits
+from calibrationless.quantized import Compact, QuantizedTensor, check_bits
 from calibrationless.search import block_importance
 
-__all__ = ["Compact", "compact_steps", "quantize_affine"]
+__all__ = ["compact_steps", "quantize_affine"]
 
 STRETCHES = tuple(0.9 + 0.06 * i for i in range(10))
 SHIFTS = (-0.33, 0.0, 0.33)
 _REFITS = 4
 _AROUND = 2
 _OCTAVE = 24  # values of a compact scale from one power of two to the next
-
-
-@dataclass(frozen=True)
-class Compact:
-    """Scales and offsets of blocks in two bytes each.
-
-        scale  = rows[row] * 2^(-(255 - exponent) / 24)        offset = -scale * zero * 2^bits / 256
-
-    rows: float16 [out]. exponents, zeros: uint8, shaped like the scale of the tensor.
-    """
-
-    rows: Tensor
-    exponents: Tensor
-    zeros: Tensor
 
 
 def compact_steps() -> Tensor:
@@ -69,12 +53,32 @@ def quantize_affine(
     check_bits(bits)
     shape = shape_of(weight)
     blocks = to_blocks(weight.detach(), block)
-    count, elements = blocks.shape
-    if storage is None and (isinstance(block, Tile) or shape[1] % elements):
+    if storage is None and (isinstance(block, Tile) or shape[1] % blocks.shape[1]):
         raise ValueError(f"block {block} reaches over rows, and a byte per scale is relative to its row; use a group")
     pattern = block_importance(torch.ones(shape[1]) if importance is None else importance, block, shape)
-    scale, offset = torch.empty(count), torch.empty(count)
-    codes = torch.empty(blocks.shape, dtype=torch.uint8)
+    scale, offset = _lines(blocks, pattern, bits, keep_extreme)
+    form, compact = scale_shape(block, shape), None
+    if storage is None:
+        bytes_of = _settled_in_bytes(blocks, pattern, bits, shape[0], scale, offset)
+        compact = Compact(bytes_of.rows, bytes_of.exponents.reshape(form), bytes_of.zeros.reshape(form))
+    else:
+        _settled_in(storage, scale, offset)
+    scale.masked_fill_(scale == 0, 1.0)  # the block is constant, or its scale too small to store: codes of 0
+    codes, dtype = _cut(blocks, bits, scale, offset), storage or torch.float32
+    return QuantizedTensor(
+        codes=from_blocks(codes, block, shape) if isinstance(block, Tile) else codes.view(shape),
+        scale=scale.reshape(form).to(dtype),
+        zero_point=None,
+        block=block,
+        bits=bits,
+        offset=offset.reshape(form).to(dtype),
+        compact=compact,
+    )
+
+
+def _lines(blocks: Tensor, pattern: Tensor, bits: int, keep_extreme: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scale and offset of every block, float32 [blocks]."""
+    scale, offset = (torch.empty(len(blocks)) for _ in range(2))
 
     def search(piece: slice) -> None:
         part = blocks[piece].to(torch.float32).contiguous()
@@ -86,31 +90,20 @@ def quantize_affine(
             scale[piece] = torch.where(keep_extreme[piece], (high - low) / ((1 << bits) - 1), scale[piece])
             offset[piece] = torch.where(keep_extreme[piece], low, offset[piece])
 
-    for_pieces(search, count, elements)
-    compact = None
-    if storage is None:
-        compact = _settled_in_bytes(blocks, pattern, bits, shape[0], scale, offset)
-    else:
-        _settled_in(storage, scale, offset)
+    for_pieces(search, *blocks.shape)
+    return scale, offset
 
-    scale.masked_fill_(scale == 0, 1.0)  # the block is constant, or its scale too small to store: codes of 0
+
+def _cut(blocks: Tensor, bits: int, scale: Tensor, offset: Tensor) -> Tensor:
+    """uint8 codes like blocks: the nearest on every block's line."""
+    codes = torch.empty(blocks.shape, dtype=torch.uint8)
 
     def cut(piece: slice) -> None:
-        step = scale[piece].unsqueeze(1)
-        found = blocks[piece].to(torch.float32).sub(offset[piece].unsqueeze(1)).div_(step).round_()
+        found = blocks[piece].to(torch.float32).sub(offset[piece].unsqueeze(1)).div_(scale[piece].unsqueeze(1)).round_()
         codes[piece] = found.clamp_(0, (1 << bits) - 1).to(torch.int16).to(torch.uint8)
 
-    for_pieces(cut, count, elements)
-    form, dtype = scale_shape(block, shape), storage or torch.float32
-    return QuantizedTensor(
-        codes=from_blocks(codes, block, shape) if isinstance(block, Tile) else codes.view(shape),
-        scale=scale.reshape(form).to(dtype),
-        zero_point=None,
-        block=block,
-        bits=bits,
-        offset=offset.reshape(form).to(dtype),
-        compact=compact and Compact(compact.rows, compact.exponents.reshape(form), compact.zeros.reshape(form)),
-    )
+    for_pieces(cut, *blocks.shape)
+    return codes
 
 
 def _search(part: Tensor, pattern: Tensor, first: int, bits: int, scale: Tensor, offset: Tensor) -> None:

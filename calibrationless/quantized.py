@@ -13,7 +13,6 @@ What codes cannot hold is laid over the decoded weight: see `patches`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,10 +20,7 @@ from torch import Tensor
 from calibrationless.blocks import Block, from_blocks, scale_shape, to_blocks
 from calibrationless.pieces import for_pieces
 
-if TYPE_CHECKING:
-    from calibrationless.affine import Compact
-
-__all__ = ["MAX_BITS", "MIN_BITS", "QuantizedTensor", "check_bits", "dequantize"]
+__all__ = ["MAX_BITS", "MIN_BITS", "Compact", "QuantizedTensor", "check_bits", "dequantize"]
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -33,6 +29,20 @@ def check_bits(bits: int) -> None:
     """Raise ValueError unless `bits` is a width that codes can have (2 to 8)."""
     if not MIN_BITS <= bits <= MAX_BITS:
         raise ValueError(f"bits {bits} is outside {MIN_BITS} to {MAX_BITS}; use 4 for size or 8 for fidelity")
+
+
+@dataclass(frozen=True)
+class Compact:
+    """Scales and offsets of blocks in two bytes each.
+
+        scale  = rows[row] * 2^(-(255 - exponent) / 24)        offset = -scale * zero * 2^bits / 256
+
+    rows: float16 [out]. exponents, zeros: uint8, shaped like the scale of the tensor.
+    """
+
+    rows: Tensor
+    exponents: Tensor
+    zeros: Tensor
 
 
 @dataclass(frozen=True)

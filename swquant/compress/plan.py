@@ -148,11 +148,7 @@ def make_plan(
     check_patterns(options.dense, checkpoint.tensors)
     if left_out is None:
         left_out = tied_copies(checkpoint, architecture)
-    asked = replace(options, block=str(shared_block(checkpoint, architecture, options))) if decoded else options
-    if options.offsets and asked.parsed_block not in affine_layout.GROUPS:
-        raise SwquantError(
-            f"{checkpoint.name}: block {asked.block_name} holds no offsets: their layout takes 32, 64 or 128 inputs"
-        )
+    asked = _with_one_block(checkpoint, architecture, options) if decoded else options
     of_experts = expert_block(checkpoint, architecture, coordinates, asked)
     int8_inputs = not decoded and _int8_inputs(architecture, options)
     tensors: list[TensorPlan] = []
@@ -191,12 +187,27 @@ def make_plan(
     shards = _shards(tensors, parse_bytes(options.shard_size))
     notes = (*_notes(tensors, of_experts, options, decoded=decoded), *checkpoint.notes)
     plan = Plan(options, tuple(tensors), shards, left_out, notes, int8_inputs, decoded)
-    if decoded and (len({plan.scheme(tensor) for tensor in plan.quantized}) > 1 or not options.symmetric):
+    if decoded:
+        _check_one_scheme(checkpoint, plan)
+    return plan
+
+
+def _with_one_block(checkpoint: Checkpoint, architecture: Architecture, options: CompressOptions) -> CompressOptions:
+    """The options with the block that all weights share."""
+    asked = replace(options, block=str(shared_block(checkpoint, architecture, options)))
+    if options.offsets and asked.parsed_block not in affine_layout.GROUPS:
+        raise SwquantError(
+            f"{checkpoint.name}: block {asked.block_name} holds no offsets: their layout takes 32, 64 or 128 inputs"
+        )
+    return asked
+
+
+def _check_one_scheme(checkpoint: Checkpoint, plan: Plan) -> None:
+    if len({plan.scheme(tensor) for tensor in plan.quantized}) > 1 or not plan.options.symmetric:
         raise SwquantError(
             f"{checkpoint.name}: stock transformers decodes a model while loading it only if all weights share one symmetric "
             "scheme"
         )
-    return plan
 
 
 def _coordinates(architecture: Architecture, super_weights: Sequence[SuperWeight]) -> dict[str, list[tuple[int, int]]]:

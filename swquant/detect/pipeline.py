@@ -78,6 +78,18 @@ def run_text(model: PreTrainedModel, architecture: Architecture, tokens: torch.T
     )
 
 
+@contextmanager
+def _text_alone(checkpoint: Checkpoint, model: PreTrainedModel) -> Iterator[None]:
+    """What models say that want more than token ids, as a SwquantError."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError) as error:
+        raise SwquantError(
+            f"{checkpoint.name}: {type(model).__name__} does not run on text alone ({first_line(error)}); swquant compresses "
+            "models that write text"
+        ) from None
+
+
 def find_super_weights(
     checkpoint: Checkpoint,
     prompt: str = DEFAULT_PROMPT,
@@ -106,13 +118,8 @@ def find_super_weights(
         def run(
             prune: Sequence[Scalar] = (), record: bool = False, scales: Mapping[str, torch.Tensor] | None = None
         ) -> Probe:
-            try:
+            with _text_alone(checkpoint, probed):
                 probe = run_text(probed, architecture, tokens.unsqueeze(0), prune=prune, scales=scales, record=record)
-            except (ValueError, TypeError, AttributeError) as error:  # what models say that want more than token ids
-                raise SwquantError(
-                    f"{checkpoint.name}: {type(probed).__name__} does not run on text alone ({first_line(error)}); swquant "
-                    "compresses models that write text"
-                ) from None
             return replace(probe, logits=probe.logits[0])
 
         try:

@@ -103,6 +103,55 @@ def _index_file(rng: Random, folder: Path) -> str:
     return _index(rng, folder) if rng.random() < 0.6 else _in(INDEX, damaged_json)(rng, folder)
 
 
+# Patterns that a backtracking matcher needs a very long time for, or that no matcher takes.
+_PATTERNS = ("(.+)+#", "(a|t|t)*$", "([t0-9 ]+)*!", "(t*)*(t*)*x", "(?:.|\\w|\\d)+~", "(", "[", "\\p{Nothing}", "(?<=.*)x", "a{1000000}", "",
+             "((((.{0,1000}){0,1000}){0,1000}){0,1000})")  # fmt: skip
+_IDS = (-1, 127, 128, 10**6, 2**31, 2**32 - 1, 2**32, 2**63, 0.5, "5", None)
+
+
+def _tokenizer(rng: Random, folder: Path) -> str:
+    """A tokenizer whose words have absurd ids, whose model has no type, or whose pattern has no end."""
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_bytes())
+    match rng.choice(("id", "id", "type", "pattern", "pattern", "replace", "added", "model")):
+        case "id":
+            what = f"id {(value := rng.choice(_IDS))}"
+            content["model"]["vocab"][rng.choice(("t0", "t5", "t9"))] = value
+        case "type":
+            what = f"model type {(value := rng.choice((None, 'BPE', 'Unigram', 'WordPiece', 'x', 0)))}"
+            content["model"]["type"] = value
+        case "pattern":
+            what = f"pattern {(value := rng.choice(_PATTERNS))}"
+            content["pre_tokenizer"] = {
+                "type": "Split",
+                "pattern": {"Regex": value},
+                "behavior": "Isolated",
+                "invert": False,
+            }
+        case "replace":
+            what = f"replaces {(value := rng.choice(_PATTERNS))}"
+            content["normalizer"] = {
+                "type": "Replace",
+                "pattern": {"Regex": value},
+                "content": rng.choice(("", "t", "t" * 10**6)),
+            }
+        case "added":
+            what = f"added token {(value := rng.choice(_IDS))}"
+            content["added_tokens"] = [{"id": value, "content": rng.choice(("t5", "", "<x>")), "single_word": False, "lstrip": False,
+                                        "rstrip": False, "normalized": False, "special": True}]  # fmt: skip
+        case _:
+            what = (
+                f"model {(value := rng.choice(({}, [], None, {'type': 'BPE', 'vocab': {}, 'merges': [['a', 'b']]})))}"
+            )
+            content["model"] = value
+    path.write_text(json.dumps(content))
+    return f"tokenizer.json: {what}"
+
+
+def _tokenizer_file(rng: Random, folder: Path) -> str:
+    return _tokenizer(rng, folder) if rng.random() < 0.4 else _in("tokenizer*.json", damaged_json)(rng, folder)
+
+
 def _manifest(rng: Random, folder: Path) -> str:
     what = _in(MANIFEST, damaged_json)(rng, folder)
     if rng.random() < 0.75:
@@ -159,7 +208,7 @@ KINDS: dict[str, Kind] = {
     "config": Kind(("source",), _in("config.json", damaged_json), _SOURCE, ("detect", "generate", "eval", "load")),
     "generation": Kind(("source",), _in("generation_config.json", damaged_json), _SOURCE, ("generate", "load")),
     "gguf": Kind(("gguf",), _in("model.gguf", damaged_gguf), _SOURCE, ("detect", "generate")),
-    "tokenizer": Kind(("source",), _in("tokenizer*.json", damaged_json), _SOURCE, ("generate", "eval", "detect")),
+    "tokenizer": Kind(("source",), _tokenizer_file, _SOURCE, ("generate", "eval", "detect")),
     "manifest": Kind(("compressed", "int8"), _manifest, ("inspect", *_MADE), ("generate", "eval")),
     "sidecar": Kind(("compressed", "int8"), _sealed_or_not(_in(SIDECAR, _sidecar)), _MADE, ("generate", "inspect")),
     "stored": Kind(("compressed", "int8"), _sealed_or_not(_in("model-*.safetensors", damaged_safetensors)), _MADE, ("eval", "generate")),
