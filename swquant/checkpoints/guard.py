@@ -7,6 +7,8 @@ program.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,7 +16,7 @@ import transformers
 
 from exporters.errors import SwquantError, first_line
 
-__all__ = ["failures_of", "silent_transformers"]
+__all__ = ["failures_of", "silent_stdout", "silent_transformers"]
 
 
 @contextmanager
@@ -26,6 +28,25 @@ def silent_transformers() -> Iterator[None]:
         yield
     finally:
         transformers.logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def silent_stdout() -> Iterator[None]:
+    """Nothing on standard output from libraries that print there, below Python: the tokenizer library names what it does
+    not know in a file, in the file's own words, between the lines of `--json`."""
+    try:
+        sys.stdout.flush()
+        kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    except (OSError, AttributeError):  # there is no standard output
+        yield
+        return
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 @contextmanager

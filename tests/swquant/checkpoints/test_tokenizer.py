@@ -116,3 +116,20 @@ def test_generate_asks_for_no_more_than_the_model_takes(source: Path, words: int
         message = f"a prompt of {words} tokens and {tokens} to generate are more than the 128 .*; shorten the prompt"
         with pytest.raises(swquant.SwquantError, match=message):
             swquant.generate(source, text, tokens=tokens)
+
+
+def test_what_the_library_prints_does_not_reach_standard_output(
+    source: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It names a key that it does not know on standard output, in the file's own words."""
+    path = source / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["added_tokens"][0]["\x1b[31mkey"] = True
+    path.write_text(json.dumps(tokenizer))
+    AutoTokenizer.from_pretrained(source)
+    assert "unknown kwarg" in capfd.readouterr().out
+    with open_checkpoint(source) as checkpoint:
+        checkpoint.tokenizer()
+    assert capfd.readouterr().out == ""
+    print("still there")
+    assert capfd.readouterr().out == "still there\n"
