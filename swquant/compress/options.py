@@ -45,7 +45,7 @@ class CompressOptions:
     )
     offsets: bool = described(
         False,
-        "Codes with a real offset per block, in MLX's layout: half the divergence; transformers reads it, vLLM does not.",
+        "Real offsets, in MLX's layout: half the divergence, not for vLLM.",
         group="rounding",
     )
     preset: str = described(
@@ -97,7 +97,7 @@ class CompressOptions:
         metavar="PATTERN",
     )
     strict_block: bool = described(
-        False, "Fail where the block does not divide a tensor, instead of taking a smaller one.", group="rounding"
+        False, "Fail where the block does not divide a tensor; else a smaller is taken.", group="rounding"
     )
     allow_dense: bool = described(
         False, "Go on where less than half of the linear weights can be packed.", group="output"

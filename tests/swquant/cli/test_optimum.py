@@ -40,12 +40,12 @@ def test_it_has_the_options_of_compress(optimum: Cli) -> None:
 
 def test_options_are_handed_on(optimum: Cli, planted_llama: Planted, tmp_path: Path) -> None:
     ran = optimum(
-        "-m", planted_llama.folder, tmp_path / "out", "--bits=3", "--dense", "layers.0.", "--dense", "o_proj", "--graph", "genai",
+        "-m", planted_llama.folder, tmp_path / "out", "--bits=3", "--dense", "layers.0.", "--dense", "o_proj", "--graph", "dynamo",
         "--asymmetric", "--prompt", PROMPT, "--dry-run", "--json",
     )  # fmt: skip
     assert ran.code == 0, ran.err
     plan = json.loads(ran.out)
-    assert (plan["format"], plan["export"]["graph"]) == ("onnx", "genai")
+    assert (plan["format"], plan["export"]["graph"]) == ("onnx", "dynamo")
     assert plan["options"]["bits"] == 3
     assert plan["options"]["dense"] == ["layers.0.", "o_proj"]
     assert not plan["options"]["symmetric"]
