@@ -17,7 +17,9 @@ import torch
 from support.command_line import Cli, Ran
 from support.tiny_models import Planted, planted_model, save_model, tiny_model
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
+# What a shell starts in the background ignores the first, what nohup starts the second.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # The same examples every time, however slow the machine; a test that wants more or fewer of them says so.
 settings.register_profile("swquant", max_examples=40, deadline=None, derandomize=True)

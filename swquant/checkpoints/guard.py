@@ -32,8 +32,8 @@ def silent_transformers() -> Iterator[None]:
 
 @contextmanager
 def silent_stdout() -> Iterator[None]:
-    """Nothing on standard output from libraries that print there, below Python: the tokenizer library names what it does
-    not know in a file, in the file's own words, between the lines of `--json`."""
+    """Nothing on standard output from libraries that print there, below Python: the tokenizer library names what it
+    does not know in a file, in the file's own words, between the lines of `--json`."""
     try:
         sys.stdout.flush()
         kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)

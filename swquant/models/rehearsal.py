@@ -109,6 +109,8 @@ def _recast(empty: PreTrainedModel, model: PreTrainedModel, layout: Layout) -> t
     odd: list[str] = []
     for target, stored in sources(layout, model)[0].items():
         for name, _ in stored:
+            if f"{name.removesuffix('weight')}scales" in layout:
+                continue  # codes with offsets, which become floats while they are loaded
             parameter = loaded.get(target) if f"{name}_scale" in layout else dense.get(target, loaded.get(target))
             if parameter is not None and layout[name][0].is_floating_point != parameter.dtype.is_floating_point:
                 odd.append(name)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir
 import torch
 
+from exporters.errors import SwquantError
 from exporters.json_file import write_json
 from exporters.onnx.files import GENAI_CONFIG
 from exporters.onnx.nodes import DOMAIN, OPERATOR, PackedWeight, narrowed
@@ -64,7 +65,10 @@ def export_checkpoint(
     """Export a checkpoint opened with unrounded=True. `out` appears whole or not at all. Raises SwquantError."""
     check_destination(out, overwrite, checkpoint)
     options = options.resolved(checkpoint.manifest["activations"] is not None)
-    _check_graph(checkpoint, describe(checkpoint), options)
+    architecture = describe(checkpoint)
+    _check_graph(checkpoint, architecture, options)
+    offsets = checkpoint.manifest["options"].get("offsets", False)
+    _check_weights(checkpoint.name, checkpoint.quantized_names, architecture, offsets=offsets)
     with (
         writing(out),
         unfinished(out) as folder,
@@ -88,9 +92,21 @@ def export_checkpoint(
 def check_plan(prepared: Prepared, options: ExportOptions) -> None:
     """Raise SwquantError where what is planned could be compressed but not exported, before hours are spent on it."""
     _check_graph(prepared.checkpoint, prepared.found.architecture, options)
-    for tensor in prepared.plan.quantized:
-        if prepared.found.architecture.weights[tensor.name].kind is not LinearKind.LINEAR:
-            raise unsupported(prepared.checkpoint.name, tensor.name)
+    names = [tensor.name for tensor in prepared.plan.quantized]
+    offsets = prepared.plan.options.offsets
+    _check_weights(prepared.checkpoint.name, names, prepared.found.architecture, offsets=offsets)
+
+
+def _check_weights(model: str, names: Iterable[str], architecture: Architecture, *, offsets: bool) -> None:
+    """Raise SwquantError for rounded weights that no node can hold."""
+    if offsets:
+        raise SwquantError(
+            f"{model}: ONNX export does not hold the real offsets of --offsets yet; compress the original without them"
+        )
+    for name in names:
+        linear = architecture.weights.get(name)
+        if linear is None or linear.kind is not LinearKind.LINEAR:
+            raise unsupported(model, name)
 
 
 def _check_graph(checkpoint: Checkpoint, architecture: Architecture, options: ExportOptions) -> None:

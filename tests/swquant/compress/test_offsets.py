@@ -71,7 +71,7 @@ def test_what_is_written_says_what_it_is(written: Path) -> None:
     assert {record["stored_as"] for record in rounded} == {"int4 group 32 offset"}
     assert 'device_map="cpu"' in manifest["loaders"]["transformers"]
     assert manifest["loaders"]["vLLM"].startswith("no: ")
-    assert swquant.verify(written) == []
+    assert swquant.verify(written, loads=True) == []
 
 
 def test_a_mixture_is_read_too(tmp_path: Path) -> None:
@@ -106,3 +106,11 @@ def test_what_does_not_go_together(options: dict[str, Any], message: str, bf16_l
     with pytest.raises(swquant.SwquantError, match=message):
         swquant.compress(bf16_llama.folder, tmp_path / "out", offsets=True, prompt=PROMPT, **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_export_is_refused_before_the_work(written: Path, bf16_llama: Planted, tmp_path: Path) -> None:
+    with pytest.raises(swquant.SwquantError, match="does not hold the real offsets of --offsets yet"):
+        swquant.export(written, tmp_path / "onnx")
+    with pytest.raises(swquant.SwquantError, match="does not hold the real offsets of --offsets yet"):
+        swquant.compress(bf16_llama.folder, tmp_path / "onnx", block="32", offsets=True, prompt=PROMPT, format="onnx")
+    assert not (tmp_path / "onnx").exists()
