@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from exporters.errors import SwquantError
 from swquant.checkpoints.generation import GENERATION, read_generation
-from swquant.checkpoints.guard import failures_of, silent_stdout
+from swquant.checkpoints.guard import failures_of, silent_stdout, silent_transformers
 from swquant.checkpoints.schema import SourceKind
 
 __all__ = ["Checkpoint", "ModelFolder", "Stored", "check_depth"]
@@ -89,7 +89,11 @@ class ModelFolder(ABC):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer. Raises SwquantError where it is missing or damaged."""
-        with failures_of(f"{self.name}: no usable tokenizer", "put tokenizer.json beside config.json"), silent_stdout():
+        with (
+            failures_of(f"{self.name}: no usable tokenizer", "put tokenizer.json beside config.json"),
+            silent_stdout(),
+            silent_transformers(),  # it reads config.json, too
+        ):
             return self._load_tokenizer()
 
     @property
