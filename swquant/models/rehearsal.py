@@ -73,7 +73,8 @@ def rehearse(checkpoint: Checkpoint, config: Mapping[str, Any], layout: Layout) 
     try:
         with _in_silence():
             empty = _built(checkpoint, config)
-            decoded = config.get("quantization_config", {}).get("dequantize", False)
+            told = config.get("quantization_config", {})
+            decoded = told.get("dequantize", False) or told.get("quant_method") == "metal"
             if not decoded and (name := _replaced_buffer(empty)):
                 return Rehearsal(error=f"its own code replaces {name}, which a module that holds codes cannot")
             model, info = type(empty).from_pretrained(
