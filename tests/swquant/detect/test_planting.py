@@ -46,8 +46,9 @@ KINDS: dict[str, Callable[[Pick, Pick], list[Spot]]] = {
     "rows, two layers": lambda rows, cols: _in_two_layers(rows(3), cols(1), cols(1)),  # Phi-3-mini
     "several of each": lambda rows, cols: [Spot(1, rows(2), cols(2)), Spot(2, rows(2), cols(2))],
 }
-# The least share of the planted super weights that must be found.
-RATES = dict.fromkeys(KINDS, 0.98) | {"one": 0.99, "layers": 0.99}
+# The least share of the planted super weights that must be found. Where norms lie on the residual stream (BERT), what a
+# second layer adds to a row takes away from what the first put there.
+RATES = dict.fromkeys(KINDS, 0.98) | {"one": 0.99, "layers": 0.99, "layers, one row": 0.95}
 
 
 # Their linear attention is a loop in Python without the kernels of other packages: minutes for one model.
