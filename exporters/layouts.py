@@ -1,4 +1,5 @@
-"""The layouts that a rounded weight can be stored in, told apart by the names of its parts."""
+"""The layouts that a rounded weight can be stored in: what has offsets is written in that of MLX, all else in those of
+compressed-tensors. Readers tell them apart by the names of a weight's parts."""
 
 from __future__ import annotations
 
@@ -10,11 +11,18 @@ from torch import Tensor
 from calibrationless import QuantizedTensor
 from exporters import affine_layout, compressed_tensors
 
-__all__ = ["check_tensors", "from_tensors", "scale_name"]
+__all__ = ["check_tensors", "from_tensors", "scale_name", "to_tensors"]
 
 
 def _layout(names: Iterable[str]) -> ModuleType:
     return affine_layout if set(names) == set(affine_layout.LOCAL_NAMES) else compressed_tensors
+
+
+def to_tensors(quantized: QuantizedTensor, *, int8_inputs: bool = False) -> dict[str, Tensor]:
+    """Local names -> tensors of a rounded weight. int8_inputs: see `compressed_tensors.to_tensors`."""
+    if quantized.offset is not None:
+        return affine_layout.to_tensors(quantized)
+    return compressed_tensors.to_tensors(quantized, int8_inputs=int8_inputs)
 
 
 def check_tensors(tensors: Mapping[str, Tensor], bits: int, shape: Sequence[int]) -> None:

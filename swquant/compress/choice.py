@@ -103,8 +103,13 @@ def shared_block(checkpoint: Checkpoint, architecture: Architecture, options: Co
     shapes = [shape for shape in shapes if fit(options.parsed_block, shape) is not None]
     if not shapes:
         return options.parsed_block
-    common = (math.gcd(*(rows for rows, _ in shapes)), math.gcd(*(cols for _, cols in shapes)))
-    return fit(options.parsed_block, common) or options.parsed_block
+    return fit(options.parsed_block, _common(shapes)) or options.parsed_block
+
+
+def _common(shapes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """What the outputs, and the inputs, of all shapes have in common."""
+    rows, cols = zip(*shapes, strict=True)
+    return math.gcd(*rows), math.gcd(*cols)
 
 
 def _limit(options: CompressOptions) -> int:
@@ -135,7 +140,7 @@ def expert_block(
             f"{odd} is stored as {checkpoint.tensors[odd].dtype}, but {_EXPERTS}; convert it to bfloat16"
         )
     shapes = [(checkpoint.tensors[name].shape[0], checkpoint.tensors[name].shape[1]) for name in names]
-    common = (math.gcd(*(out for out, _ in shapes)), math.gcd(*(inputs for _, inputs in shapes)))
+    common = _common(shapes)
     block = fit(options.parsed_block, common)
     carried = {compressed_tensors.express(block, shape) for shape in shapes} if block else {None}
     if block is None or len(carried) > 1 or None in carried:

@@ -180,7 +180,9 @@ class CompressOptions:
     def _check_offsets(self) -> None:
         if not self.offsets:
             return
-        if self.bits not in (2, 4, 8):
+        from exporters.affine_layout import BITS  # here: `swquant --help` must not wait for torch
+
+        if self.bits not in BITS:
             raise SwquantError(f"--offsets with {self.bits} bits: the layout that holds offsets takes 2, 4 or 8")
         if not self.symmetric or self.parsed_clip is not None:
             other = f"clip {self.clip}" if self.symmetric else "--asymmetric"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from calibrationless import Evidence, Patch, Rounded, WeightError, dequantize, follow, for_pieces
-from exporters import affine_layout, compressed_tensors
+from exporters import layouts
 from exporters.errors import SwquantError
 from swquant.checkpoints.schema import UNUSED
 from swquant.compress.plan import TensorPlan
@@ -57,10 +57,7 @@ def round_tensor(plan: TensorPlan, weight: torch.Tensor, evidence: Evidence) -> 
     except ValueError as error:
         _check_finite(plan.name, weight)
         raise SwquantError(f"{plan.name}: {error}; use --dtype bfloat16") from None
-    if plan.recipe.offset:
-        local = affine_layout.to_tensors(rounded.quantized)
-    else:
-        local = compressed_tensors.to_tensors(rounded.quantized, int8_inputs=plan.int8_inputs)
+    local = layouts.to_tensors(rounded.quantized, int8_inputs=plan.int8_inputs)
     return RoundedTensor(
         name=plan.name,
         parts={f"{plan.module}.{key}": part for key, part in local.items()},

@@ -26,6 +26,7 @@ from swquant.models.architecture import Architecture, describe
 from swquant.models.converted import as_built
 from swquant.models.loading import build_model, offloaded_model, quiet
 from swquant.models.memory import fits_in_memory
+from swquant.models.stock import empty_model
 
 __all__ = ["find_super_weights", "probed_model", "prompt_tokens", "run_text", "watchable"]
 
@@ -106,8 +107,9 @@ def find_super_weights(
     Raises SwquantError where the prompt, the tokenizer or the weights are unusable, or no down projection was seen.
     """
     ids = prompt_tokens(checkpoint, prompt)
-    checkpoint = as_built(checkpoint)
-    architecture = describe(checkpoint)
+    empty = empty_model(checkpoint)
+    checkpoint = as_built(checkpoint, empty)
+    architecture = describe(checkpoint, empty)
     tokens = torch.tensor(ids)
     with ExitStack() as stack:
         if model is None:

@@ -128,9 +128,8 @@ def as_built(checkpoint: Checkpoint, model: PreTrainedModel | None = None) -> Ch
     gone: set[str] = set()
     for conversion in _conversions(checkpoint, model, state):
         names = [name for name, _ in conversion.sources]
-        empty = {
-            name: torch.empty(form.shape, dtype=form.dtype, device="meta") for name, form in _of(checkpoint, names)
-        }
+        stored = {name: checkpoint.tensors[name] for name in names}
+        empty = {name: torch.empty(form.shape, dtype=form.dtype, device="meta") for name, form in stored.items()}
         try:
             result = conversion.run(empty)
         except Exception:  # transformers raises nearly everything here; the rehearsal says what becomes of it
@@ -146,10 +145,6 @@ def as_built(checkpoint: Checkpoint, model: PreTrainedModel | None = None) -> Ch
     for name, form in checkpoint.tensors.items():
         tensors |= forms.get(name, {}) if name in gone else {name: form}
     return ConvertedCheckpoint(checkpoint, made, tensors)
-
-
-def _of(checkpoint: Checkpoint, names: list[str]) -> list[tuple[str, Stored]]:
-    return [(name, checkpoint.tensors[name]) for name in names]
 
 
 def sources(
