@@ -1,11 +1,12 @@
 """How much of a model survives 4 and 3 bits without data: swquant beside other tools, at the bits that they store.
 
-Two small models (SmolLM2 135M and Gemma 3 270M), and in every cell of the table the same bits and block. Each method
-turns the same linear weights (all those of the decoder layers) into the weights that its stored form decodes to;
-embeddings, norms and head stay as they are. Then swquant's evaluator reads the same windows of text with all of them.
+Three small models, and in every cell of the table the same bits and block. Each method turns the same linear weights
+(all those of the decoder layers) into the weights that its stored form decodes to; embeddings, norms and head stay as
+they are. Then swquant's evaluator reads the same windows of text with all of them.
 
-    models      GGUF files whose weights lie on a 4-bit grid already. `grid.py` takes them off it first, and
-                checks that they still compute the same function: that is the original of every row, in float32
+    models      two are GGUF files (SmolLM2 135M and Gemma 3 270M) whose weights lie on a 4-bit grid already. `grid.py`
+                takes them off it first, and checks that they still compute the same function: that is the original of
+                every row, in float32. The third never lay on any grid: `trained.py` made it, and it is read as it is
     texts       the beginning of WikiText-2's test set, and Python source: of another kind, so that a method
                 that suits one text only shows. No method sees either of them
     calibrated  methods marked so have read the beginning of WikiText-2's validation set (--calibration), 16
@@ -21,7 +22,7 @@ embeddings, norms and head stay as they are. Then swquant's evaluator reads the 
 A peer that is not installed, or fails, is listed with the reason. With --json a run remembers what it has measured, by
 versions and protocol, and goes on from there. Figures are drawn from the same file.
 
-    python benchmarks/quality.py --smollm2 MODEL.gguf --gemma MODEL.gguf --json quality.json --plots FOLDER
+    python benchmarks/quality.py --smollm2 MODEL.gguf --gemma MODEL.gguf --trained FOLDER --json quality.json
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,17 +63,29 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Text:
-    """window: tokens. windows: how many of them, by model: a token of a large vocabulary takes longer."""
+    """window: tokens. windows: how many of them, by model: a token of a large vocabulary takes longer.
+
+    small: how many of them for models of another name, which take few tokens at a time, and little time.
+    """
 
     name: str
     file: Path
     window: int
     windows: dict[str, int]
+    small: int
+
+    def counts(self, key: str) -> dict[str, int]:
+        """The windows of a model, among those of the models that it is measured with."""
+        return self.windows if key in self.windows else {key: self.small}
+
+    def times(self, factor: int) -> Text:
+        more = {key: factor * count for key, count in self.windows.items()}
+        return replace(self, windows=more, small=factor * self.small)
 
 
 TEXTS = (
-    Text("wikitext2-test", DATA / "wikitext2-excerpt.txt", 1024, {"smollm2": 2, "gemma": 1}),
-    Text("python", DATA / "python-source.txt", 512, {"smollm2": 1, "gemma": 1}),
+    Text("wikitext2-test", DATA / "wikitext2-excerpt.txt", 1024, {"smollm2": 2, "gemma": 1}, 32),
+    Text("python", DATA / "python-source.txt", 512, {"smollm2": 1, "gemma": 1}, 16),
 )
 
 
@@ -88,12 +101,12 @@ class Evaluator:
         with torch.no_grad():
             for text in texts:
                 window = fit_window(original.checkpoint, text.window)
-                windows = make_windows(original.checkpoint, text.file.read_text("utf-8"), window, text.windows[key])
+                windows = make_windows(original.checkpoint, text.file.read_text("utf-8"), window, text.counts(key)[key])
                 self.windows[text.name] = windows
                 self.reference[text.name] = [window_logits(self.model, ids, windows.bos)[0] for ids in windows.ids]
 
     def measure(self, state: dict[str, Tensor]) -> dict[str, Record]:
-        """Text -> perplexity, kl, top1 and tokens with these weights in place of the original's."""
+        """Text -> perplexity, kl, top1, accepted and tokens with these weights in place of the original's."""
         with torch.no_grad():
             for name in {*self.original.linears, *self.changed, *state}:
                 new = state[name] if name in state else self.original.checkpoint.read(name)
@@ -113,6 +126,7 @@ class Evaluator:
             "perplexity": perplexity if perplexity < 1e30 else None,
             "kl": sum(score.kl for score in scores) / tokens,
             "top1": sum(score.agree for score in scores) / tokens,
+            "accepted": sum(score.accepted for score in scores) / tokens,
             "tokens": tokens,
         }
 
@@ -121,15 +135,15 @@ def digest(*parts: bytes) -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]
 
 
-def identity(method: Method, calibration: str, texts: Sequence[Text]) -> Record:
+def identity(method: Method, key: str, model: Record, calibration: str, texts: Sequence[Text]) -> Record:
     """What a result depends on: a recorded one with another identity is measured again. Raises PackageNotFoundError."""
-    result: Record = versions(("torch", "transformers", *method.packages))
+    result: Record = versions(("torch", "transformers", *method.packages)) | model
     if method.name.startswith("swquant"):
         result["sources"] = digest(*(path.read_bytes() for part in ROUNDING for path in sorted(SOURCES.glob(part))))
         result["call"] = method.call
     if method.calibrated:
         result["calibration"] = digest(calibration.encode())
-    result["texts"] = digest(*(f"{text.window} {text.windows}".encode() + text.file.read_bytes() for text in texts))
+    result["texts"] = digest(*(f"{text.window} {text.counts(key)}".encode() + text.file.read_bytes() for text in texts))
     return result
 
 
@@ -172,16 +186,48 @@ def off_grid(gguf: Path, calibration: str) -> Iterator[tuple[Original, float]]:
     """The model off its grid, in a folder that is removed again, and the largest difference of a logit."""
     with tempfile.TemporaryDirectory(prefix="swquant-quality-") as scratch:
         _, difference = break_and_check(gguf, Path(scratch) / gguf.stem)
-        original = open_original(Path(scratch) / gguf.stem, calibration)
-        try:
+        with as_it_is(Path(scratch) / gguf.stem, calibration) as (original, _):
             yield original, difference
-        finally:
-            original.checkpoint.close()
+
+
+@contextmanager
+def as_it_is(folder: Path, calibration: str) -> Iterator[tuple[Original, float]]:
+    """A model that needs nothing done to it."""
+    original = open_original(folder, calibration)
+    try:
+        yield original, 0.0
+    finally:
+        original.checkpoint.close()
+
+
+@dataclass(frozen=True)
+class Model:
+    """One option of the command line. opened: from its path and the calibration text to an original.
+
+    identity: what of its path belongs into the identity of a result.
+    """
+
+    metavar: str
+    help: str
+    opened: Callable[[Path, str], AbstractContextManager[tuple[Original, float]]]
+    identity: Callable[[Path], Record] = lambda _: {}
+
+
+def weights_of(folder: Path) -> Record:
+    """A model trained again has the same name and other weights."""
+    return {"weights": digest(*(path.read_bytes() for path in sorted(folder.glob("*.safetensors"))))}
+
+
+MODELS = {
+    "smollm2": Model("GGUF", "SmolLM2-135M-Instruct", off_grid),
+    "gemma": Model("GGUF", "Gemma 3 270M", off_grid),
+    "trained": Model("FOLDER", "what trained.py makes", as_it_is, weights_of),
+}
 
 
 def run(
     key: str,
-    gguf: Path,
+    path: Path,
     jobs: Sequence[tuple[Method, Cell]],
     results: Results,
     calibration: str,
@@ -189,9 +235,10 @@ def run(
 ) -> None:
     """Measure what is not known yet of one model."""
     todo: list[tuple[Method, Cell, Record]] = []
+    model = MODELS[key].identity(path)
     for method, cell in jobs:
         try:
-            wanted = identity(method, calibration, texts)
+            wanted = identity(method, key, model, calibration, texts)
         except Exception as error:
             put_problem(results, key, cell, method, {}, error)
             continue
@@ -200,10 +247,10 @@ def run(
             todo.append((method, cell, wanted))
     if not todo:
         return
-    with off_grid(gguf, calibration) as (original, difference):
+    with MODELS[key].opened(path, calibration) as (original, difference):
         evaluator = Evaluator(key, original, texts)
         results.originals[key] = {
-            "name": gguf.stem,
+            "name": original.checkpoint.name,
             "difference": difference,
             "weights": original.weights,
             "texts": evaluator.measure({}),
@@ -238,9 +285,9 @@ def chosen(cells: Sequence[str], words: Sequence[str]) -> list[tuple[Method, Cel
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Quality of 4-bit and 3-bit models, swquant and peers.")
-    parser.add_argument("--smollm2", type=Path, metavar="GGUF", help="SmolLM2-135M-Instruct")
-    parser.add_argument("--gemma", type=Path, metavar="GGUF", help="Gemma 3 270M")
-    parser.add_argument("--models", nargs="+", choices=("smollm2", "gemma"), help="only these")
+    for key, model in MODELS.items():
+        parser.add_argument(f"--{key}", type=Path, metavar=model.metavar, help=model.help)
+    parser.add_argument("--models", nargs="+", choices=tuple(MODELS), help="only these")
     parser.add_argument(
         "--cells", nargs="+", choices=CHOICES, default=[], metavar="CELL", help=f"only these of {', '.join(CHOICES)}"
     )
@@ -253,15 +300,15 @@ def main() -> None:
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw figures there")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: torch's own choice")
     options = parser.parse_args()
-    models = {key: path for key in ("smollm2", "gemma") if (path := getattr(options, key)) is not None}
+    models = {key: path for key in MODELS if (path := getattr(options, key)) is not None}
     models = {key: path for key, path in models.items() if not options.models or key in options.models}
-    if lost := [path for path in (*models.values(), options.calibration) if not path.is_file()]:
-        parser.error(f"{lost[0]}: no such file")
+    if lost := [path for path in (*models.values(), options.calibration) if not path.exists()]:
+        parser.error(f"{lost[0]}: not there")
     if options.threads:
         torch.set_num_threads(options.threads)
     results = Results(options.json)
     calibration = options.calibration.read_text("utf-8")
-    texts = [replace(text, windows={key: options.times * n for key, n in text.windows.items()}) for text in TEXTS]
+    texts = [text.times(options.times) for text in TEXTS]
     for key, path in models.items():
         run(key, path, chosen(options.cells, options.methods), results, calibration, texts)
     print_tables(results.originals, results.records)

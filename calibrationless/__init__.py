@@ -7,7 +7,7 @@ from calibrationless.activations import (
     round_activations,
     static_scale,
 )
-from calibrationless.affine import compact_steps, quantize_affine
+from calibrationless.affine import quantize_affine
 from calibrationless.allocation import allocate
 from calibrationless.blocks import (
     Block,
@@ -45,7 +45,17 @@ from calibrationless.patches import (
 )
 from calibrationless.pieces import for_pieces
 from calibrationless.probe import run_probe
-from calibrationless.quantized import MAX_BITS, MIN_BITS, Compact, QuantizedTensor, check_bits, dequantize
+from calibrationless.quantized import (
+    MAX_BITS,
+    MIN_BITS,
+    OCTAVE,
+    Compact,
+    QuantizedTensor,
+    check_bits,
+    compact_steps,
+    dequantize,
+    from_compact,
+)
 from calibrationless.recipe import Evidence, Recipe, Rounded, follow
 from calibrationless.records import Contribution, LinearRecord, Peak, Probe, Residual, Scalar, Spike, Watch
 from calibrationless.rounding import choose_scale, quantize, round_to_codes
@@ -57,6 +67,7 @@ __all__ = [
     "KINDS",
     "MAX_BITS",
     "MIN_BITS",
+    "OCTAVE",
     "RULES",
     "Block",
     "Channel",
@@ -111,6 +122,7 @@ __all__ = [
     "fit",
     "follow",
     "for_pieces",
+    "from_compact",
     "from_blocks",
     "inverse_factor",
     "massive_channels",

@@ -16,22 +16,15 @@ from torch import Tensor
 
 from calibrationless.blocks import Block, Tile, from_blocks, scale_shape, shape_of, to_blocks
 from calibrationless.pieces import for_pieces
-from calibrationless.quantized import Compact, QuantizedTensor, check_bits
+from calibrationless.quantized import OCTAVE, Compact, QuantizedTensor, check_bits, compact_steps
 from calibrationless.search import block_importance
 
-__all__ = ["compact_steps", "quantize_affine"]
+__all__ = ["quantize_affine"]
 
 STRETCHES = tuple(0.9 + 0.06 * i for i in range(10))
 SHIFTS = (-0.33, 0.0, 0.33)
 _REFITS = 4
 _AROUND = 2
-_OCTAVE = 24  # values of a compact scale from one power of two to the next
-
-
-def compact_steps() -> Tensor:
-    """float32 [256]: the factor that each exponent stands for."""
-    exponent = torch.arange(256, dtype=torch.float64)
-    return torch.exp2(-(255 - exponent) / _OCTAVE).to(torch.float32)
 
 
 def quantize_affine(
@@ -124,21 +117,31 @@ def _settled_in(dtype: torch.dtype, scale: Tensor, offset: Tensor) -> None:
         values.copy_(stored)
 
 
+def _reach_zero(scale: Tensor, offset: Tensor, top: float) -> None:
+    """Stretch the lines that do not pass zero until they do, in place: a byte for the offset counts steps below zero."""
+    high = offset + top * scale
+    above, below = offset > 0, high < 0
+    scale.copy_(torch.where(above, high / top, torch.where(below, -offset / top, scale)))
+    offset.masked_fill_(above, 0.0)
+
+
 def _settled_in_bytes(blocks: Tensor, pattern: Tensor, bits: int, rows: int, scale: Tensor, offset: Tensor) -> Compact:
     """Both in place, and the bytes that stand for them."""
     from calibrationless.kernels import settle_lines
 
     per_row = len(blocks) // rows
-    of_rows = scale.view(rows, per_row).amax(dim=1).to(torch.float16)
-    if not bool(torch.isfinite(of_rows).all()):
-        raise ValueError(f"a scale of {scale.max():.3g} does not fit float16")
+    _reach_zero(scale, offset, float((1 << bits) - 1))
+    largest = scale.view(rows, per_row).amax(dim=1)
+    of_rows = largest.to(torch.float16)
+    if odd := largest[~torch.isfinite(of_rows) | ((of_rows == 0) & (largest > 0))].tolist():
+        raise ValueError(f"a scale of {odd[0]:.3g} does not fit float16")
     exponents, zeros = (torch.empty(len(blocks), dtype=torch.uint8) for _ in range(2))
     steps, wide = compact_steps().numpy(), of_rows.to(torch.float32).numpy()
 
     def settle(piece: slice) -> None:
         part = blocks[piece].to(torch.float32).contiguous().numpy()
         out = (values[piece].numpy() for values in (scale, offset, exponents, zeros))
-        settle_lines(part, pattern.numpy(), piece.start, 1 << bits, _AROUND, _OCTAVE, steps, wide, per_row, *out)
+        settle_lines(part, pattern.numpy(), piece.start, 1 << bits, _AROUND, OCTAVE, steps, wide, per_row, *out)
 
     for_pieces(settle, *blocks.shape)
     return Compact(of_rows, exponents, zeros)

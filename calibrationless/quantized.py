@@ -20,9 +20,10 @@ from torch import Tensor
 from calibrationless.blocks import Block, from_blocks, scale_shape, to_blocks
 from calibrationless.pieces import for_pieces
 
-__all__ = ["MAX_BITS", "MIN_BITS", "Compact", "QuantizedTensor", "check_bits", "dequantize"]
+__all__ = ["MAX_BITS", "MIN_BITS", "Compact", "QuantizedTensor", "check_bits", "dequantize", "from_compact"]
 
 MIN_BITS, MAX_BITS = 2, 8
+OCTAVE = 24  # values of a compact scale from one power of two to the next
 
 
 def check_bits(bits: int) -> None:
@@ -86,6 +87,19 @@ class QuantizedTensor:
     @property
     def symmetric(self) -> bool:
         return self.zero_point is None and self.offset is None
+
+
+def compact_steps() -> Tensor:
+    """float32 [256]: the factor that each exponent stands for."""
+    exponent = torch.arange(256, dtype=torch.float64)
+    return torch.exp2(-(255 - exponent) / OCTAVE).to(torch.float32)
+
+
+def from_compact(codes: Tensor, compact: Compact, block: Block, bits: int) -> QuantizedTensor:
+    """The weight that codes and the bytes of their blocks stand for; scale and offset are float32."""
+    scale = compact.rows.to(torch.float32).unsqueeze(1) * compact_steps()[compact.exponents.to(torch.int64)]
+    offset = -scale * (compact.zeros.to(torch.float32) * ((1 << bits) / 256))
+    return QuantizedTensor(codes, scale, None, block, bits, offset, compact)
 
 
 def decode_blocks(quantized: QuantizedTensor, codes: Tensor, piece: slice) -> Tensor:

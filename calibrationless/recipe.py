@@ -30,7 +30,8 @@ __all__ = ["Evidence", "Recipe", "Rounded", "follow"]
 class Recipe:
     """How a [out, in] weight is rounded.
 
-    offset: codes with a real offset (`affine`), not a zero point. scale_dtype: what scales are stored in.
+    offsets: none, or how the real offsets of `affine` are stored: float (in scale_dtype, like the scales) or byte.
+    scale_dtype: what scales are stored in.
     super_weights: (row, col) of those that detection found. outliers: how many weights a patch keeps exactly, super
     weights included (0: no patch). columns: how many input channels a patch keeps exactly, those of most energy.
     hold_out: round as if the super weights were zero (the paper's order of things), instead of letting their blocks
@@ -40,7 +41,7 @@ class Recipe:
     block: Block
     bits: int
     symmetric: bool = True
-    offset: bool = False
+    offsets: str = "none"
     clip: Clip | None = None
     scale_dtype: torch.dtype | None = None
     super_weights: tuple[tuple[int, int], ...] = ()
@@ -89,10 +90,9 @@ def follow(recipe: Recipe, weight: Tensor, evidence: Evidence = Evidence()) -> R
 def _quantized(recipe: Recipe, weight: Tensor, importance: Tensor | None) -> QuantizedTensor:
     part, keep = _without_super_weights(recipe, weight), _blocks_of_super_weights(recipe, weight)
     block, bits, dtype = recipe.block, recipe.bits, recipe.scale_dtype
-    if recipe.offset:
-        return quantize_affine(
-            part, block, bits, importance=importance, keep_extreme=keep, storage=dtype or weight.dtype
-        )
+    if recipe.offsets != "none":
+        storage = (dtype or weight.dtype) if recipe.offsets == "float" else None
+        return quantize_affine(part, block, bits, importance=importance, keep_extreme=keep, storage=storage)
     return quantize(
         part,
         block,

@@ -145,6 +145,7 @@ def _planned(
     own = {name: value for name, value in changes.items() if name not in of_formats}
     given = {name: value for name, value in changes.items() if name in of_formats and value is not None}
     chosen = made_of(CompressOptions, options, own)
+    chosen = row.suited(chosen)
     export_to = row.chosen(given, int8=chosen.activations == "int8")
     row.require()
     from swquant.checkpoints.open import open_checkpoint
@@ -247,7 +248,8 @@ def evaluate(
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Perplexity of a model on a text; against an original also KL divergence and top-1 agreement.
+    """Perplexity of a model on a text; against an original also KL divergence (nats), top-1 agreement and
+    the expected acceptance rate of speculative decoding (both 0 to 1).
 
     window: tokens per window. limit: evaluate only the first so many windows. restore: see `load`. The protocol is
     described in `swquant.evaluate.pipeline` and docs/evaluation.md. Raises SwquantError.

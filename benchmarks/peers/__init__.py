@@ -9,7 +9,7 @@ from pathlib import Path
 # a folder of their own, which is looked through last. The Makefile fills it.
 sys.path.append(str(Path(__file__).parents[2] / ".peers"))
 
-from peers import calibrated, ggml, onnx_runtime, own, packages, sweep
+from peers import autoround, calibrated, ggml, onnx_runtime, own, packages, sweep
 from peers.base import CELLS, Cell, Method, Original, Outcome, missing, open_original, versions
 
 __all__ = ["CELLS", "METHODS", "Cell", "Method", "Original", "Outcome", "missing", "open_original", "versions"]
@@ -17,6 +17,7 @@ __all__ = ["CELLS", "METHODS", "Cell", "Method", "Original", "Outcome", "missing
 METHODS: list[Method] = [
     *own.METHODS,
     *packages.METHODS,
+    *autoround.METHODS,
     *onnx_runtime.METHODS,
     *ggml.METHODS,
     *calibrated.METHODS,

@@ -2,6 +2,8 @@
 
     Cell       bits and block that rows of one table have in common
     Original   the model that is rounded, its linear weights, and the text that calibrated methods may read
+    Importance what a tool weighs its errors with, where it takes such a thing: nothing, the inputs on swquant's one
+               prompt, or the inputs on the calibration text
     Outcome    float weights [out, in] under the original's names, and every byte that stores them
     Method     one row: a tool, one way to call it, and the cells that it has something to say in
 
@@ -12,7 +14,7 @@ that its file formats store, before they are used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -23,13 +25,18 @@ from torch import Tensor
 
 from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.open import open_checkpoint
+from swquant.detect.pipeline import find_super_weights
 from swquant.evaluate.pipeline import make_windows
 from swquant.models.architecture import describe
 from swquant.models.loading import build_model
 
 __all__ = [
     "CELLS",
+    "PLAIN",
+    "PROMPT",
+    "TEXT",
     "Cell",
+    "Importance",
     "Method",
     "Original",
     "Outcome",
@@ -111,6 +118,13 @@ class Original:
         return [torch.cat([start, ids]) for ids in cut.ids]
 
     @cached_property
+    def energies(self) -> dict[str, Tensor]:
+        """Name -> energy [in] of every input channel on swquant's one prompt, as far as the prompt reaches."""
+        found = find_super_weights(self.checkpoint)
+        seen = {name: found.energy(name) for name in self.linears}
+        return {name: energy for name, energy in seen.items() if energy is not None}
+
+    @cached_property
     def moments(self) -> dict[str, Tensor]:
         """Name -> mean square [in] of every input channel over the calibration text: an importance matrix."""
         model = build_model(self.checkpoint, torch.float32)
@@ -130,6 +144,20 @@ class Original:
                 model.model(input_ids=ids.unsqueeze(0), use_cache=False)
         tokens = sum(len(ids) for ids in self.calibration_ids)
         return {name: total / tokens for name, total in sums.items()}
+
+
+@dataclass(frozen=True)
+class Importance:
+    """name: as rows end that have it. of: from an original to a float32 [in] per linear weight."""
+
+    name: str
+    of: Callable[[Original], Mapping[str, Tensor]]
+    calibrated: bool = False
+
+
+PLAIN = Importance("", lambda original: {})
+PROMPT = Importance(", one prompt", lambda original: original.energies)
+TEXT = Importance(", importance matrix", lambda original: original.moments, calibrated=True)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,8 @@
 """llama.cpp's types, by ggml's own quantizer (`ggml_quantize_chunk`), without and with an importance matrix.
 
+The matrix holds the mean square of every input over the calibration text; the rows with one prompt have swquant's in
+its place, for which no text is read.
+
 Their blocks are fixed (32 weights, or super-blocks of 256), so each type has one place: the cell nearest in stored
 bits. Super-blocks run along a row; where 256 does not divide a row, several rows are joined, so that the method
 itself is measured. llama.cpp would store such a tensor as another, larger type (Q4_K as Q5_0).
@@ -17,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from peers.base import Cell, Method, Original, Outcome, Rounded, gather
+from peers.base import PLAIN, PROMPT, TEXT, Cell, Importance, Method, Original, Outcome, Rounded, gather
 
 __all__ = ["METHODS", "TYPES", "dequantize", "quantize", "quantizer"]
 
@@ -113,31 +116,25 @@ def rounded(weight: Tensor, name: str, importance: Tensor | None = None) -> Roun
     return Rounded(dequantize(packed, name, (weight.shape[0], weight.shape[1])), len(packed))
 
 
-def run(name: str, calibrated: bool) -> Callable[[Original, Cell], Outcome]:
+def run(name: str, importance: Importance) -> Callable[[Original, Cell], Outcome]:
     def all_weights(original: Original, cell: Cell) -> Outcome:
-        def importance(tensor: str) -> Tensor | None:
-            return original.moments[tensor] if calibrated else None
-
-        read = original.checkpoint.read
-        return gather((tensor, rounded(read(tensor), name, importance(tensor))) for tensor in original.linears)
+        read, weights = original.checkpoint.read, importance.of(original)
+        return gather((tensor, rounded(read(tensor), name, weights.get(tensor))) for tensor in original.linears)
 
     return all_weights
 
 
+def row(name: str, importance: Importance, matrix: str) -> Method:
+    call = f"ggml_quantize_chunk({name}, imatrix={matrix})"
+    cells = (TYPES[name][1],)
+    return Method(
+        f"llama.cpp {name}{importance.name}", PACKAGES, call, run(name, importance), cells, importance.calibrated
+    )
+
+
+WEIGHED = ("Q4_K", "IQ4_XS", "Q3_K")
 METHODS = [
-    *(
-        Method(f"llama.cpp {name}", PACKAGES, f"ggml_quantize_chunk({name}, imatrix=NULL)", run(name, False), (cell,))
-        for name, (_, cell) in TYPES.items()
-    ),
-    *(
-        Method(
-            f"llama.cpp {name}, importance matrix",
-            PACKAGES,
-            f"ggml_quantize_chunk({name}, imatrix=mean squares over the calibration text)",
-            run(name, True),
-            (TYPES[name][1],),
-            calibrated=True,
-        )
-        for name in ("Q4_K", "Q3_K")
-    ),
+    *(row(name, PLAIN, "NULL") for name in TYPES),
+    *(row(name, PROMPT, "energy of the inputs on swquant's prompt") for name in WEIGHED),
+    *(row(name, TEXT, "mean squares over the calibration text") for name in WEIGHED),
 ]

@@ -64,5 +64,5 @@ _OFFSETS = tuple(Cell(4, block) for block in ("32", "64", "128"))
 METHODS = [
     row(MIN_MAX, preset="fast", symmetric=False),
     *(row(f"swquant {preset}", preset=preset) for preset in PRESETS),
-    *(row(f"swquant {preset}, offsets", _OFFSETS, preset=preset, offsets=True) for preset in ("balanced", "best")),
+    *(row(f"swquant {preset}, offsets", _OFFSETS, preset=preset, offsets="float") for preset in ("balanced", "best")),
 ]

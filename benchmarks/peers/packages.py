@@ -1,4 +1,4 @@
-"""Data-free peers that are Python packages: HQQ, bitsandbytes, SINQ, AutoRound and torchao."""
+"""Data-free peers that are Python packages: HQQ, bitsandbytes, SINQ and torchao."""
 
 from __future__ import annotations
 
@@ -50,27 +50,6 @@ def sinq(method: str) -> RoundOne:
         decoded = ((codes - zero) * scale).reshape(weight.shape) * columns.reshape(1, -1)
         nbytes = weight.numel() * cell.bits / 8 + 2 * (scale.numel() + zero.numel() + columns.numel())
         return Rounded(decoded, nbytes)
-
-    return round_one
-
-
-def auto_round(symmetric: bool, optimized: bool) -> RoundOne:
-    def round_one(weight: Tensor, cell: Cell) -> Rounded:
-        """The function that its own RTN mode (`--iters 0`) finds in its registry, without an importance matrix."""
-        from auto_round.data_type.utils import get_quant_func
-
-        group = group_of(cell, weight.shape[1])
-        function, _ = get_quant_func("int", cell.bits, sym=symmetric, disable_opt_rtn=not optimized, iters=0)
-        _, scale, zero = function(weight, bits=cell.bits, group_size=group)
-        blocks = weight.reshape(-1, group)
-        half = 2 ** (cell.bits - 1)
-        if symmetric:
-            codes = (blocks / scale).round().clamp(-half, half - 1)
-        else:
-            codes = (blocks / scale).round().add(zero).clamp(0, 2 * half - 1) - zero
-        decoded = (codes * scale.half().float()).reshape(weight.shape)
-        per_block = 16 if symmetric else 16 + cell.bits
-        return Rounded(decoded, (weight.numel() * cell.bits + len(blocks) * per_block) / 8)
 
     return round_one
 
@@ -138,16 +117,6 @@ METHODS = [
     ),
     method("SINQ", "sinq", "tiled_quant_rectangle(method='sinq')", sinq("sinq")),
     method("SINQ NF4", "sinq", "tiled_quant_rectangle(method='sinq_nf4')", sinq("sinq_nf4"), FOUR_BITS),
-    method(
-        "AutoRound RTN", "auto-round", "get_quant_func('int', sym=True, disable_opt_rtn=True)", auto_round(True, False)
-    ),
-    method(
-        "AutoRound RTN asymmetric",
-        "auto-round",
-        "get_quant_func('int', sym=False, disable_opt_rtn=True)",
-        auto_round(False, False),
-    ),
-    method("AutoRound opt-RTN", "auto-round", "get_quant_func('int', sym=True)", auto_round(True, True)),
     method("torchao int4", "torchao", "Int4WeightOnlyConfig, tinygemm", torchao_int4(False), FOUR_BITS),
     method("torchao int4 hqq", "torchao", "Int4WeightOnlyConfig, hqq", torchao_int4(True), FOUR_BITS),
     method("torchao intx", "torchao", "IntxWeightOnlyConfig, AFFINE", torchao_intx("AFFINE"), THREE_BITS),

@@ -4,7 +4,9 @@ Each exported file carries this as a model-local function. A stock ONNX Runtime 
 registered, its kernel takes precedence. A function is looked up by its name, so a file has one, and its nodes must suit
 it: `Form` says what they have. Two bodies exist:
 
-- stock: MatMulNBits decodes and multiplies, standard operators add what is special. Fast everywhere.
+- stock: MatMulNBits decodes and multiplies, standard operators add what is special. Fast everywhere. A zero point
+  between two codes, which few kernels of it know, is an offset of the whole block beside the usual one: it is added as
+  the product of the block's summed inputs and its offset.
 - otherwise: the codes are unpacked with shifts and masks. Exact for 2 to 8 bits and every block, and slow to load: the
   runtime folds it into a float weight, so the file is small, but the memory is that of a float model.
 
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 import onnx
 import onnx.parser
 
+from calibrationless import compact_steps
 from exporters.onnx.nodes import DOMAIN, MICROSOFT, OPERATOR
 
 __all__ = ["INPUTS", "OPSET", "Form", "linear_function"]
@@ -25,18 +28,22 @@ __all__ = ["INPUTS", "OPSET", "Form", "linear_function"]
 OPSET = 21
 INPUTS = (
     "A", "B", "scales", "zero_points", "outlier_rows", "outlier_cols", "outlier_deltas", "channels", "bias",
+    "row_scales",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Form:
-    """What all LinearNBits nodes of one file have in common. widened: scales are float16 where A is float32."""
+    """What all LinearNBits nodes of one file have in common. zero_points: what they are, "" where there are none,
+    "codes", "floats", or "bytes" with scales of a byte, too. widened: scales are float16 where A is float32. ragged: a
+    last block hangs over the end of a row."""
 
     stock: bool
-    zero_points: bool
+    zero_points: str
     outliers: bool
     channels: bool = False
     widened: bool = False
+    ragged: bool = False
 
 
 # A with the channels at zero. Everything but the last line is constant, and folded when a runtime loads the file.
@@ -52,16 +59,67 @@ _KEEP = """
   kept = Mul (A, mask)
 """
 
+# Scale and zero point of a block from a byte each; all of it is constant.
+_BYTES = """
+  steps = Constant <value_floats: floats = [{steps}]> ()
+  exponents = Cast <to = 7> (scales)
+  factors = Gather <axis = 0> (steps, exponents)
+  row_floats = Cast <to = 1> (row_scales)
+  second = Constant <value_ints: ints = [1]> ()
+  row_column = Unsqueeze (row_floats, second)
+  scales_float = Mul (factors, row_column)
+  zero_bytes = Cast <to = 1> (zero_points)
+  power_float = Cast <to = 1> (power)
+  of_byte = Constant <value_float: float = 0.00390625> ()
+  zero_unit = Mul (power_float, of_byte)
+  zeros_float = Mul (zero_bytes, zero_unit)
+"""
+
+_FLOATS = """
+  scales_float = Cast <to = 1> (scales)
+  zeros_float = Cast <to = 1> (zero_points)
+"""
+
+# The last block may hang over.
+_PAD = """
+  all_columns = Mul (block_count, block_length)
+  given_columns = Unsqueeze (K, no_columns)
+  missing_columns = Sub (all_columns, given_columns)
+  pads = Concat <axis = 0> (no_columns, missing_columns)
+  padded = Pad (A, pads, "", last_axis)
+"""
+
+# A summed over each block, times what the block's zero point is away from the usual one.
+_BLOCK_SUMS = """
+  last_axis = Constant <value_ints: ints = [-1]> ()
+  block_count = Shape <start = 1> (scales)
+  no_columns = Constant <value_ints: ints = [0]> ()
+  block_length = Unsqueeze (block_cols, no_columns)
+{pad}  lead = Shape <end = -1> (A)
+  cut = Concat <axis = 0> (lead, block_count, block_length)
+  in_blocks = Reshape ({A}, cut)
+  block_sums = ReduceSum <keepdims = 0> (in_blocks, last_axis)
+  half_power_int = Div (power, two)
+  usual = Cast <to = 1> (half_power_int)
+  away = Sub (usual, zeros_float)
+  offsets_float = Mul (away, scales_float)
+  offsets_turned = Transpose <perm = [1, 0]> (offsets_float)
+  offsets = CastLike (offsets_turned, A)
+  moved = MatMul (block_sums, offsets)
+  {result} = Add ({product}, moved)
+"""
+
 _STOCK = """
   grid = Shape (scales)
   rest = Constant <value_ints: ints = [-1]> ()
   form = Concat <axis = 0> (grid, rest)
   blocks = Reshape (B, form)
-{widen}  product = com.microsoft.MatMulNBits <K: int = @K, N: int = @N, bits: int = @bits, block_size: int = @block_cols, accuracy_level: int = @accuracy_level> ({A}, blocks, {scales}, {zero_points})
+  product = com.microsoft.MatMulNBits <K: int = @K, N: int = @N, bits: int = @bits, block_size: int = @block_cols, accuracy_level: int = @accuracy_level> ({A}, blocks, {scales}, {zero_points})
 """
 
 # Of a constant, so the runtime does it once.
 _WIDEN = "  wide_scales = Cast <to = 1> (scales)\n"
+_CAST_SCALES = "  cast_scales = CastLike (scales_float, A)\n"
 
 _CONSTANTS = """
   K = Constant <value_int: int = @K> ()
@@ -113,13 +171,16 @@ _DECODE = """
   row = Range (zero, N, one)
   scale_row = Div (row, block_rows)
   scale_col = Div (w_index, block_cols)
-  scales_float = Cast <to = 1> (scales)
   scale_rows = Gather <axis = 0> (scales_float, scale_row)
   scale = Gather <axis = 1> (scale_rows, scale_col)
 """
 
+_SCALES_FLOAT = """
+  scales_float = Cast <to = 1> (scales)
+"""
+
 _ZERO_POINTS = """
-  zero_point_rows = Gather <axis = 0> (z_code, scale_row)
+  zero_point_rows = Gather <axis = 0> ({zeros}, scale_row)
   zero_point = Gather <axis = 1> (zero_point_rows, scale_col)
 """
 
@@ -155,7 +216,7 @@ _OUTLIERS = """
 # What the channels' codes decode to is constant, too.
 _CHANNEL_SCALES = """
   z_index = Div (c_index, block_cols)
-  scale_half = Gather <axis = 1> (scales, z_index)
+  scale_half = Gather <axis = 1> ({scales}, z_index)
   scale = Cast <to = 1> (scale_half)
 """
 
@@ -166,32 +227,55 @@ _CHANNELS = """
 """
 
 
-def _product(form: Form) -> str:
-    """A times the decoded weight. In float arithmetic a channel taken out and added again changes nothing: only the
-    stock body, which may round the activations, does it."""
+def _decoded(form: Form) -> str:
+    """A times the weight that is decoded here. A channel taken out and added again would change nothing."""
+    text = _CONSTANTS + _numbers(form) + _ALL.format(p="w_", count="K") + _UNPACK.format(p="w_", packed="B") + _DECODE
+    if form.zero_points == "codes":
+        text += _COLUMNS + _ALL.format(p="z_", count="columns") + _UNPACK.format(p="z_", packed="zero_points")
+    zeros = "z_code" if form.zero_points == "codes" else "zeros_float"
+    text += _ZERO_POINTS.format(zeros=zeros) if form.zero_points else _SYMMETRIC
+    return text + _WEIGHT.format(code="w_code", zero_point="zero_point") + _MULTIPLY
+
+
+def _numbers(form: Form) -> str:
+    """Scales, and zero points that are no codes, as floats."""
+    if form.zero_points == "bytes":
+        return _BYTES.format(steps=", ".join(repr(step) for step in compact_steps().tolist()))
+    return _FLOATS if form.zero_points == "floats" else _SCALES_FLOAT
+
+
+def _product(form: Form) -> tuple[str, str]:
+    """(text, name) of A times the weight, without outliers."""
     if not form.stock:
-        codes = _ALL.format(p="w_", count="K") + _UNPACK.format(p="w_", packed="B")
-        points = _ALL.format(p="z_", count="columns") + _UNPACK.format(p="z_", packed="zero_points") + _ZERO_POINTS
-        text = _CONSTANTS + codes + _DECODE + (_COLUMNS + points if form.zero_points else _SYMMETRIC)
-        return text + _WEIGHT.format(code="w_code", zero_point="zero_point") + _MULTIPLY
-    product = _STOCK.format(
+        return _decoded(form), "product"
+    real = form.zero_points in ("floats", "bytes")
+    text = _CONSTANTS if real or form.channels else ""
+    text += _numbers(form) + _CAST_SCALES if real else _WIDEN if form.widened else ""
+    text += _KEEP if form.channels else ""
+    scales = "cast_scales" if real else "wide_scales" if form.widened else "scales"
+    text += _STOCK.format(
         A="kept" if form.channels else "A",
-        widen=_WIDEN if form.widened else "",
-        scales="wide_scales" if form.widened else "scales",
-        zero_points="zero_points" if form.zero_points else '""',
+        scales=scales,
+        zero_points="zero_points" if form.zero_points == "codes" else '""',
     )
-    if not form.channels:
-        return product
-    text = _CONSTANTS + _KEEP + product
-    text += _UNPACK.format(p="c_", packed="B") + _CHANNEL_SCALES
-    text += _UNPACK.format(p="z_", packed="zero_points") if form.zero_points else _SYMMETRIC
-    zero_point = "z_code" if form.zero_points else "zero_point"
-    return text + _WEIGHT.format(code="c_code", zero_point=zero_point) + _CHANNELS
+    result = "product"
+    if form.channels:
+        text += _UNPACK.format(p="c_", packed="B") + _CHANNEL_SCALES.format(scales=scales)
+        text += _UNPACK.format(p="z_", packed="zero_points") if form.zero_points == "codes" else _SYMMETRIC
+        zero_point = "z_code" if form.zero_points == "codes" else "zero_point"
+        text += _WEIGHT.format(code="c_code", zero_point=zero_point) + _CHANNELS
+        result = "with_channels"
+    if real:
+        text += _BLOCK_SUMS.format(
+            pad=_PAD if form.ragged else "", A="padded" if form.ragged else "A", product=result, result="with_offsets"
+        )
+        result = "with_offsets"
+    return text, result
 
 
 def _body(form: Form) -> tuple[str, str]:
     """(text, name of the result)."""
-    text, result = _product(form), "with_channels" if form.stock and form.channels else "product"
+    text, result = _product(form)
     return (text + _OUTLIERS.format(product=result), "with_outliers") if form.outliers else (text, result)
 
 

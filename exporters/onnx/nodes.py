@@ -9,8 +9,11 @@ MatMulNBits is taken wherever it can say everything, but for 8 bits, where ours 
 level 0, many times), and for long blocks at level 4, where ours rounds activations more finely and is faster; a runtime
 without our library comes to the same node through the function. A block that it does not know is cut into pieces that
 it does, the scale repeated: a row of 1,536 weights with one scale becomes six blocks of 256. LinearNBits takes what has
-outliers, channels that level 4 may not round, 3, 5, 6 or 7 bits, or a block that no power of two from 16 on divides;
-`function` gives it a meaning on runtimes that do not have our library.
+outliers, real offsets, channels that level 4 may not round, 3, 5, 6 or 7 bits, or a block that no power of two from 16
+on divides; `function` gives it a meaning on runtimes that do not have our library.
+
+An offset is a zero point between two codes, a float, or, where the checkpoint has it in a byte, that byte; then the
+scale is one, too, and both become numbers when a kernel is created.
 
 Both store codes as a little-endian stream of bits, each row padded to whole blocks, so for the bits and blocks that
 MatMulNBits takes the bytes are the same.
@@ -18,7 +21,7 @@ MatMulNBits takes the bytes are the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -54,8 +57,10 @@ class PackedWeight:
     """A [N, K] weight as the operators take it.
 
     codes: uint8 [N, blocks * block * bits / 8, rounded up]. scales: [N, blocks] of the graph's type, or float16.
-    zero_points: uint8 [N, ceil(blocks * bits / 8)], None where it is 2^(bits-1) everywhere. rows, cols: int32 [P],
-    sorted; deltas: float32 [P], what is missing from the decoded weight at these places; None without outliers.
+    zero_points: uint8 [N, ceil(blocks * bits / 8)], None where it is 2^(bits-1) everywhere; [N, blocks] of the graph's
+    type where offsets are floats. row_scales: float16 [N] where scale and offset are a byte each; scales and
+    zero_points are then the uint8 [N, blocks] of `calibrationless.Compact`. rows, cols: int32 [P], sorted; deltas:
+    float32 [P], what is missing from the decoded weight at these places; None without outliers.
     channels: int32 [c], inputs that are kept out of the rounding of activations. accuracy_level: 0 multiplies in float,
     4 rounds activations to int8.
     """
@@ -72,6 +77,16 @@ class PackedWeight:
     deltas: Tensor | None = None
     channels: Tensor | None = None
     accuracy_level: int = 0
+    row_scales: Tensor | None = None
+
+    @property
+    def zero_kind(self) -> str:
+        """What its zero points are: "" where there are none, "codes", "floats" or "bytes"."""
+        if self.row_scales is not None:
+            return "bytes"
+        if self.zero_points is None:
+            return ""
+        return "floats" if self.zero_points.is_floating_point() else "codes"
 
     @property
     def stock(self) -> bool:
@@ -82,7 +97,7 @@ class PackedWeight:
     def operator(self) -> str:
         """The node that it becomes."""
         coarse = self.accuracy_level == 4 and self.block > _ROUNDED
-        plain = self.deltas is None and self.channels is None
+        plain = self.deltas is None and self.channels is None and self.zero_kind in ("", "codes")
         return "MatMulNBits" if self.stock and plain and self.bits != 8 and not coarse else OPERATOR
 
     @property
@@ -98,7 +113,7 @@ class PackedWeight:
     def form(self) -> tuple[object, ...]:
         """What weights must have in common to be stacked."""
         channels = None if self.channels is None else tuple(self.channels.tolist())
-        return (self.K, self.bits, self.block, self.zero_points is None, channels)
+        return (self.K, self.bits, self.block, self.zero_kind, channels)
 
 
 def stock_block(inputs: int, block: int, bits: int) -> int | None:
@@ -140,31 +155,24 @@ def pack_weight(quantized: QuantizedTensor, outliers: Points | None, dtype: torc
             raise ValueError(f"block {other} is not a group or a channel")
     block = stock_block(inputs, declared, quantized.bits) or declared
     blocks = -(-inputs // block)
-    if declared == inputs:
-        scale, zero_point = quantized.scale.expand(-1, blocks), quantized.zero_point
-        zero_point = None if zero_point is None else zero_point.expand(-1, blocks)
-    else:
-        repeats = declared // block
-        scale, zero_point = quantized.scale.repeat_interleave(repeats, 1), quantized.zero_point
-        zero_point = None if zero_point is None else zero_point.repeat_interleave(repeats, 1)
-    scales = scale.to(dtype).contiguous()
-    if not torch.isfinite(scales).all():
-        raise ValueError(f"a scale of {scale.abs().max():.3g} does not fit {dtype}")
-    codes = torch.nn.functional.pad(quantized.codes, (0, blocks * block - inputs))
+
+    def of_blocks(values: Tensor) -> Tensor:
+        """[N, blocks] of the node, from those of the weight."""
+        wide = values.expand(-1, blocks) if declared == inputs else values.repeat_interleave(declared // block, 1)
+        return wide.contiguous()
+
+    scales, zero_points, row_scales = _constants(quantized, dtype, of_blocks)
+    codes = _packed_rows(torch.nn.functional.pad(quantized.codes, (0, blocks * block - inputs)), quantized.bits)
     packed = PackedWeight(
-        inputs,
-        count,
-        quantized.bits,
-        block,
-        _packed_rows(codes, quantized.bits),
-        scales,
-        None if zero_point is None else _packed_rows(zero_point, quantized.bits),
+        inputs, count, quantized.bits, block, codes, scales, zero_points, row_scales=row_scales
     )
     if outliers is None or not len(outliers):
         return packed
     check_patch(outliers, quantized.shape)
     # What the node decodes, not what the checkpoint's loader does, which rounds every product to the scale's dtype.
-    decoded = dequantize(replace(quantized, scale=quantized.scale.to(dtype).to(torch.float32)))
+    scale = quantized.scale if quantized.compact is not None else quantized.scale.to(dtype).to(torch.float32)
+    offset = None if quantized.offset is None else quantized.offset.to(torch.float32)
+    decoded = dequantize(replace(quantized, scale=scale, offset=offset))
     rows, cols = outliers.rows.to(torch.int64), outliers.cols.to(torch.int64)
     deltas = outliers.values.to(torch.float32) - decoded[rows, cols]
     order = torch.argsort(rows * inputs + cols)
@@ -176,15 +184,35 @@ def pack_weight(quantized: QuantizedTensor, outliers: Points | None, dtype: torc
     )
 
 
-def with_zero_points(weight: PackedWeight) -> PackedWeight:
-    """The weight with the zero points that it has anyhow."""
+def _constants(
+    quantized: QuantizedTensor, dtype: torch.dtype, of_blocks: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Scales, zero points and row scales of a node."""
+    if (compact := quantized.compact) is not None:
+        return of_blocks(compact.exponents), of_blocks(compact.zeros), compact.rows
+    scales = of_blocks(quantized.scale.to(dtype))
+    if not torch.isfinite(scales).all():
+        raise ValueError(f"a scale of {quantized.scale.abs().max():.3g} does not fit {dtype}")
+    if quantized.offset is not None:
+        zero_points = -quantized.offset.to(torch.float32) / quantized.scale.to(torch.float32)
+        return scales, of_blocks(zero_points.to(dtype)), None
+    if quantized.zero_point is None:
+        return scales, None, None
+    return scales, _packed_rows(of_blocks(quantized.zero_point), quantized.bits), None
+
+
+def with_zero_points(weight: PackedWeight, kind: str) -> PackedWeight:
+    """The weight with the zero points that it has anyhow, as "codes" or "floats"."""
     usual = torch.full(weight.scales.shape, 1 << (weight.bits - 1), dtype=torch.uint8)
-    return replace(weight, zero_points=_packed_rows(usual, weight.bits))
+    points = usual.to(weight.scales.dtype) if kind == "floats" else _packed_rows(usual, weight.bits)
+    return replace(weight, zero_points=points)
 
 
 def narrowed(weight: PackedWeight) -> PackedWeight:
     """The weight as its node holds it: LinearNBits takes scales in half beside any activations, and where half holds
     them all exactly (they come from a bfloat16 or float16 checkpoint), that is a tenth of a file of 4 bits saved."""
+    if weight.row_scales is not None:
+        return weight
     half = weight.scales.to(torch.float16)
     exact = weight.operator == OPERATOR and torch.equal(half.to(weight.scales.dtype), weight.scales)
     return replace(weight, scales=half) if exact else weight
@@ -213,6 +241,7 @@ def stack(weights: Sequence[PackedWeight]) -> PackedWeight:
         rows=torch.cat(rows) if rows else None,
         cols=joined("cols"),
         deltas=joined("deltas"),
+        row_scales=joined("row_scales"),
     )
 
 
@@ -224,6 +253,7 @@ def take_rows(weight: PackedWeight, start: int, stop: int) -> PackedWeight:
         codes=weight.codes[start:stop],
         scales=weight.scales[start:stop],
         zero_points=None if weight.zero_points is None else weight.zero_points[start:stop],
+        row_scales=None if weight.row_scales is None else weight.row_scales[start:stop],
     )
     if weight.rows is None or weight.cols is None or weight.deltas is None:
         return part

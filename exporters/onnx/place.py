@@ -15,6 +15,7 @@ import onnx_ir
 import torch
 from torch import Tensor
 
+from calibrationless import OCTAVE
 from exporters.onnx.function import Form, linear_function
 from exporters.onnx.nodes import DOMAIN, MICROSOFT, OPERATOR, PackedWeight, narrowed, with_zero_points
 
@@ -33,9 +34,10 @@ def common_form(weights: Mapping[str, PackedWeight]) -> tuple[dict[str, PackedWe
     narrow = {name: narrowed(weight) for name, weight in ours.items()}
     form = Form(
         stock=all(weight.stock for weight in ours.values()),
-        zero_points=any(weight.zero_points is not None for weight in ours.values()),
+        zero_points=_zero_kind(ours),
         outliers=any(weight.outliers for weight in ours.values()),
         channels=any(weight.channels is not None for weight in ours.values()),
+        ragged=any(weight.K % weight.block for weight in ours.values()),
         widened=any(narrow[name].scales.dtype != weight.scales.dtype for name, weight in ours.items()),
     )
     first, nothing = torch.zeros(1, dtype=torch.int32), torch.zeros(1)
@@ -45,10 +47,19 @@ def common_form(weights: Mapping[str, PackedWeight]) -> tuple[dict[str, PackedWe
         if form.channels and weight.channels is None:
             weight = replace(weight, channels=first)
         # MatMulNBits knows the usual zero point; where the function decodes codes itself, it takes what it is given.
-        if form.zero_points and weight.zero_points is None and (form.channels or not form.stock):
-            weight = with_zero_points(weight)
+        given = form.zero_points == "floats" or form.channels or not form.stock
+        if form.zero_points and weight.zero_points is None and given:
+            weight = with_zero_points(weight, form.zero_points)
         ours[name] = weight
     return {**weights, **ours}, form
+
+
+def _zero_kind(weights: Mapping[str, PackedWeight]) -> str:
+    """The one kind of zero points that all nodes of a file can have."""
+    kinds = {weight.zero_kind for weight in weights.values()}
+    if len(kinds - {""}) > 1 or {"", "bytes"} <= kinds:
+        raise ValueError(f"zero points of a file cannot be {' and '.join(sorted(kind or 'none' for kind in kinds))}")
+    return max(kinds)
 
 
 class Placer:
@@ -101,7 +112,8 @@ class Placer:
                 None if (part := getattr(weight, key)) is None else self._constant(f"{name}.{key}", part)
                 for key in ("rows", "cols", "deltas")
             ]
-            inputs = [x, codes, scales, points, *outliers, self._channels(name, weight, x)]
+            rows = None if weight.row_scales is None else self._constant(f"{name}.row_scales", weight.row_scales)
+            inputs = [x, codes, scales, points, *outliers, self._channels(name, weight, x), None, rows]
             while inputs[-1] is None:
                 inputs.pop()
             attributes |= {"block_rows": 1, "block_cols": weight.block}
@@ -135,9 +147,8 @@ class Placer:
         assert table.dtype is not None
         assert ids is not None
         assert weight.bits in (4, 8)
-        assert weight.zero_points is None
 
-        def number(key: str, value: int, dtype: torch.dtype) -> onnx_ir.Value:
+        def number(key: str, value: float, dtype: torch.dtype) -> onnx_ir.Value:
             return self._constant(f"{name}.{key}", torch.tensor(value, dtype=dtype))
 
         def shape(key: str, *sizes: int) -> onnx_ir.Value:
@@ -152,13 +163,32 @@ class Placer:
             halves = [onnx_ir.node("Unsqueeze", [half.outputs[0], last]) for half in (low, high)]
             both = onnx_ir.node("Concat", [half.outputs[0] for half in halves], {"axis": -1})
             nodes += [low, high, *halves, both]
-        dtype = torch.float16 if table.dtype is onnx_ir.DataType.FLOAT16 else torch.float32
+        half = table.dtype is onnx_ir.DataType.FLOAT16 and weight.row_scales is None
+        kind, dtype = (10, torch.float16) if half else (1, torch.float32)
         codes = onnx_ir.node("Reshape", [nodes[-1].outputs[0], shape("blocks", 0, 0, weight.scales.shape[1], -1)])
-        cast = onnx_ir.node("Cast", [codes.outputs[0]], {"to": table.dtype.value})
-        centred = onnx_ir.node("Sub", [cast.outputs[0], number("middle", 1 << (weight.bits - 1), dtype)])
-        scales = onnx_ir.node("Gather", [self._constant(f"{name}.scales", weight.scales), ids], {"axis": 0})
-        wide = onnx_ir.node("Cast", [scales.outputs[0]], {"to": table.dtype.value})
-        spread = onnx_ir.node("Unsqueeze", [wide.outputs[0], last])
-        product = onnx_ir.node("Mul", [centred.outputs[0], spread.outputs[0]])
-        rows = onnx_ir.node("Reshape", [product.outputs[0], shape("row", 0, 0, weight.K)])
-        self._put(node, f"{name}.embedding", [*nodes, codes, cast, centred, scales, wide, spread, product, rows])
+        cast = onnx_ir.node("Cast", [codes.outputs[0]], {"to": kind})
+        nodes += [codes, cast]
+
+        def add(operator: str, *inputs: onnx_ir.Value, **attributes: int) -> onnx_ir.Value:
+            nodes.append(onnx_ir.node(operator, inputs, attributes))
+            return nodes[-1].outputs[0]
+
+        def of_rows(key: str, values: Tensor) -> onnx_ir.Value:
+            gathered = add("Gather", self._constant(f"{name}.{key}", values), ids, axis=0)
+            return add("Cast", gathered, to=kind)
+
+        middle = number("middle", 1 << (weight.bits - 1), dtype)
+        scale = of_rows("scales", weight.scales)
+        if weight.row_scales is not None:
+            assert weight.zero_points is not None
+            octave = number("octave", OCTAVE, dtype)
+            power = add("Div", add("Sub", scale, number("largest", 255, dtype)), octave)
+            factor = add("Pow", number("two", 2, dtype), power)
+            scale = add("Mul", factor, add("Unsqueeze", of_rows("row_scales", weight.row_scales), last))
+            zero = add("Mul", of_rows("zero_points", weight.zero_points), number("unit", 2**weight.bits / 256, dtype))
+            middle = add("Unsqueeze", zero, last)
+        product = add("Mul", add("Sub", cast.outputs[0], middle), add("Unsqueeze", scale, last))
+        rows = add("Reshape", product, shape("row", 0, 0, weight.K))
+        if kind != table.dtype.value:
+            add("Cast", rows, to=table.dtype.value)
+        self._put(node, f"{name}.embedding", nodes)

@@ -88,7 +88,7 @@ struct Operator : ort::CustomOp {
     GetInputType = [](const CustomOp*, size_t index) {
       switch (index) {
         case kCodes: return ort::kUint8;
-        case kScales: case kZeroPoints: return ort::kUndefined;  // float16 or T, uint8 or T: read_weights checks
+        case kScales: case kZeroPoints: case kRowScales: return ort::kUndefined;  // read_weights checks
         case kOutlierRows: case kOutlierCols: case kChannels: return ort::kInt32;
         case kOutlierDeltas: return ort::kFloat;
         default: return type;

@@ -81,7 +81,7 @@ void unpack_row(const uint8_t* stream, int64_t bytes, int bits, int64_t count, u
 namespace {
 
 const char* const kNames[kInputs] = {"A", "B", "scales", "zero_points", "outlier_rows", "outlier_cols",
-                                     "outlier_deltas", "channels", "bias"};
+                                     "outlier_deltas", "channels", "bias", "row_scales"};
 
 struct Reader {
   const ort::Api* api;
@@ -176,6 +176,25 @@ std::vector<float> read_zero_points(const Reader& reader, const Weights& weights
   return values;
 }
 
+// Scales and zero points of a byte each (calibrationless/quantized.py, Compact), as numbers.
+void read_compact(const Reader& reader, Weights& weights, int64_t rows) {
+  if (rows != weights.outputs) fail("row_scales go with blocks of one row; block_rows is %" PRId64, weights.block_rows);
+  const bool single = reader.constant(kRowScales).type == ort::kFloat;
+  const std::vector<float> of_rows = reader.floats(kRowScales, single ? ort::kFloat : ort::kFloat16, {rows});
+  const TensorView exponents = reader.constant(kScales), zeros = reader.constant(kZeroPoints);
+  reader.expect(kScales, exponents, ort::kUint8, {rows, weights.blocks});
+  reader.expect(kZeroPoints, zeros, ort::kUint8, {rows, weights.blocks});
+  float steps[256];
+  for (int i = 0; i < 256; ++i) steps[i] = static_cast<float>(std::exp2(-(255 - i) / 24.0));
+  const float unit = static_cast<float>(1 << weights.bits) / 256.0f;
+  const auto* exponent = static_cast<const uint8_t*>(exponents.data);
+  const auto* zero = static_cast<const uint8_t*>(zeros.data);
+  for (int64_t i = 0; i < rows * weights.blocks; ++i) {
+    weights.scales.push_back(of_rows[static_cast<size_t>(i / weights.blocks)] * steps[exponent[i]]);
+    weights.zero_points.push_back(static_cast<float>(zero[i]) * unit);
+  }
+}
+
 void read_outliers(const Reader& reader, Weights& weights) {
   const bool rows = reader.present(kOutlierRows), cols = reader.present(kOutlierCols);
   const bool deltas = reader.present(kOutlierDeltas);
@@ -232,9 +251,13 @@ Weights read_weights(const ort::Api* api, const ort::KernelInfo* info, ort::Type
   reader.expect(kCodes, codes, ort::kUint8, {weights.outputs, weights.row_bytes});
   weights.codes = static_cast<const uint8_t*>(codes.data);
   const int64_t rows = ceil_divide(weights.outputs, weights.block_rows);
-  const bool half = type == ort::kFloat && reader.constant(kScales).type == ort::kFloat16;  // all that most scales need
-  weights.scales = reader.floats(kScales, half ? ort::kFloat16 : type, {rows, weights.blocks});
-  if (reader.present(kZeroPoints)) weights.zero_points = read_zero_points(reader, weights, rows);
+  if (reader.present(kRowScales)) {
+    read_compact(reader, weights, rows);
+  } else {
+    const bool half = type == ort::kFloat && reader.constant(kScales).type == ort::kFloat16;  // all that most scales need
+    weights.scales = reader.floats(kScales, half ? ort::kFloat16 : type, {rows, weights.blocks});
+    if (reader.present(kZeroPoints)) weights.zero_points = read_zero_points(reader, weights, rows);
+  }
   for (size_t i = 0; i < weights.scales.size(); ++i) {
     const float zero_point = weights.zero_points.empty() ? weights.default_zero_point() : weights.zero_points[i];
     const float most = (std::fabs(zero_point) + 256.0f) * std::fabs(weights.scales[i]);

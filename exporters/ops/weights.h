@@ -2,6 +2,9 @@
 //
 //   Y = A · Ŵᵀ (+ outliers) (+ channels) (+ bias)      Ŵ[n,k] = (code[n,k] − zp[n/R,k/C]) · scale[n/R,k/C]
 //
+// With row_scales, scales and zero points are a byte each: scale = row_scales[n] · 2^(−(255 − byte) / 24), and a zero point
+// counts in 256ths of the 2^bits codes, so that it lies between two of them.
+//
 // Nothing after this file looks at a shape, an index or an attribute with doubt: what does not fit is an Error here.
 #pragma once
 #include <cstdint>
@@ -21,7 +24,7 @@ struct Error : std::runtime_error {
 void check(const ort::Api* api, ort::Status* status);  // throws Error where the runtime reports one
 
 enum Input : size_t {
-  kA, kCodes, kScales, kZeroPoints, kOutlierRows, kOutlierCols, kOutlierDeltas, kChannels, kBias,
+  kA, kCodes, kScales, kZeroPoints, kOutlierRows, kOutlierCols, kOutlierDeltas, kChannels, kBias, kRowScales,
   kInputs
 };
 

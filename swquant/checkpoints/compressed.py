@@ -91,9 +91,12 @@ class CompressedCheckpoint(Checkpoint):
         if len(record["shape"]) != 2:
             raise SwquantError(f"{self.name}: {name} has the shape {record['shape']}, which no rounded weight has")
         module = name.removesuffix(".weight")
-        scale = f"{module}.{layouts.scale_name(part.removeprefix(f'{module}.') for part in record['sha256'])}"
-        stored = self._reader(name, scale).entries[scale].dtype
-        return Stored(torch.float32 if self._unrounded else stored, tuple(record["shape"]))
+        entries = self._reader(name).entries
+        parts = {part.removeprefix(f"{module}."): entries[part].dtype for part in record["sha256"]}
+        dtype = layouts.decoded_dtype(parts)
+        if dtype is None:
+            raise SwquantError(f"{self.name}: {name} has no scales; run swquant verify")
+        return Stored(torch.float32 if self._unrounded else dtype, tuple(record["shape"]))
 
     @property
     def quantized_names(self) -> tuple[str, ...]:

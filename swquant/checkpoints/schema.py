@@ -64,7 +64,7 @@ class OptionsRecord(TypedDict):
     bits: int
     block: str
     symmetric: bool
-    offsets: NotRequired[bool]
+    offsets: NotRequired[str]
     preset: str
     refine: str | None
     texts: int

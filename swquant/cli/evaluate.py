@@ -38,7 +38,7 @@ def evaluate(
         typer.Option(
             "--against",
             metavar="ORIGINAL",
-            help="Compare with this model: KL divergence, top-1 agreement.",
+            help="Compare with this model: KL divergence, top-1 agreement, acceptance rate.",
             show_default=False,
         ),
     ] = None,
@@ -57,7 +57,7 @@ def evaluate(
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Perplexity on a text; with --against also KL divergence and agreement with the original."""
+    """Perplexity on a text; with --against also KL divergence, agreement and acceptance rate beside the original."""
     from swquant.api import evaluate as evaluate_model
 
     if max_kl is not None and against is None:

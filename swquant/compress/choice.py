@@ -82,9 +82,9 @@ def choose_block(
         if options.strict_block:
             raise SwquantError(f"{problem}; use {remedy(options.parsed_block, shape)}")
         return Dense(f"{problem} and no power of two from 16 does")
-    if compressed_tensors.express(block, shape) is None:
+    if options.layout.express(block, shape) is None:
         raise SwquantError(
-            f"block {block} straddles the rows of {name} {list(shape)}, which compressed-tensors cannot store; "
+            f"block {block} straddles the rows of {name} {list(shape)}, which {options.layout.name} cannot store; "
             f"use {remedy(Group(128), shape)}, or a flat block that is a multiple of {shape[1]}"
         )
     if super_weights and block_elements(block, shape) > _limit(options):

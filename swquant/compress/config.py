@@ -51,13 +51,15 @@ def checkpoint_config(checkpoint: Checkpoint, plan: Plan, architecture: Architec
     if plan.options.parsed_dtype is not None:
         config["dtype"] = plan.options.dtype
         config.pop("torch_dtype", None)
-    if plan.options.offsets:
+    if plan.options.offset_kind == "byte":  # which no loader reads; the folder is exported, then removed
+        config.pop("quantization_config", None)
+    elif plan.options.offset_kind == "float":
         (scheme,) = set(schemes.values())
         assert scheme.group_size is not None
         config["quantization_config"] = affine_layout.quantization_config(scheme.bits, scheme.group_size, dense)
     else:
         config["quantization_config"] = compressed_tensors.quantization_config(schemes, dense, _FORMAT_VERSION)
-    if plan.decoded and not plan.options.offsets:
+    if plan.decoded and plan.options.offset_kind == "none":
         config["quantization_config"]["dequantize"] = True
     config["swquant"] = {"version": __version__, "manifest": MANIFEST, "sidecar": SIDECAR}
     return config

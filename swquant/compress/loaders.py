@@ -51,7 +51,7 @@ def _unlike(plan: Plan) -> str:
 
 def _vllm(plan: Plan) -> str:
     """vLLM's verdict: of the kernels for weights alone, those for CPUs know 4 bits, Marlin's on CUDA some groups."""
-    if plan.options.offsets:
+    if plan.options.offset_kind == "float":
         return "no: it knows no quant_method metal, the layout that holds offsets"
     if plan.decoded:
         return "no: in GPT-2 and Falcon, where it was tried, it found no place for codes of what is no nn.Linear"
@@ -97,7 +97,9 @@ def loader_table(plan: Plan) -> dict[str, str]:
         versions = "0.18 or later" if odd and odd[0] != 2 else "0.15 or later"
     ours = "yes; restores every outlier" if plan.options.restore else "yes; nothing to restore"
     stock = f"yes, with compressed-tensors {versions}; ignores the sidecar"
-    if plan.options.offsets:
+    if plan.options.offset_kind == "byte":
+        return {"ONNX Runtime": "yes; adds every outlier"}
+    if plan.options.offset_kind == "float":
         stock = 'yes, from 5.23 on, with device_map="cpu" or another device; ignores the sidecar'
     elif plan.decoded:
         stock = "yes, from 5.23 on, which decodes it while loading; ignores the sidecar"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, TypedDict, cast
 
 from exporters.errors import SwquantError
@@ -19,12 +19,16 @@ if TYPE_CHECKING:
     import torch
 
     from calibrationless import Block, Clip
+    from exporters.layouts import Layout
     from swquant.checkpoints.schema import OptionsRecord
 
-__all__ = ["PRESETS", "CompressKeywords", "CompressOptions"]
+__all__ = ["OFFSETS", "PRESETS", "CompressKeywords", "CompressOptions"]
 
 # What each preset refines the rounding with.
 PRESETS = {"fast": "none", "balanced": "prompt", "best": "self"}
+
+# A checkpoint holds floats, an ONNX file bytes too; None leaves it to the format.
+OFFSETS = ("none", "float", "byte")
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -43,10 +47,13 @@ class CompressOptions:
     symmetric: bool = described(
         True, "Signed-maximum scale without zero point, or min/max with one.", group="rounding", off="asymmetric"
     )
-    offsets: bool = described(
-        False,
-        "Real offsets, in MLX's layout: half the divergence, not for vLLM.",
+    offsets: str | None = described(
+        None,
+        "Real offsets: float (MLX's layout, not vLLM), byte (onnx, its default) or none.",
         group="rounding",
+        choices=OFFSETS,
+        metavar="KIND",
+        called="offsets",
     )
     preset: str = described(
         "balanced",
@@ -178,18 +185,21 @@ class CompressOptions:
             raise SwquantError(f"shard size {self.shard_size} is below 1MB; the usual size is 5GB")
 
     def _check_offsets(self) -> None:
-        if not self.offsets:
+        if self.offset_kind == "none":
             return
         from exporters.affine_layout import BITS  # here: `swquant --help` must not wait for torch
 
-        if self.bits not in BITS:
-            raise SwquantError(f"--offsets with {self.bits} bits: the layout that holds offsets takes 2, 4 or 8")
+        given = f"--offsets {self.offsets}"
         if not self.symmetric or self.parsed_clip is not None:
             other = f"clip {self.clip}" if self.symmetric else "--asymmetric"
-            raise SwquantError(f"--offsets and {other} are two ways to choose a block's codes; use one")
+            raise SwquantError(f"{given} and {other} are two ways to choose a block's codes; use one")
+        if self.offset_kind == "byte":
+            return
+        if self.bits not in BITS:
+            raise SwquantError(f"{given} with {self.bits} bits: the layout that holds offsets takes 2, 4 or 8")
         if self.bits_budget is not None or self.activations != "none":
             other = "--bits-budget" if self.activations == "none" else f"--activations {self.activations}"
-            raise SwquantError(f"--offsets does not go with {other}: one scheme for all weights, decoded while loading")
+            raise SwquantError(f"{given} does not go with {other}: one scheme for all weights, decoded while loading")
 
     def _check_activations(self) -> None:
         for name in ("activation_scale", "activation_range"):
@@ -244,6 +254,29 @@ class CompressOptions:
         return parse_clip(self.clip)
 
     @property
+    def offset_kind(self) -> str:
+        """none, float or byte."""
+        return self.offsets or "none"
+
+    @property
+    def layout(self) -> Layout:
+        """How rounded weights are stored."""
+        from exporters.layouts import LAYOUTS
+
+        return LAYOUTS[self.offset_kind]
+
+    def suiting(self, offsets: str) -> CompressOptions:
+        """These options with the offsets that a format holds best, unless they were chosen. Plain rounding, zero points
+        and 8 bits gain nothing from them, and blocks of other forms than a line cannot have them."""
+        from calibrationless import Channel, Group
+
+        if self.offsets is not None:
+            return self
+        line = isinstance(self.parsed_block, Group | Channel)
+        gains = self.symmetric and self.refinement != "none" and self.bits < 8
+        return replace(self, offsets=offsets if line and gains else "none")
+
+    @property
     def parsed_dtype(self) -> torch.dtype | None:
         import torch
 
@@ -254,11 +287,11 @@ class CompressOptions:
         """What is appended to a model's name for the default OUT: `-w4-b128`, `-w8a8-bchannel`."""
         bits = self.bits if self.bits_budget is None else f"{self.bits_budget:g}"
         activations = "a8" if self.activations == "int8" else ""
-        offsets = "-offsets" if self.offsets else ""
+        offsets = "-offsets" if self.offset_kind == "float" else ""
         return f"-w{bits}{activations}-b{self.block_name}{offsets}".replace(":", "")
 
     def as_dict(self) -> OptionsRecord:
-        values = {**asdict(self), "block": self.block_name}
+        values = {**asdict(self), "block": self.block_name, "offsets": self.offset_kind}
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
         return cast("OptionsRecord", values)
 
@@ -273,7 +306,7 @@ class CompressKeywords(TypedDict, total=False):
     bits: int
     block: str | None
     symmetric: bool
-    offsets: bool
+    offsets: str | None
     preset: str
     refine: str | None
     texts: int

@@ -64,7 +64,7 @@ def prepare(
     if options.bits_budget is not None:
         bits = bits_within(checkpoint, found, options, plan_with, low_memory=low_memory, progress=progress)
     with progress.step("Rehearsing how stock transformers loads it"):
-        plan = rehearsed_plan(checkpoint, known, partial(plan_with, bits), offsets=options.offsets)
+        plan = rehearsed_plan(checkpoint, known, partial(plan_with, bits), offsets=options.offset_kind)
     return Prepared(checkpoint, found, plan, low_memory)
 
 

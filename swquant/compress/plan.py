@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from calibrationless import Block, Channel, Group, Recipe, SuperWeight, Whole, columns
-from exporters import affine_layout, compressed_tensors
+from exporters import layouts
+from exporters.affine_layout import GROUPS
 from exporters.compressed_tensors import Scheme
 from exporters.errors import SwquantError
 from exporters.sidecar import COLUMNS, OUTLIERS, PlannedPatch
@@ -126,9 +127,10 @@ class Plan:
     def scheme(self, tensor: TensorPlan) -> Scheme:
         """What the format declares for a quantized tensor."""
         assert tensor.block is not None
-        carried = compressed_tensors.express(tensor.block, tensor.shape)
+        carried = self.options.layout.express(tensor.block, tensor.shape)
         group = carried.size if isinstance(carried, Group) else None
-        return Scheme(tensor.bits, group, self.options.symmetric, self.int8_inputs, self.options.offsets)
+        offset = self.options.offset_kind != "none"
+        return Scheme(tensor.bits, group, self.options.symmetric, self.int8_inputs, offset)
 
 
 def make_plan(
@@ -171,7 +173,7 @@ def make_plan(
             block=choice,
             bits=(bits or {}).get(name, options.bits),
             symmetric=options.symmetric,
-            offset=options.offsets,
+            offsets=options.offset_kind,
             clip=options.parsed_clip,
             scale_dtype=dtype,
             super_weights=own,
@@ -195,7 +197,7 @@ def make_plan(
 def _with_one_block(checkpoint: Checkpoint, architecture: Architecture, options: CompressOptions) -> CompressOptions:
     """The options with the block that all weights share."""
     asked = replace(options, block=str(shared_block(checkpoint, architecture, options)))
-    if options.offsets and asked.parsed_block not in affine_layout.GROUPS:
+    if options.offset_kind == "float" and asked.parsed_block not in GROUPS:
         raise SwquantError(
             f"{checkpoint.name}: block {asked.block_name} holds no offsets: their layout takes 32, 64 or 128 inputs"
         )
@@ -229,7 +231,7 @@ def _notes(
         f"block {options.block_name} does not divide {count} tensors, which take {block}"
         for block, count in Counter(map(str, blocks)).items()
     ]
-    if decoded and not options.offsets:
+    if decoded and options.offset_kind == "none":
         notes.append("its modules cannot hold codes: stock transformers decodes all weights while it loads them")
     if options.activations == "int8" and of_experts is not None:
         notes.append("the inputs of experts stay in float; those of the other linear layers are rounded to int8")
@@ -296,18 +298,7 @@ def tied_copies(checkpoint: Checkpoint, architecture: Architecture) -> dict[str,
 
 def _quantized(name: str, stored: Stored, recipe: Recipe, int8_inputs: bool, *, transposed: bool) -> TensorPlan:
     shape, module = (stored.shape[0], stored.shape[1]), name.removesuffix(".weight")
-    assert recipe.scale_dtype is not None
-    if recipe.offset:
-        local = affine_layout.tensor_layout(shape, recipe.block, recipe.bits, recipe.scale_dtype)
-    else:
-        local = compressed_tensors.tensor_layout(
-            shape,
-            recipe.block,
-            recipe.bits,
-            symmetric=recipe.symmetric,
-            scale_dtype=recipe.scale_dtype,
-            int8_inputs=int8_inputs,
-        )
+    local = layouts.tensor_layout(recipe, shape, int8_inputs=int8_inputs)
     counts = {COLUMNS: recipe.columns, OUTLIERS: recipe.outliers}
     return TensorPlan(
         name=name,

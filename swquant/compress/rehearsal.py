@@ -32,12 +32,17 @@ class Planner(Protocol):
 
 
 def rehearsed_plan(
-    checkpoint: Checkpoint, architecture: Architecture, plan_with: Planner, *, offsets: bool = False
+    checkpoint: Checkpoint, architecture: Architecture, plan_with: Planner, *, offsets: str = "none"
 ) -> Plan:
     """The plan, with whatever must stay dense for stock transformers; codes in its modules if they can hold them,
-    decoded while loading where they cannot, and with offsets, which no module holds. Raises SwquantError where neither
-    packs half of the linear weights."""
-    if offsets:
+    decoded while loading where they cannot, and with float offsets, which no module holds. With offsets of a byte,
+    which go into an ONNX file, there is nothing to rehearse. Raises SwquantError where neither packs half of the linear
+    weights."""
+    if offsets == "byte":
+        plan = plan_with(architecture)
+        _check_share(checkpoint, plan, architecture)
+        return plan
+    if offsets == "float":
         return _rehearsed(checkpoint, architecture, plan_with, decoded=True)
     try:
         return _rehearsed(checkpoint, architecture, plan_with, decoded=False)

@@ -17,6 +17,7 @@ from swquant.export.onnx.options import ExportOptions
 from swquant.progress import Progress
 
 if TYPE_CHECKING:
+    from swquant.compress.options import CompressOptions
     from swquant.compress.pipeline import Compressed
     from swquant.compress.writing import Prepared
     from swquant.export.onnx.pipeline import Exported
@@ -28,7 +29,8 @@ __all__ = ["FORMATS", "Format", "Planned", "format_named", "option_names"]
 class Format:
     """What can be written. text: what it is, for `--help`. suffix: what the default name of OUT ends in.
 
-    options: the class of those that only this format has. require: raises SwquantError where something that it needs is
+    offsets: the kind that it holds best, see `CompressOptions.suiting`; holds: all kinds that it can hold. options: the
+    class of those that only this format has. require: raises SwquantError where something that it needs is
     not installed. check_plan: raises SwquantError for a plan that it cannot express with these options of it, before
     hours are spent on it. run: carries out a plan; OUT appears whole or not at all.
     """
@@ -36,10 +38,22 @@ class Format:
     name: str
     text: str
     suffix: str
+    offsets: str
+    holds: tuple[str, ...]
     options: type[Any] | None
     require: Callable[[], None]
     check_plan: Callable[[Prepared, Any], None]
     run: Callable[[Planned, bool, Progress], Compressed | Exported]
+
+    def suited(self, options: CompressOptions) -> CompressOptions:
+        """The options with the offsets that it holds best, unless they were chosen. Raises SwquantError for a kind that
+        it cannot hold."""
+        suited = options.suiting(self.offsets)
+        if suited.offset_kind not in self.holds:
+            raise SwquantError(
+                f"--offsets {suited.offset_kind}: format {self.name} holds {' or '.join(self.holds)}; use one of these"
+            )
+        return suited
 
     def chosen(self, given: Mapping[str, Any], *, int8: bool) -> Any:
         """Its options from those that were given for any format, None where it has none. int8: whether activations are
@@ -112,6 +126,8 @@ _ROWS = (
         name="checkpoint",
         text="for transformers and vLLM",
         suffix="",
+        offsets="none",
+        holds=("none", "float"),
         options=None,
         require=_nothing,
         check_plan=_nothing,
@@ -121,6 +137,8 @@ _ROWS = (
         name="onnx",
         text="a folder for ONNX Runtime, see export",
         suffix="-onnx",
+        offsets="byte",
+        holds=("none", "float", "byte"),
         options=ExportOptions,
         require=_require_onnx,
         check_plan=_check_for_onnx,

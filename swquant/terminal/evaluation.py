@@ -1,4 +1,4 @@
-"""What `eval` shows: perplexity, divergence and agreement, in one short table."""
+"""What `eval` shows: perplexity, divergence, agreement and acceptance, in one short table."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def show_evaluation(console: Console, result: Evaluation) -> None:
         table.add_row("perplexity of the original", f"{result.original_perplexity:.4f}")
         table.add_row("KL divergence from the original (nats)", f"{result.kl:.5f}")
         table.add_row("top-1 agreement", f"{result.top1:.2%}")
+        table.add_row("expected acceptance rate", f"{result.accepted:.2%}")
     table.add_row(
         "predicted tokens", f"{result.tokens:,} in {result.windows} window{'' if result.windows == 1 else 's'}"
     )

@@ -26,6 +26,7 @@ INPUTS = (
     "outlier_deltas",
     "channels",
     "bias",
+    "row_scales",
 )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calibrationless import Group, as_points, dequantize, fit, massive_channels, quantize, shape_of
+from calibrationless import Group, as_points, dequantize, fit, massive_channels, quantize, quantize_affine, shape_of
 from exporters.errors import SwquantError
 from exporters.onnx.nodes import PackedWeight, pack_weight
 from swquant.checkpoints.compressed import CompressedCheckpoint
@@ -59,9 +59,11 @@ def pack_weights(
     return weights
 
 
-def pack_head(model: PreTrainedModel, bits: int, dtype: torch.dtype) -> tuple[str, PackedWeight, bool]:
-    """Round the output head to `bits` in blocks of 32. Returns its module's name, its packed weight, and whether the
-    embedding is tied to it.
+def pack_head(
+    model: PreTrainedModel, bits: int, dtype: torch.dtype, *, compact: bool = False
+) -> tuple[str, PackedWeight, bool]:
+    """Round the output head to `bits` in blocks of 32; compact: with scales and offsets of a byte each, which all nodes
+    of a file have or none. Returns its module's name, its packed weight, and whether the embedding is tied to it.
 
     The model's head becomes what the codes stand for, and so does a tied embedding: one table serves both.
     """
@@ -72,8 +74,11 @@ def pack_head(model: PreTrainedModel, bits: int, dtype: torch.dtype) -> tuple[st
     block = fit(Group(_HEAD_BLOCK), shape_of(weight))
     if block is None:
         raise SwquantError(f"{name}: {weight.shape[1]} inputs have no block of 16 or 32; leave --lm-head-bits out")
-    quantized = quantize(weight, block, bits, scale_dtype=torch.float16)  # which a node stores in half its room
-    quantized = replace(quantized, scale=quantized.scale.to(torch.float32))
+    if compact:
+        quantized = quantize_affine(weight, block, bits, storage=None)
+    else:
+        quantized = quantize(weight, block, bits, scale_dtype=torch.float16)  # which a node stores in half its room
+        quantized = replace(quantized, scale=quantized.scale.to(torch.float32))
     rounded = nn.Linear(weight.shape[1], weight.shape[0], bias=head.bias is not None)
     rounded.weight = nn.Parameter(dequantize(quantized, torch.float32), requires_grad=False)
     if head.bias is not None:

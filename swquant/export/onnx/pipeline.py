@@ -67,8 +67,7 @@ def export_checkpoint(
     options = options.resolved(checkpoint.manifest["activations"] is not None)
     architecture = describe(checkpoint)
     _check_graph(checkpoint, architecture, options)
-    offsets = checkpoint.manifest["options"].get("offsets", False)
-    _check_weights(checkpoint.name, checkpoint.quantized_names, architecture, offsets=offsets)
+    _check_weights(checkpoint.name, checkpoint.quantized_names, architecture)
     with (
         writing(out),
         unfinished(out) as folder,
@@ -93,16 +92,11 @@ def check_plan(prepared: Prepared, options: ExportOptions) -> None:
     """Raise SwquantError where what is planned could be compressed but not exported, before hours are spent on it."""
     _check_graph(prepared.checkpoint, prepared.found.architecture, options)
     names = [tensor.name for tensor in prepared.plan.quantized]
-    offsets = prepared.plan.options.offsets
-    _check_weights(prepared.checkpoint.name, names, prepared.found.architecture, offsets=offsets)
+    _check_weights(prepared.checkpoint.name, names, prepared.found.architecture)
 
 
-def _check_weights(model: str, names: Iterable[str], architecture: Architecture, *, offsets: bool) -> None:
+def _check_weights(model: str, names: Iterable[str], architecture: Architecture) -> None:
     """Raise SwquantError for rounded weights that no node can hold."""
-    if offsets:
-        raise SwquantError(
-            f"{model}: ONNX export does not hold the real offsets of --offsets yet; compress the original without them"
-        )
     for name in names:
         linear = architecture.weights.get(name)
         if linear is None or linear.kind is not LinearKind.LINEAR:
@@ -153,7 +147,8 @@ def _trace(checkpoint: CompressedCheckpoint, options: ExportOptions, scratch: Pa
             checkpoint.save_companions(scratch / "model")
         head_name, tied = "lm_head", False
         if options.lm_head_bits:
-            head_name, weights_of_head, tied = pack_head(model, options.lm_head_bits, dtype)
+            compact = any(weight.row_scales is not None for weight in weights.values())
+            head_name, weights_of_head, tied = pack_head(model, options.lm_head_bits, dtype, compact=compact)
             weights[head_name] = weights_of_head
         with watch_peaks(model, weights) as peaks:
             reference = make_reference(model, prompt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -13,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from calibrationless import Points, dequantize, parse_block, quantize, restore
+from calibrationless import Points, QuantizedTensor, dequantize, parse_block, quantize, quantize_affine, restore
 from exporters.onnx.function import INPUTS, OPSET, Form, linear_function
 from exporters.onnx.nodes import DOMAIN, MICROSOFT, OPERATOR, PackedWeight, pack_weight
 
@@ -49,6 +50,7 @@ def model_of(weight: PackedWeight, form: Form) -> onnx.ModelProto:
         "outlier_rows": weight.rows,
         "outlier_cols": weight.cols,
         "outlier_deltas": weight.deltas,
+        "row_scales": weight.row_scales,
     }
     initializers = [numpy_helper.from_array(part.numpy(), name) for name, part in parts.items() if part is not None]
     names = [name if name == "A" or parts.get(name) is not None else "" for name in INPUTS]
@@ -63,29 +65,39 @@ def model_of(weight: PackedWeight, form: Form) -> onnx.ModelProto:
     return helper.make_model(graph, functions=[linear_function(form)], opset_imports=imports, ir_version=10)
 
 
-CASES = [
-    (bits, block, symmetric, outliers)
-    for bits, block, symmetric, outliers in itertools.product(
-        range(2, 9), ("32", "24", "channel"), (True, False), (True, False)
-    )
-]
+def rounded(dense: torch.Tensor, block: str, bits: int, zero: str) -> QuantizedTensor:
+    if zero in ("floats", "bytes"):
+        storage = torch.float16 if zero == "floats" else None
+        return quantize_affine(dense, parse_block(block), bits, storage=storage)
+    return quantize(dense, parse_block(block), bits, symmetric=not zero)
 
 
-@pytest.mark.parametrize(("bits", "block", "symmetric", "outliers"), CASES)
-def test_the_function_is_the_product(bits: int, block: str, symmetric: bool, outliers: bool) -> None:
+def wide(quantized: QuantizedTensor) -> QuantizedTensor:
+    """The same numbers, decoded in float32 and not rounded to half."""
+    offset = None if quantized.offset is None else quantized.offset.float()
+    return replace(quantized, scale=quantized.scale.float(), offset=offset)
+
+
+CASES = list(itertools.product(range(2, 9), ("32", "24", "channel"), ("", "codes", "floats", "bytes"), (True, False)))
+
+
+@pytest.mark.parametrize(("bits", "block", "zero", "outliers"), CASES)
+def test_the_function_is_the_product(bits: int, block: str, zero: str, outliers: bool) -> None:
     generator = torch.Generator().manual_seed(bits)
     dense = torch.randn(N, K, generator=generator)
-    quantized = quantize(dense, parse_block(block), bits, symmetric=symmetric)
+    quantized = rounded(dense, block, bits, zero)
     kept = Points.at(dense, torch.tensor([1, 1, 7]), torch.tensor([3, 90, 5])) if outliers else None
     weight = pack_weight(quantized, kept, torch.float32)
-    expected_weight = dequantize(quantized)
+    assert weight.zero_kind == zero
+    expected_weight = dequantize(wide(quantized))
     if kept is not None:
         expected_weight = restore(expected_weight, kept)
     x = torch.randn(2, 3, K, generator=generator)
     expected = (x.double() @ expected_weight.double().T).numpy()
     scale = np.abs(expected).max()
     for stock in {weight.stock, False}:  # the unpacking body can do what MatMulNBits can, too
-        model = model_of(weight, Form(stock, not symmetric, outliers))
+        form = Form(stock, zero, outliers, ragged=weight.K % weight.block != 0)
+        model = model_of(weight, form)
         onnx.checker.check_model(model)
         session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         (ours,) = session.run(None, {"A": x.numpy()})

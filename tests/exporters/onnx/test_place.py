@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.linear_nbits import round_activations
 
-from calibrationless import Points, dequantize, parse_block, quantize, restore
+from calibrationless import Points, dequantize, parse_block, quantize, quantize_affine, restore
 from exporters.onnx.nodes import PackedWeight, pack_weight, stack, take_rows
 from exporters.onnx.place import Placer, common_form
 from exporters.ops import library_path
@@ -22,10 +22,14 @@ K, N = 128, 24
 GENERATOR = torch.Generator().manual_seed(0)
 
 
-def linear(outliers: bool, bits: int = 4, rows: int = N) -> tuple[PackedWeight, torch.Tensor]:
-    """(packed, what it stands for)."""
+def linear(outliers: bool, bits: int = 4, rows: int = N, zero: str = "") -> tuple[PackedWeight, torch.Tensor]:
+    """(packed, what it stands for). zero: the kind of its zero points."""
     dense = torch.randn(rows, K, generator=GENERATOR)
-    quantized = quantize(dense, parse_block("32"), bits)
+    if zero:
+        storage = torch.float32 if zero == "floats" else None
+        quantized = quantize_affine(dense, parse_block("32"), bits, storage=storage)
+    else:
+        quantized = quantize(dense, parse_block("32"), bits)
     decoded = dequantize(quantized)
     if not outliers:
         return pack_weight(quantized, None, torch.float32), decoded
@@ -67,10 +71,13 @@ def run(weights: dict[str, PackedWeight], level: int, x: np.ndarray, library: Pa
 @pytest.mark.parametrize("outliers", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("bits", [(4, 4), (3, 4)])
 @pytest.mark.parametrize("channels", [None, [5, 77]])
-def test_the_nodes_multiply(outliers: tuple[bool, bool], bits: tuple[int, int], channels: list[int] | None) -> None:
+@pytest.mark.parametrize("zero", ["", "floats", "bytes"])
+def test_the_nodes_multiply(
+    outliers: tuple[bool, bool], bits: tuple[int, int], channels: list[int] | None, zero: str
+) -> None:
     """At level 0 channels change nothing, also where an outlier lies in one."""
-    first, dense_first = linear(outliers[0], bits[0])
-    second, dense_second = linear(outliers[1], bits[1], rows=40)
+    first, dense_first = linear(outliers[0], bits[0], zero=zero)
+    second, dense_second = linear(outliers[1], bits[1], rows=40, zero="bytes" if zero == "bytes" else "")
     if channels:
         second = replace(second, channels=torch.tensor(channels, dtype=torch.int32))
     x = torch.randn(3, K, generator=GENERATOR)

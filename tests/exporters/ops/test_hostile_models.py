@@ -55,6 +55,10 @@ def value(name: str, index: int | tuple[int, ...], new: float) -> Callable[[Node
     return spoil
 
 
+def added(**constants: Array) -> Callable[[Node], None]:
+    return lambda node: node.constants.update(constants)
+
+
 def replaced(name: str, change: Callable[[Array], Array]) -> Callable[[Node], None]:
     def spoil(node: Node) -> None:
         node.constants[name] = change(node.constants[name])
@@ -107,6 +111,19 @@ HOSTILE: dict[str, tuple[Callable[[Node], None], str]] = {
     "zero points int32": (replaced("zero_points", lambda z: z.astype(np.int32)), "input zero_points has element type 6"),
     "float zero points short": (
         replaced("zero_points", lambda z: np.zeros((40, 2), np.float32)),
+        "input zero_points has shape [40, 2]; the attributes ask for [40, 3]",
+    ),
+    "row scales beside floats": (
+        added(row_scales=np.ones(40, np.float16)), "input scales has element type 1 instead of 2"
+    ),
+    "row scales short": (
+        added(row_scales=np.ones(39, np.float16)), "input row_scales has shape [39]; the attributes ask for [40]"
+    ),
+    "row scale infinite": (
+        added(row_scales=np.full(40, np.inf, np.float16)), "input row_scales holds inf at position 0"
+    ),
+    "bytes of zero points packed": (
+        added(row_scales=np.ones(40, np.float16), scales=np.zeros((40, 3), np.uint8)),
         "input zero_points has shape [40, 2]; the attributes ask for [40, 3]",
     ),
     "outlier row large": (value("outlier_rows", 5, 40), "input outlier_rows holds 40 at position 5, allowed are 0 to 39"),

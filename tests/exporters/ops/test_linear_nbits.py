@@ -166,6 +166,30 @@ def test_scales_in_half_beside_float_activations(library: Path, level: int, vari
         assert np.array_equal(session(library, model).run(None, {"A": a})[0], run(library, wide, a))
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("level", [0, 4])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_scales_and_zero_points_in_a_byte_each(library: Path, bits: int, level: int, variant: str) -> None:
+    """The same bytes as from the floats that they stand for, by the formula of calibrationless.Compact."""
+    rng = generator(bits, level)
+    case = random_case(rng, bits=bits, rows=40, cols=90, block_cols=32, outliers=9, channels=2, level=level)
+    exponents, zeros = (rng.integers(0, 256, (40, 3), dtype=np.uint8) for _ in range(2))
+    row_scales = rng.uniform(0.001, 2, 40).astype(np.float16)
+    factors = np.exp2(-(255 - exponents.astype(np.float64)) / 24).astype(np.float32)
+    floats = replace(
+        case,
+        scales=row_scales.astype(np.float32)[:, None] * factors,
+        zero_points=zeros.astype(np.float32) * np.float32(2**bits / 256),
+    )
+    constants = initializers(case) | {"scales": exponents, "zero_points": zeros, "row_scales": row_scales}
+    a = generator(level, "a").normal(size=(3, 90)).astype(np.float32)
+    with instruction_set(variant):
+        assert np.array_equal(
+            session(library, one_node(constants, attributes(case), a.dtype)).run(None, {"A": a})[0],
+            run(library, floats, a),
+        )
+
+
 @pytest.mark.parametrize("level", [0, 4])
 def test_bfloat16(library: Path, level: int) -> None:
     """Constants are chosen so that bfloat16 holds them exactly; only the result is rounded."""

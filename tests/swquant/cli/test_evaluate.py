@@ -31,6 +31,7 @@ def test_eval_json_is_what_evaluate_returns(cli: Cli, compressed: Path, bf16_lla
     )
     expected = swquant.evaluate(compressed, text.read_text(), bf16_llama.folder, window=20, limit=2)
     assert document(cli(*words)) == asdict(expected)
+    assert 0 < document(cli(*words))["accepted"] < 1
     expected = swquant.evaluate(compressed, text.read_text(), bf16_llama.folder, window=20, limit=2, restore=False)
     assert document(cli(*words, "--no-restore")) == asdict(expected)
 
@@ -42,6 +43,7 @@ def test_eval_shows_four_digits(cli: Cli, compressed: Path, bf16_llama: Planted,
     assert re.search(rf"perplexity of the original\s+{expected.original_perplexity:.4f}\s", ran.out)
     assert f"{expected.kl:.5f}" in ran.out
     assert f"{expected.top1:.2%}" in ran.out
+    assert re.search(rf"expected acceptance rate\s+{expected.accepted:.2%}\s", ran.out)
     assert "Tensors that lose most" in ran.out
     assert "Tensors that lose most" not in cli("eval", compressed, "--text", text).out
 

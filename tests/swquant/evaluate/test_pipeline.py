@@ -1,4 +1,4 @@
-"""Perplexity, KL divergence and agreement equal a plain loop; unusable texts and models are one message."""
+"""Perplexity, KL divergence, agreement and acceptance equal a plain loop; unusable texts and models are one message."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def log_probabilities(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
 
 
 def plainly(model: Path, original: Path | None, window: int, bos: int | None) -> dict[str, float]:
-    """Perplexity, KL and agreement, one position at a time."""
+    """Perplexity, KL, agreement and acceptance, one position at a time."""
     first = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     second = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32) if original else first
-    nll = kl = 0.0
+    nll = kl = accepted = 0.0
     agreeing = count = windows = 0
     for start in range(0, len(IDS), window):
         ids = IDS[start : start + window]
@@ -55,11 +55,13 @@ def plainly(model: Path, original: Path | None, window: int, bos: int | None) ->
             nll -= float(ours[position, ids[position + 1]])
             p, q = theirs[position], ours[position]
             kl += float((p.exp() * (p - q)).sum())
+            accepted += float(torch.minimum(p.exp(), q.exp()).sum())
             agreeing += int(p.argmax()) == int(q.argmax())
             count += 1
         windows += len(ids) > 1
     return {
         "perplexity": math.exp(nll / count), "tokens": count, "windows": windows, "kl": kl / count, "top1": agreeing / count,
+        "accepted": accepted / count,
     }  # fmt: skip
 
 
@@ -80,6 +82,7 @@ def test_it_equals_a_plain_loop(
     assert got.perplexity == pytest.approx(expected["perplexity"], rel=1e-4)
     assert got.kl == pytest.approx(expected["kl"], rel=1e-4)
     assert got.top1 == expected["top1"]
+    assert got.accepted == pytest.approx(expected["accepted"], abs=1e-6)
     assert got.original_perplexity == pytest.approx(
         plainly(original, None, min(window, 127), bos)["perplexity"], rel=1e-4
     )
@@ -107,7 +110,7 @@ def test_a_lone_last_token_is_no_window_without_bos(bf16_llama: Planted) -> None
 
 def test_a_model_does_not_diverge_from_itself(compressed: Path) -> None:
     result = swquant.evaluate(compressed, TEXT, compressed, window=40)
-    assert (result.kl, result.top1) == (0.0, 1.0)
+    assert (result.kl, result.top1, result.accepted) == (0.0, 1.0, 1.0)
     assert result.perplexity == result.original_perplexity
 
 

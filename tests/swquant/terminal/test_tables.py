@@ -91,9 +91,9 @@ def test_inspect_says_why_a_super_weight_is_kept(planted_llama: Planted, tmp_pat
 @pytest.mark.parametrize(
     ("evaluation", "shown", "hidden"),
     [
-        (Evaluation(23.45678, 2044, 4), ["23.4568", "2,044 in 4 windows"], ["original"]),
+        (Evaluation(23.45678, 2044, 4), ["23.4568", "2,044 in 4 windows"], ["original", "acceptance"]),
         (Evaluation(float("inf"), 1, 1), ["inf", "1 in 1 window "], []),
-        (Evaluation(31.8, 9, 1, 0.36027, 0.6932, 25.4942), ["25.4942", "0.36027", "69.32%"], []),
+        (Evaluation(31.8, 9, 1, 0.36027, 0.6932, 0.7512, 25.4942), ["25.4942", "0.36027", "69.32%", "75.12%"], []),
     ],
 )
 def test_an_evaluation_is_shown_with_its_digits(evaluation: Evaluation, shown: list[str], hidden: list[str]) -> None:
