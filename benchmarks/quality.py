@@ -22,7 +22,7 @@ they are. Then swquant's evaluator reads the same windows of text with all of th
 A peer that is not installed, or fails, is listed with the reason. With --json a run remembers what it has measured, by
 versions and protocol, and goes on from there. Figures are drawn from the same file.
 
-    python benchmarks/quality.py --smollm2 MODEL.gguf --gemma MODEL.gguf --trained FOLDER --json quality.json
+    python benchmarks/quality.py --smollm2 MODEL.gguf --gemma MODEL.gguf --trained FOLDER --json FILE --plots FOLDER
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ class Text:
 
 
 TEXTS = (
-    Text("wikitext2-test", DATA / "wikitext2-excerpt.txt", 1024, {"smollm2": 2, "gemma": 1}, 32),
-    Text("python", DATA / "python-source.txt", 512, {"smollm2": 1, "gemma": 1}, 16),
+    Text("wikitext2-test", DATA / "wikitext2-excerpt.txt", 1024, {"smollm2": 2, "gemma": 1}, 16),
+    Text("python", DATA / "python-source.txt", 512, {"smollm2": 1, "gemma": 1}, 8),
 )
 
 

@@ -118,7 +118,7 @@ def _settled_in(dtype: torch.dtype, scale: Tensor, offset: Tensor) -> None:
 
 
 def _reach_zero(scale: Tensor, offset: Tensor, top: float) -> None:
-    """Stretch the lines that do not pass zero until they do, in place: a byte for the offset counts steps below zero."""
+    """Stretch lines that do not pass zero until they do, in place: a byte for the offset counts steps below zero."""
     high = offset + top * scale
     above, below = offset > 0, high < 0
     scale.copy_(torch.where(above, high / top, torch.where(below, -offset / top, scale)))

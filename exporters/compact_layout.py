@@ -78,7 +78,9 @@ def check_tensors(tensors: Mapping[str, Tensor], bits: int, shape: Sequence[int]
     block: Block = Group(in_features // groups) if groups > 1 else Channel()
     for name, (dtype, form) in tensor_layout((out_features, in_features), block, bits).items():
         if tensors[name].dtype is not dtype or tuple(tensors[name].shape) != form:
-            raise ValueError(f"{name} {list(tensors[name].shape)} of {tensors[name].dtype} is not {list(form)} of {dtype}")
+            raise ValueError(
+                f"{name} {list(tensors[name].shape)} of {tensors[name].dtype} is not {list(form)} of {dtype}"
+            )
     if not bool(torch.isfinite(tensors["row_scales"]).all()):
         raise ValueError("row_scales holds a NaN or infinite value")
 

@@ -2,8 +2,9 @@
 
     RTN          the function that its own mode without steps (`--iters 0`) finds in its registry, from weights alone
     NeUQI        the same with `--enable_neuqi`: 96 scales per block, and every zero point for each of them. Its command
-                 line weighs the error with an importance matrix of its calibration text; the rows differ in what they
-                 weigh it with. The search is compiled where there is a C++ compiler, and twenty times slower elsewhere
+                 line weighs the error with the inputs of its calibration text; the three rows weigh it with nothing,
+                 with the inputs on swquant's prompt, and with those on the text. The search is compiled where there is
+                 a C++ compiler, and takes ten times as long elsewhere
     200 steps    SignRound, what AutoRound is known for: rounding and clipping of each layer trained on its outputs
 
 The file is not named like the package: scripts in this folder would import it in its place.
@@ -32,14 +33,12 @@ from peers.base import (
     gather,
     group_of,
 )
-from swquant.models.loading import build_model
 
 __all__ = ["METHODS"]
 
 PACKAGES = ("auto-round",)
-# Blocks of 32 are what AutoRound's own recipes for small models use.
 BLOCKS = (Cell(4, "32"), Cell(4, "64"))
-SEARCH = {"AR_NEUQI_BACKEND": "compile", "AR_NEUQI_COARSE": "64", "AR_NEUQI_FINE": "32"}  # its own grid for processors
+SEARCH = {"AR_NEUQI_BACKEND": "compile", "AR_NEUQI_COARSE": "64", "AR_NEUQI_FINE": "32"}  # the grid that CPUs have
 STEPS, BATCH = 200, 4
 
 
@@ -76,6 +75,7 @@ def at_once(symmetric: bool, optimized: bool) -> Callable[[Original, Cell], Outc
 def searched(importance: Importance) -> Callable[[Original, Cell], Outcome]:
     def run(original: Original, cell: Cell) -> Outcome:
         os.environ |= SEARCH
+        torch.compiler.reset()  # beyond 64 compiled shapes it goes on uncompiled, and says nothing
         weights = importance.of(original)
 
         def one(name: str) -> Rounded:
@@ -86,38 +86,33 @@ def searched(importance: Importance) -> Callable[[Original, Cell], Outcome]:
     return run
 
 
-def tuned(symmetric: bool) -> Callable[[Original, Cell], Outcome]:
-    def run(original: Original, cell: Cell) -> Outcome:
-        """Its model after the steps holds decoded weights; norms and the rest stay as they are."""
-        from auto_round import AutoRound
+def tuned(original: Original, cell: Cell) -> Outcome:
+    """The model that it leaves behind holds decoded weights; norms and the rest are as they were."""
+    from auto_round import AutoRound
 
-        shapes = {name: original.checkpoint.tensors[name].shape for name in original.linears}
-        groups = {name: group_of(cell, shape[1]) for name, shape in shapes.items()}
-        others = {name.removesuffix(".weight"): size for name, size in groups.items() if size != int(cell.block)}
-        model = build_model(original.checkpoint, torch.float32)
-        rounder = AutoRound(
-            model,
-            original.checkpoint.tokenizer(),
-            bits=cell.bits,
-            group_size=int(cell.block),
-            sym=symmetric,
-            layer_config={name: {"group_size": size} for name, size in others.items()} or None,
-            dataset=[{"input_ids": ids.unsqueeze(0)} for ids in original.calibration_ids],
-            iters=STEPS,
-            nsamples=original.windows,
-            seqlen=original.window,
-            batch_size=BATCH,
-            device_map="cpu",
-            amp=False,
-            enable_torch_compile=False,
-        )
-        result, _ = rounder.quantize()
-        state = {name: result.get_parameter(name).detach().float() for name in original.linears}
-        blocks = {name: shape[0] * shape[1] // groups[name] for name, shape in shapes.items()}
-        nbytes = sum(stored(state[name].numel(), cell, blocks[name], symmetric) for name in original.linears)
-        return Outcome(state, nbytes)
-
-    return run
+    shapes = {name: original.checkpoint.tensors[name].shape for name in original.linears}
+    groups = {name: group_of(cell, shape[1]) for name, shape in shapes.items()}
+    others = {name.removesuffix(".weight"): size for name, size in groups.items() if size != int(cell.block)}
+    rounder = AutoRound(
+        str(original.folder),
+        original.checkpoint.tokenizer(),
+        bits=cell.bits,
+        group_size=int(cell.block),
+        sym=True,
+        layer_config={name: {"group_size": size} for name, size in others.items()} or None,
+        dataset=[{"input_ids": ids.unsqueeze(0)} for ids in original.calibration_ids],
+        iters=STEPS,
+        nsamples=original.windows,
+        seqlen=original.window,
+        batch_size=BATCH,
+        device_map="cpu",
+        amp=False,
+        enable_torch_compile=False,
+    )
+    result, _ = rounder.quantize()
+    state = {name: result.get_parameter(name).detach().float() for name in original.linears}
+    blocks = sum(shape[0] * shape[1] // groups[name] for name, shape in shapes.items())
+    return Outcome(state, stored(original.weights, cell, blocks, True))
 
 
 METHODS = [
@@ -135,7 +130,7 @@ METHODS = [
             PACKAGES,
             f"get_quant_func('int', sym=False, enable_neuqi=True), imatrix={matrix}",
             searched(importance),
-            BLOCKS,
+            (*BLOCKS, Cell(3, "64")),
             importance.calibrated,
         )
         for importance, matrix in (
@@ -144,5 +139,5 @@ METHODS = [
             (TEXT, "mean squares over the calibration text"),
         )
     ),
-    Method("AutoRound, 200 steps", PACKAGES, "AutoRound(sym=True, iters=200).quantize()", tuned(True), BLOCKS, True),
+    Method("AutoRound, 200 steps", PACKAGES, "AutoRound(sym=True, iters=200).quantize()", tuned, BLOCKS, True),
 ]

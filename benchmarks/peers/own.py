@@ -17,7 +17,8 @@ import swquant
 from exporters.sidecar import SIDECAR
 from peers.base import CELLS, Cell, Method, Original, Outcome
 from swquant.checkpoints.open import open_checkpoint
-from swquant.compress.options import PRESETS
+from swquant.compress.options import PRESETS, CompressOptions
+from swquant.compress.pipeline import compress_checkpoint
 
 __all__ = ["METHODS", "MIN_MAX"]
 
@@ -37,6 +38,27 @@ def compressed(options: Mapping[str, Any]) -> Callable[[Original, Cell], Outcome
             shutil.rmtree(folder)
 
     return run
+
+
+def for_onnx(options: Mapping[str, Any]) -> Callable[[Original, Cell], Outcome]:
+    """The weights that `--format onnx` puts into its nodes, from the folder that it exports: no graph is traced."""
+
+    def run(original: Original, cell: Cell) -> Outcome:
+        folder = Path(tempfile.mkdtemp(prefix="swquant-quality-"))
+        try:
+            chosen = CompressOptions(bits=cell.bits, block=cell.block, offsets="byte", **options)
+            with open_checkpoint(original.folder) as checkpoint:
+                manifest = compress_checkpoint(checkpoint, folder / "out", chosen).manifest
+            return read_back(original, folder / "out", manifest)
+        finally:
+            shutil.rmtree(folder)
+
+    return run
+
+
+def onnx_row(name: str, cells: Sequence[Cell], **options: Any) -> Method:
+    call = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    return Method(name, ("swquant",), f"swquant.compress(model, out, format='onnx', {call})", for_onnx(options), cells)
 
 
 def read_back(original: Original, folder: Path, manifest: Mapping[str, Any]) -> Outcome:
@@ -61,8 +83,11 @@ def row(name: str, cells: Sequence[Cell] = CELLS, **options: Any) -> Method:
 
 # The layout of offsets has groups of 32, 64 and 128, and 2, 4 and 8 bits.
 _OFFSETS = tuple(Cell(4, block) for block in ("32", "64", "128"))
+# What an ONNX folder holds takes any group.
+_BYTES = tuple(Cell(bits, block) for bits in (4, 3, 2) for block in ("16", "32", "64", "128"))
 METHODS = [
     row(MIN_MAX, preset="fast", symmetric=False),
     *(row(f"swquant {preset}", preset=preset) for preset in PRESETS),
     *(row(f"swquant {preset}, offsets", _OFFSETS, preset=preset, offsets="float") for preset in ("balanced", "best")),
+    *(onnx_row(f"swquant {preset}, ONNX", _BYTES, preset=preset) for preset in ("balanced", "best")),
 ]

@@ -163,9 +163,7 @@ def pack_weight(quantized: QuantizedTensor, outliers: Points | None, dtype: torc
 
     scales, zero_points, row_scales = _constants(quantized, dtype, of_blocks)
     codes = _packed_rows(torch.nn.functional.pad(quantized.codes, (0, blocks * block - inputs)), quantized.bits)
-    packed = PackedWeight(
-        inputs, count, quantized.bits, block, codes, scales, zero_points, row_scales=row_scales
-    )
+    packed = PackedWeight(inputs, count, quantized.bits, block, codes, scales, zero_points, row_scales=row_scales)
     if outliers is None or not len(outliers):
         return packed
     check_patch(outliers, quantized.shape)

@@ -19,7 +19,6 @@ import numpy as np
 import onnx_ir
 import torch
 
-from exporters.errors import SwquantError
 from exporters.json_file import write_json
 from exporters.onnx.files import GENAI_CONFIG
 from exporters.onnx.nodes import DOMAIN, OPERATOR, PackedWeight, narrowed

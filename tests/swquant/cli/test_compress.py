@@ -31,7 +31,7 @@ OPTIONS = {
     "--bits 3": {"bits": 3},
     "--block 32": {"block": "32"},
     "--asymmetric": {"symmetric": False},
-    "--offsets --block 32": {"offsets": True, "block": "32"},
+    "--offsets float --block 32": {"offsets": "float", "block": "32"},
     "--clip z=3": {"clip": "z=3"},
     "--preset fast": {"preset": "fast"},
     "--preset best --texts 8": {"preset": "best", "texts": 8},

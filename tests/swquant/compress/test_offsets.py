@@ -19,7 +19,7 @@ from exporters.json_file import read_json
 @pytest.fixture(scope="module")
 def written(bf16_llama: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("offsets") / "out"
-    swquant.compress(bf16_llama.folder, out, block="32", offsets=True, prompt=PROMPT)
+    swquant.compress(bf16_llama.folder, out, block="32", offsets="float", prompt=PROMPT)
     return out
 
 
@@ -66,7 +66,7 @@ def test_the_error_is_smaller_than_with_a_symmetric_grid(written: Path, bf16_lla
 
 def test_what_is_written_says_what_it_is(written: Path) -> None:
     manifest = read_json(written / "swquant/manifest.json")
-    assert manifest["options"]["offsets"] is True
+    assert manifest["options"]["offsets"] == "float"
     rounded = [record for record in manifest["tensors"].values() if "bits" in record]
     assert {record["stored_as"] for record in rounded} == {"int4 group 32 offset"}
     assert 'device_map="cpu"' in manifest["loaders"]["transformers"]
@@ -76,7 +76,7 @@ def test_what_is_written_says_what_it_is(written: Path) -> None:
 
 def test_a_mixture_is_read_too(tmp_path: Path) -> None:
     source = every_architecture.save(every_architecture.build("mixtral"), tmp_path / "source")
-    swquant.compress(source, tmp_path / "out", block="32", offsets=True)
+    swquant.compress(source, tmp_path / "out", block="32", offsets="float")
     model, info = stock(tmp_path / "out")
     assert not info["missing_keys"]
     ours = dict(swquant.load(tmp_path / "out", restore=False).named_parameters())
@@ -85,7 +85,9 @@ def test_a_mixture_is_read_too(tmp_path: Path) -> None:
 
 def test_one_block_for_all(tmp_path: Path, bf16_llama: Planted) -> None:
     """Inputs of 64 and more: 128 does not divide them all, what they have in common does."""
-    manifest = swquant.compress(bf16_llama.folder, tmp_path / "out", block="128", offsets=True, prompt=PROMPT).manifest
+    manifest = swquant.compress(
+        bf16_llama.folder, tmp_path / "out", block="128", offsets="float", prompt=PROMPT
+    ).manifest
     blocks = {record["block"] for record in manifest["tensors"].values() if "bits" in record}
     assert len(blocks) == 1
 
@@ -93,24 +95,16 @@ def test_one_block_for_all(tmp_path: Path, bf16_llama: Planted) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 3}, "--offsets with 3 bits: the layout that holds offsets takes 2, 4 or 8"),
-        ({"symmetric": False}, "--offsets and --asymmetric are two ways"),
-        ({"clip": "z=9"}, "--offsets and clip z=9 are two ways"),
-        ({"bits_budget": 4.5}, "--offsets does not go with --bits-budget"),
-        ({"activations": "int8"}, "--offsets does not go with --activations int8"),
+        ({"bits": 3}, "--offsets float with 3 bits: the layout that holds offsets takes 2, 4 or 8"),
+        ({"symmetric": False}, "--offsets float and --asymmetric are two ways"),
+        ({"clip": "z=9"}, "--offsets float and clip z=9 are two ways"),
+        ({"bits_budget": 4.5}, "--offsets float does not go with --bits-budget"),
+        ({"activations": "int8"}, "--offsets float does not go with --activations int8"),
         ({"block": "16"}, "block 16 holds no offsets: their layout takes 32, 64 or 128 inputs"),
         ({"block": "channel"}, "block channel holds no offsets"),
     ],
 )
 def test_what_does_not_go_together(options: dict[str, Any], message: str, bf16_llama: Planted, tmp_path: Path) -> None:
     with pytest.raises(swquant.SwquantError, match=message):
-        swquant.compress(bf16_llama.folder, tmp_path / "out", offsets=True, prompt=PROMPT, **options)
+        swquant.compress(bf16_llama.folder, tmp_path / "out", offsets="float", prompt=PROMPT, **options)
     assert not (tmp_path / "out").exists()
-
-
-def test_an_export_is_refused_before_the_work(written: Path, bf16_llama: Planted, tmp_path: Path) -> None:
-    with pytest.raises(swquant.SwquantError, match="does not hold the real offsets of --offsets yet"):
-        swquant.export(written, tmp_path / "onnx")
-    with pytest.raises(swquant.SwquantError, match="does not hold the real offsets of --offsets yet"):
-        swquant.compress(bf16_llama.folder, tmp_path / "onnx", block="32", offsets=True, prompt=PROMPT, format="onnx")
-    assert not (tmp_path / "onnx").exists()

@@ -25,5 +25,5 @@ def exported(checkpoint: Path) -> Path:
 def genai(checkpoint: Path) -> Path:
     """The same weights in one step, as genai's builder draws them, for the fast arithmetic."""
     source, folder = checkpoint.parent / "model", checkpoint.parent / "genai"
-    onnx_folder: dict = {"format": "onnx", "graph": "genai", "accuracy_level": 4, "lm_head_bits": 8}
+    onnx_folder: dict = {"format": "onnx", "offsets": "none", "graph": "genai", "accuracy_level": 4, "lm_head_bits": 8}
     return swquant.compress(source, folder, **onnx_folder, **SETTINGS).path
