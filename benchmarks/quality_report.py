@@ -14,6 +14,7 @@ __all__ = ["draw", "print_tables"]
 
 Record = Mapping[str, Any]
 MAIN, OTHER = "wikitext2-test", "python"
+SHOWN = 0.005  # perplexities closer than this are equal, on texts so short
 TABLES = (Cell(4, "32"), *CELLS)  # some methods have no other block than 32 worth a row
 # Okabe and Ito's palette: told apart by everyone.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
@@ -44,14 +45,19 @@ FAMILIES = (
 
 
 def closed(record: Record, originals: Mapping[str, Record], records: Sequence[Record]) -> float | None:
-    """Share of what min/max rounding adds to the perplexity, in the same cell, that this method takes away again."""
+    """Share of what min/max rounding adds to the perplexity, in the same cell, that this method takes away again.
+
+    None where it adds less than the text can show: of a model that has learned little, 4 bits take little.
+    """
     cell = [item for item in records if (item["model"], item["cell"]) == (record["model"], record["cell"])]
     plain = next((item for item in cell if item["method"] == MIN_MAX and "texts" in item), None)
     if plain is None:
         return None
     best = originals[record["model"]]["texts"][MAIN]["perplexity"]
     worst, reached = plain["texts"][MAIN]["perplexity"], record["texts"][MAIN]["perplexity"]
-    return None if worst is None or reached is None else (worst - reached) / (worst - best)
+    if worst is None or reached is None or worst < best * (1 + SHOWN):
+        return None
+    return (worst - reached) / (worst - best)
 
 
 def closed_kl(record: Record, records: Sequence[Record]) -> float | None:
@@ -70,6 +76,10 @@ def perplexity(value: float | None) -> str:
     return format(value, ".2f" if value < 1e4 else ".1e")
 
 
+def divergence(value: float) -> str:
+    return format(value, ".4f" if value >= 0.005 else ".6f")
+
+
 def line(record: Record, originals: Mapping[str, Record], records: Sequence[Record]) -> str:
     first, second = record["texts"][MAIN], record["texts"][OTHER]
     shares = (closed(record, originals, records), closed_kl(record, records))
@@ -79,11 +89,11 @@ def line(record: Record, originals: Mapping[str, Record], records: Sequence[Reco
         "text" if record["calibrated"] else "-",
         f"{record['bits']:.3f}",
         perplexity(first["perplexity"]),
-        f"{first['kl']:.4f}",
+        divergence(first["kl"]),
         f"{100 * first['top1']:.1f}",
         *("-" if share is None else f"{100 * share:.0f} %" for share in shares),
         perplexity(second["perplexity"]),
-        f"{second['kl']:.4f}",
+        divergence(second["kl"]),
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -102,6 +102,8 @@ def random_case(
         zero_points = rng.integers(0, 1 << bits, shape, dtype=np.uint8)
     elif zero == "float":
         zero_points = rng.uniform(0, 1 << bits, shape).astype(dtype)
+    elif zero == "byte":  # between two codes, as an exporter stores them
+        zero_points = (rng.integers(0, 256, shape) * (2**bits / 256)).astype(dtype)
     case = Case(bits, block_rows, block_cols, codes, scales, zero_points, level=level)
     if bias:
         case = replace(case, bias=rng.normal(size=rows).astype(dtype))

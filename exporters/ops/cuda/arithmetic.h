@@ -13,9 +13,11 @@
 // In a 32-bit word the codes of even columns fill the lower half and those of odd columns the upper half, lowest bits first:
 // one mask brings two neighbouring columns, each into its half.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
@@ -80,6 +82,10 @@ struct alignas(16) Chunk {
   uint32_t words[4];
 };
 
+// What is known of the zero points. kUsual: none are stored, `zero_point` holds everywhere. kCodes: each is a code. kBetween:
+// each lies between two codes so that the difference from a code is exact in T. kAny: nothing.
+enum class Zeros { kUsual, kCodes, kBetween, kAny };
+
 // The constants of a node where the kernels read them.
 template <typename T>
 struct Weights {
@@ -93,7 +99,8 @@ struct Weights {
   float zero_point;
   int32_t inputs, outputs, chunks, blocks, block_rows, block_cols;
   int32_t block_shift;  // a column's block is column >> block_shift; -1: block_cols is no power of two
-  bool whole;           // all zero points are codes
+  Zeros zeros;
+  bool whole_quads;     // inputs fill the last one
   bool matrix_units;    // the device multiplies matrices of T
 };
 
@@ -125,7 +132,7 @@ SWQUANT_BOTH Place place_of(int bits, int32_t k) {
   return {k / quad * 4 + k % kSpan / kPiece, bit_of(bits, k % quad / kSpan, k % kPiece)};
 }
 
-// For Weights: how far to shift a column for its block, or -1; and whether a zero point is a code.
+// For Weights: how far to shift a column for its block, or -1; whether a zero point is a code; what all of them are.
 inline int32_t shift_of(int64_t block_cols, int64_t inputs) {
   if (block_cols >= inputs) return 31;
   int32_t shift = 0;
@@ -134,6 +141,17 @@ inline int32_t shift_of(int64_t block_cols, int64_t inputs) {
 }
 inline bool is_code(float zero_point, int bits) {
   return zero_point >= 0.0f && zero_point < static_cast<float>(1 << bits) && zero_point == std::rint(zero_point);
+}
+
+template <typename T>
+Zeros zeros_of(const float* values, size_t count, int bits) {
+  // Of 2^bits codes, bfloat16 has 8 bits for a difference and half has 11.
+  const float steps = static_cast<float>((std::is_same<T, Half>::value ? 2048 : 256) >> bits);
+  const auto codes = [&](float value) { return is_code(value, bits); };
+  const auto between = [&](float value) { return value >= 0.0f && value * steps == std::rint(value * steps) && value < static_cast<float>(1 << bits); };
+  if (!count) return Zeros::kUsual;
+  if (std::all_of(values, values + count, codes)) return Zeros::kCodes;
+  return std::all_of(values, values + count, between) ? Zeros::kBetween : Zeros::kAny;
 }
 
 template <typename T>

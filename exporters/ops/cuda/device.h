@@ -98,28 +98,31 @@ __device__ __forceinline__ void multiply(const uint32_t (&a)[4], const uint32_t 
 }
 #endif
 
-// Two codes, in the halves of a word, minus their zero point, in T. base: of the zero point, from `base_of`. All of it is exact.
-template <typename T, int kBits>
+// Two codes, in the halves of a word, minus their zero point, in T. base: of the zero point, from `base_of`. All of it is
+// exact. kBetween: the zero point may lie between two codes, and is taken off after what was added to make a float of them.
+template <typename T, int kBits, bool kBetween>
 __device__ __forceinline__ uint32_t offset_pair(uint32_t codes, uint32_t base) {
 #if defined(__CUDA_ARCH__)
   if (std::is_same<T, Half>::value) {  // 1024 + code has the code in its lowest bits
-    return bit_cast<uint32_t>(__hsub2(bit_cast<__half2>(codes | 0x64006400u), bit_cast<__half2>(base)));
+    const __half2 raised = bit_cast<__half2>(codes | 0x64006400u), zero = bit_cast<__half2>(base);
+    return bit_cast<uint32_t>(kBetween ? __hsub2(__hsub2(raised, bit_cast<__half2>(0x64006400u)), zero) : __hsub2(raised, zero));
   }
 #if __CUDA_ARCH__ >= 800
   if (kBits < 8) {  // 128 + code
-    return bit_cast<uint32_t>(__hsub2(bit_cast<__nv_bfloat162>(codes | 0x43004300u), bit_cast<__nv_bfloat162>(base)));
+    const __nv_bfloat162 raised = bit_cast<__nv_bfloat162>(codes | 0x43004300u), zero = bit_cast<__nv_bfloat162>(base);
+    return bit_cast<uint32_t>(kBetween ? __hsub2(__hsub2(raised, bit_cast<__nv_bfloat162>(0x43004300u)), zero) : __hsub2(raised, zero));
   }
 #endif
 #endif
   const float zero_point = bit_cast<float>(base), even = code_of(codes & 0xffffu) - zero_point, odd = code_of(codes >> 16) - zero_point;
   return from_float<T>(even).bits | static_cast<uint32_t>(from_float<T>(odd).bits) << 16;
 }
-template <typename T, int kBits>
+template <typename T, int kBits, bool kBetween>
 __device__ __forceinline__ uint32_t base_of(float zero_point) {
 #if defined(__CUDA_ARCH__)
-  if (std::is_same<T, Half>::value) return from_float<T>(1024.0f + zero_point).bits * 0x10001u;
+  if (std::is_same<T, Half>::value) return from_float<T>((kBetween ? 0.0f : 1024.0f) + zero_point).bits * 0x10001u;
 #if __CUDA_ARCH__ >= 800
-  if (kBits < 8) return from_float<T>(128.0f + zero_point).bits * 0x10001u;
+  if (kBits < 8) return from_float<T>((kBetween ? 0.0f : 128.0f) + zero_point).bits * 0x10001u;
 #endif
 #endif
   return bit_cast<uint32_t>(zero_point);

@@ -1,5 +1,6 @@
 // The kernels as a CPU program, and what tests call of them and of their reference (tests/exporters/ops/test_cuda.py).
 #include <algorithm>
+#include <vector>
 
 #include "kernels.cu"
 #include "reference.h"
@@ -12,11 +13,12 @@ template <typename T>
 Weights<T> from_addresses(const void* const* data, const int32_t* sizes, int bits, float zero_point) {
   const auto* zero_points = static_cast<const T*>(data[2]);
   const int64_t count = zero_points ? int64_t{(sizes[1] + sizes[4] - 1) / sizes[4]} * sizes[3] : 0;
-  const bool whole = std::all_of(zero_points, zero_points + count, [&](T value) { return is_code(to_float(value), bits); });
+  std::vector<float> values(static_cast<size_t>(count));
+  std::transform(zero_points, zero_points + count, values.begin(), [](T value) { return to_float(value); });
   return {static_cast<const Chunk*>(data[0]), static_cast<const T*>(data[1]), zero_points,
           static_cast<const int32_t*>(data[3]), static_cast<const int32_t*>(data[4]), static_cast<const float*>(data[5]),
           static_cast<const T*>(data[6]), zero_point, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5],
-          shift_of(sizes[5], sizes[0]), whole, true};
+          shift_of(sizes[5], sizes[0]), zeros_of<T>(values.data(), values.size(), bits), sizes[0] * bits % 512 == 0, true};
 }
 
 template <typename T>

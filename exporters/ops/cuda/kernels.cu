@@ -36,7 +36,7 @@ struct Quad {
   T scale[kScales][2], zero_point[kScales][2];
 };
 
-template <typename T, int kBits, bool kZeroPoints>
+template <typename T, int kBits, Zeros kZeros>
 __device__ __forceinline__ Quad<T, kBits> load_quad(const Weights<T>& weights, const Chunk* const (&codes)[2],
                                                     const int64_t (&scales)[2], int32_t quad) {
   Quad<T, kBits> loaded;
@@ -49,14 +49,14 @@ __device__ __forceinline__ Quad<T, kBits> load_quad(const Weights<T>& weights, c
 #pragma unroll
     for (int u = 0; u < 2; ++u) {
       loaded.scale[g][u] = weights.scales[scales[u] + block];
-      if (kZeroPoints) loaded.zero_point[g][u] = weights.zero_points[scales[u] + block];
+      if (kZeros != Zeros::kUsual) loaded.zero_point[g][u] = weights.zero_points[scales[u] + block];
     }
   }
   return loaded;
 }
 
-// For weights of the usual kind, see is_usual.
-template <typename T, int kBits, int kTiles, bool kZeroPoints>
+// For weights that fit, see fits_tiles.
+template <typename T, int kBits, int kTiles, Zeros kZeros>
 __global__ void __launch_bounds__(kWarp* kMostWarps, kTiles == 1 ? 2 : 1)
     linear_tiles(Weights<T> weights, const T* __restrict__ a, T* y, int32_t rows) {
   __shared__ float parts[kMostWarps][kTileOutputs][kTile * kTiles], rest[kTileOutputs][kTile * kTiles];
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kWarp* kMostWarps, kTiles == 1 ? 2 : 1)
   }
   float sums[kTiles][4] = {};
   const int32_t last = weights.inputs - kSpan;
-  Quad<T, kBits> now = load_quad<T, kBits, kZeroPoints>(weights, codes, scales, warp);
+  Quad<T, kBits> now = load_quad<T, kBits, kZeros>(weights, codes, scales, warp);
   // While it is on its way: a warp adds up the outliers of an output, whose loads wait for each other.
   for (int32_t output = warp; output < kTileOutputs && n + output < weights.outputs; output += warps) {
     const int32_t first = weights.first_outlier[n + output], end = weights.first_outlier[n + output + 1];
@@ -111,7 +111,9 @@ __global__ void __launch_bounds__(kWarp* kMostWarps, kTiles == 1 ? 2 : 1)
         for (int p = 0; p < 4; ++p) {
           const int bit = bit_of(kBits, 2 * g + s, p / 2 * 2), u = p % 2;
           const uint32_t pair = now.chunk[u].words[bit / 32] >> bit % 32 & kMask<kBits> * 0x10001u;
-          left[s][p] = offset_pair<T, kBits>(pair, base_of<T, kBits>(kZeroPoints ? to_float(now.zero_point[g][u]) : weights.zero_point));
+          const float zero_point = kZeros == Zeros::kUsual ? weights.zero_point : to_float(now.zero_point[g][u]);
+          constexpr bool kBetween = kZeros == Zeros::kBetween;
+          left[s][p] = offset_pair<T, kBits, kBetween>(pair, base_of<T, kBits, kBetween>(zero_point));
         }
       }
 #pragma unroll
@@ -124,7 +126,7 @@ __global__ void __launch_bounds__(kWarp* kMostWarps, kTiles == 1 ? 2 : 1)
       }
     }
     quad += warps;
-    if (quad * 4 < weights.chunks) now = load_quad<T, kBits, kZeroPoints>(weights, codes, scales, quad);
+    if (quad * 4 < weights.chunks) now = load_quad<T, kBits, kZeros>(weights, codes, scales, quad);
   }
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) {
@@ -218,7 +220,7 @@ __global__ void __launch_bounds__(kWarp* kRowWarps) linear_rows(Weights<T> weigh
 }
 
 // A block decodes a row of Ŵ, then puts the row's outliers back.
-template <typename T, int kBits, bool kUsual>
+template <typename T, int kBits, Zeros kZeros>
 __global__ void dequantize(Weights<T> weights, T* out) {
   const auto n = static_cast<int32_t>(blockIdx.x);
   const bool vector = weights.inputs % kPiece == 0, one_scale = weights.block_cols % kPiece == 0;
@@ -234,16 +236,18 @@ __global__ void dequantize(Weights<T> weights, T* out) {
       const int32_t k = first_column(kPieces<kBits>, c, i);
       if (k >= weights.inputs) break;
       Piece<T> piece;
-      if constexpr (kUsual) {
+      if constexpr (kZeros != Zeros::kAny) {
+        constexpr bool kBetween = kZeros == Zeros::kBetween;
         if (i % 2 == 0) {
           const int64_t at = scales + (k >> weights.block_shift);
-          base = base_of<T, kBits>(zero_point_of(weights, at)), scale = weights.scales[at].bits * 0x10001u;
+          base = base_of<T, kBits, kBetween>(zero_point_of(weights, at)), scale = weights.scales[at].bits * 0x10001u;
         }
         uint32_t pairs[2];
 #pragma unroll
         for (int p = 0; p < 2; ++p) {
           const int bit = bit_of(kBits, i, 2 * p);
-          pairs[p] = scaled_pair<T>(offset_pair<T, kBits>(chunk.words[bit / 32] >> bit % 32 & kMask<kBits> * 0x10001u, base), scale);
+          const uint32_t pair = chunk.words[bit / 32] >> bit % 32 & kMask<kBits> * 0x10001u;
+          pairs[p] = scaled_pair<T>(offset_pair<T, kBits, kBetween>(pair, base), scale);
         }
         memcpy(&piece, pairs, sizeof piece);
       } else {
@@ -274,15 +278,15 @@ __global__ void dequantize(Weights<T> weights, T* out) {
   }
 }
 
-template <typename T, int kBits, bool kZeroPoints>
+template <typename T, int kBits, Zeros kZeros>
 void launch_tiles(const Weights<T>& weights, const T* a, T* y, int32_t rows, cudaStream_t stream) {
   const auto grid = static_cast<unsigned>((weights.outputs + kTileOutputs - 1) / kTileOutputs);
   const int32_t quads = weights.chunks / 4;
   const auto block = static_cast<unsigned>(kWarp * (quads < kMostWarps ? quads : kMostWarps));
   if (rows <= kTile) {
-    SWQUANT_LAUNCH((linear_tiles<T, kBits, 1, kZeroPoints>), grid, block, stream, weights, a, y, rows);
+    SWQUANT_LAUNCH((linear_tiles<T, kBits, 1, kZeros>), grid, block, stream, weights, a, y, rows);
   } else {
-    SWQUANT_LAUNCH((linear_tiles<T, kBits, 2, kZeroPoints>), grid, block, stream, weights, a, y, rows);
+    SWQUANT_LAUNCH((linear_tiles<T, kBits, 2, kZeros>), grid, block, stream, weights, a, y, rows);
   }
 }
 
@@ -308,15 +312,21 @@ void with_bits(int bits, const Body& body) {
 
 }  // namespace
 
-// Inputs in whole spans, blocks a power of two from 32 or a whole row, zero points among the codes.
+// Inputs in whole spans, blocks a power of two from 32 or a whole row, zero points that 16 bits can take off exactly.
 template <typename T>
 bool is_usual(const Weights<T>& weights) {
-  return !std::is_same<T, float>::value && weights.whole && weights.inputs % kSpan == 0 && weights.block_shift >= 5;
+  return !std::is_same<T, float>::value && weights.zeros != Zeros::kAny && weights.inputs % kSpan == 0 && weights.block_shift >= 5;
+}
+
+// Columns past the last one have to decode to zero, which no code does whose zero point lies between two.
+template <typename T>
+bool fits_tiles(const Weights<T>& weights) {
+  return is_usual(weights) && weights.matrix_units && (weights.zeros != Zeros::kBetween || weights.whole_quads);
 }
 
 template <typename T>
 int32_t few_rows(const Weights<T>& weights) {
-  return is_usual(weights) && weights.matrix_units ? 2 * kTile : kMostRows;
+  return fits_tiles(weights) ? 2 * kTile : kMostRows;
 }
 
 template <typename T>
@@ -329,8 +339,11 @@ cudaError_t launch_rows(const Weights<T>& weights, int bits, const T* a, T* y, i
     with_bits(bits, [&](auto stored) {
       if constexpr (!std::is_same<T, float>::value) {
         if (strip > kMostRows && reinterpret_cast<uintptr_t>(from) % sizeof(Pairs) == 0) {
-          return weights.zero_points ? launch_tiles<T, stored, true>(weights, from, to, some, stream)
-                                     : launch_tiles<T, stored, false>(weights, from, to, some, stream);
+          switch (weights.zeros) {
+            case Zeros::kUsual: return launch_tiles<T, stored, Zeros::kUsual>(weights, from, to, some, stream);
+            case Zeros::kCodes: return launch_tiles<T, stored, Zeros::kCodes>(weights, from, to, some, stream);
+            default: return launch_tiles<T, stored, Zeros::kBetween>(weights, from, to, some, stream);
+          }
         }
       }
       launch_warps<T, stored>(weights, from, to, some, stream);
@@ -347,11 +360,15 @@ cudaError_t launch_dequantize(const Weights<T>& weights, int bits, T* out, cudaS
   with_bits(bits, [&](auto stored) {
     if constexpr (!std::is_same<T, float>::value) {
       if (is_usual(weights)) {
-        SWQUANT_LAUNCH((dequantize<T, stored, true>), grid, block, stream, weights, out);
+        if (weights.zeros == Zeros::kBetween) {
+          SWQUANT_LAUNCH((dequantize<T, stored, Zeros::kBetween>), grid, block, stream, weights, out);
+        } else {
+          SWQUANT_LAUNCH((dequantize<T, stored, Zeros::kCodes>), grid, block, stream, weights, out);
+        }
         return;
       }
     }
-    SWQUANT_LAUNCH((dequantize<T, stored, false>), grid, block, stream, weights, out);
+    SWQUANT_LAUNCH((dequantize<T, stored, Zeros::kAny>), grid, block, stream, weights, out);
   });
   return cudaGetLastError();
 }

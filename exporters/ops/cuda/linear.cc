@@ -110,7 +110,8 @@ struct Linear::State {
   int64_t inputs, outputs;
   float zero_point;
   int32_t chunks, blocks, block_rows, block_cols;
-  bool whole, matrix_units;
+  Zeros zeros;
+  bool matrix_units;
   DeviceBuffer codes, scales, zero_points, first_outlier, outlier_cols, outlier_deltas, bias;
   Owned<ort::MemoryInfo, ort::ReleaseMemoryInfo> memory;
   Owned<ort::Op, ort::ReleaseOp> gemm;
@@ -121,6 +122,7 @@ struct Linear::State {
   void copy_floats(const swquant::Weights& from) {
     scales = upload(narrow<T>(from.scales));
     if (!from.zero_points.empty()) zero_points = upload(narrow<T>(from.zero_points));
+    zeros = zeros_of<T>(from.zero_points.data(), from.zero_points.size(), stored);
     if (!from.bias.empty()) bias = upload(narrow<T>(from.bias));
   }
 
@@ -130,7 +132,8 @@ struct Linear::State {
             static_cast<const T*>(zero_points.get()), static_cast<const int32_t*>(first_outlier.get()),
             static_cast<const int32_t*>(outlier_cols.get()), static_cast<const float*>(outlier_deltas.get()),
             static_cast<const T*>(bias.get()), zero_point, static_cast<int32_t>(inputs), static_cast<int32_t>(outputs),
-            chunks, blocks, block_rows, block_cols, shift_of(block_cols, inputs), whole, matrix_units};
+            chunks, blocks, block_rows, block_cols, shift_of(block_cols, inputs), zeros, inputs * stored % 512 == 0,
+            matrix_units};
   }
 
   void wrap(OwnedValue& value, const void* data, std::vector<int64_t> shape) const {
@@ -197,8 +200,6 @@ Linear::Linear(const ort::Api* api, const ort::KernelInfo* info, ort::Type type)
   state.blocks = static_cast<int32_t>(from.blocks);
   state.block_rows = static_cast<int32_t>(from.block_rows);
   state.block_cols = static_cast<int32_t>(from.block_cols);
-  state.whole = std::all_of(from.zero_points.begin(), from.zero_points.end(),
-                            [&](float zero_point) { return is_code(zero_point, state.stored); });
   state.codes = upload(chunks_of(from, state.stored, state.chunks));
   state.first_outlier = upload(first_of_rows(from));
   state.outlier_cols = upload(from.outlier_cols);

@@ -146,6 +146,23 @@ def test_the_kernels_give_the_bits_of_the_reference(
         assert_close(from_bits(y, kind), reference(case, a), kind)
 
 
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+@pytest.mark.parametrize("cols", [512, 304])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_zero_points_between_two_codes(kernels: Kernels, bits: int, cols: int, kind: str) -> None:
+    """In matrix units where the inputs fill whole chunks, and where they do not, by plain sums."""
+    rng = np.random.default_rng([bits, cols])
+    for rows in (1, 3, 11):
+        case = random_case(rng, bits=bits, rows=33, cols=cols, block_cols=32, zero="byte", outliers=60)
+        case = rounded(case, kind)
+        a = exact(rng.normal(size=(rows, cols)).astype(np.float32), kind)
+        y, restored = kernels(case, a, kind, False)
+        expected_y, expected_restored = kernels(case, a, kind, True)
+        assert np.array_equal(y, expected_y)
+        assert np.array_equal(restored, expected_restored)
+        assert_close(from_bits(y, kind), reference(case, a), kind)
+
+
 @pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
 def test_the_dequantized_weight_is_restored(kernels: Kernels, kind: str) -> None:
     rng = np.random.default_rng(1)
@@ -213,6 +230,7 @@ def test_on_a_device(library: Path, bits: int, rows: int, kind: str) -> None:
         (1104, 32, "none"),
         (1104, 1104, "integer"),
         (640, 128, "integer"),
+        (1024, 32, "byte"),
         (77, 7, "float"),
     ]
     for cols, block, zero in settings:
