@@ -14,9 +14,11 @@ made: here is the recipe, and the weights are kept nowhere.
                the text is read once
 
 The same seed, versions and number of threads give the same weights; another Python has other help texts, and gives
-another model as good. Ten minutes on two busy cores are next to nothing: the model writes phrases, no sense. Steps are
-many and small because so little text is best used so. The perplexity on the texts that `quality.py` reads is printed
-beside that of the best model which knows only how frequent each of their tokens is.
+another model of the same kind. Twelve minutes on one busy core are next to nothing: the model writes phrases, no sense.
+Steps are small and many because so little text is best used so. Perplexity is 108 on WikiText-2's test excerpt and 136
+on `textwrap`, where the best model that knows only how frequent each token of these texts is has 246 and 238 (both are
+printed). A model that has learned so little is also easy to round: minimum and maximum at 4 bits cost it a KL of
+0.0004, a thousandth of what they cost the other two. Compare its rows by KL; its perplexity hardly moves.
 
     python benchmarks/trained.py FOLDER [--steps N]
 """

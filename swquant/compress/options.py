@@ -49,7 +49,7 @@ class CompressOptions:
     )
     offsets: str | None = described(
         None,
-        "Real offsets: float (MLX's layout, not vLLM), byte (onnx, its default) or none.",
+        "Real offsets: float (not for vLLM), byte (onnx) or none.",
         group="rounding",
         choices=OFFSETS,
         metavar="KIND",

@@ -56,7 +56,7 @@ OPTIONS = {
 @pytest.mark.parametrize("words", OPTIONS)
 def test_every_option_arrives(cli: Cli, planted_llama: Planted, tmp_path: Path, words: str) -> None:
     given = ("compress", planted_llama.folder, tmp_path / "out", *words.split(), "--dry-run", "--json")
-    default = {**asdict(CompressOptions()), "dense": [], "block": "128"}
+    default = {**asdict(CompressOptions()), "dense": [], "block": "128", "offsets": "none"}
     assert document(cli(*given))["options"] == {**default, **OPTIONS[words]}
 
 

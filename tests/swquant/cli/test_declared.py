@@ -152,7 +152,7 @@ def test_the_plan_is_shown_before_anything_is_written(planted_llama: Planted, tm
     def show(planned: Any) -> None:
         assert planned.out == tmp_path / "out"
         assert (planned.format.name, planned.export) == ("checkpoint", None)
-        assert planned.prepared.plan.options == CompressOptions(prompt=PROMPT, block="32")
+        assert planned.prepared.plan.options == CompressOptions(prompt=PROMPT, block="32", offsets="none")
         raise StopError
 
     with pytest.raises(StopError):
