@@ -12,6 +12,7 @@ The file is not named like the package: scripts in this folder would import it i
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -87,19 +88,16 @@ def searched(importance: Importance) -> Callable[[Original, Cell], Outcome]:
 
 
 def tuned(original: Original, cell: Cell) -> Outcome:
-    """The model that it leaves behind holds decoded weights; norms and the rest are as they were."""
+    """Its defaults, in float32. The model that it leaves behind holds decoded weights; the rest is as it was."""
     from auto_round import AutoRound
 
-    shapes = {name: original.checkpoint.tensors[name].shape for name in original.linears}
-    groups = {name: group_of(cell, shape[1]) for name, shape in shapes.items()}
-    others = {name.removesuffix(".weight"): size for name, size in groups.items() if size != int(cell.block)}
+    size = int(cell.block)
     rounder = AutoRound(
         str(original.folder),
         original.checkpoint.tokenizer(),
         bits=cell.bits,
-        group_size=int(cell.block),
+        group_size=size,
         sym=True,
-        layer_config={name: {"group_size": size} for name, size in others.items()} or None,
         dataset=[{"input_ids": ids.unsqueeze(0)} for ids in original.calibration_ids],
         iters=STEPS,
         nsamples=original.windows,
@@ -111,8 +109,8 @@ def tuned(original: Original, cell: Cell) -> Outcome:
     )
     result, _ = rounder.quantize()
     state = {name: result.get_parameter(name).detach().float() for name in original.linears}
-    blocks = sum(shape[0] * shape[1] // groups[name] for name, shape in shapes.items())
-    return Outcome(state, stored(original.weights, cell, blocks, True))
+    blocks = sum(weight.shape[0] * math.ceil(weight.shape[1] / size) for weight in state.values())  # rows are padded
+    return Outcome(state, stored(blocks * size, cell, blocks, True))
 
 
 METHODS = [

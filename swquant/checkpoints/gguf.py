@@ -102,16 +102,19 @@ class GgufCheckpoint(Checkpoint):
             ) from None
 
     def _open(self) -> None:
-        from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
-        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, load_gguf_checkpoint
+        from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+        from swquant.checkpoints.gguf_header import Header, parsed_by_transformers
 
         _check_beginning(self.path)
-        reader = GGUFReader(self.path)
+        reader = Header(self.path)
         _check_whole(self.path, reader.fields, len(reader.tensors))
         _check_layout(self.path, reader)
         self._encoded = {tensor.name: tensor for tensor in reader.tensors}
         self._has_vocabulary = "tokenizer.ggml.tokens" in reader.fields
-        parsed = load_gguf_checkpoint(str(self.path))["config"]
+        self._parsed = parsed_by_transformers(self.path, reader)
+        parsed = dict(self._parsed["config"])
         if (scaling := self._rope_scaling(reader.fields, parsed)) is not None:
             parsed["rope_scaling"] = scaling
         self.config = AutoConfig.for_model(**parsed)
@@ -199,9 +202,10 @@ class GgufCheckpoint(Checkpoint):
 
     @cached_property
     def _cached_tokenizer(self) -> PreTrainedTokenizerBase:
-        # Reading a vocabulary of 262,144 tokens out of a GGUF header takes ten seconds: once is enough. A folder that
-        # holds nothing else, because transformers prefers what lies beside the file.
-        with temporary_folder("gguf") as folder:
+        from swquant.checkpoints.gguf_header import shared
+
+        # A folder that holds nothing else, because transformers prefers what lies beside the file.
+        with temporary_folder("gguf") as folder, shared(self.path, self._parsed):
             (folder / "model.gguf").symlink_to(self.path.resolve())
             return AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf", trust_remote_code=False)
 

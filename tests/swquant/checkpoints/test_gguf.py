@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ from support.tiny_gguf import KINDS, PROMPT, write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import swquant
+from swquant.checkpoints.gguf_header import Header
 from swquant.checkpoints.open import open_checkpoint
 
 
@@ -108,3 +110,32 @@ def test_an_unknown_architecture_is_one_message(f16: Path, tmp_path: Path) -> No
     (tmp_path / "m.gguf").write_bytes(data.replace(b"llama", b"lemma"))
     with pytest.raises(swquant.SwquantError, match="not a readable GGUF file"):
         swquant.detect(tmp_path / "m.gguf", PROMPT)
+
+
+def test_the_header_is_what_the_gguf_package_reads(f16: Path) -> None:
+    ours, theirs = Header(f16), gguf.GGUFReader(f16)
+    assert list(ours.fields) == list(theirs.fields)
+    for name, field in theirs.fields.items():
+        assert (ours.fields[name].contents(), ours.fields[name].offset) == (field.contents(), field.offset)
+    for tensor, other in zip(ours.tensors, theirs.tensors, strict=True):
+        assert (tensor.name, tensor.data_offset, tensor.n_bytes) == (other.name, other.data_offset, other.n_bytes)
+        assert np.array_equal(tensor.data, other.data)
+
+
+def test_a_header_is_read_once(f16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By us; transformers is handed what was read, and reads another file itself."""
+    opened: list[Path] = []
+    original = gguf.GGUFReader.__init__
+
+    def count(self: gguf.GGUFReader, path: Path, *arguments: object) -> None:
+        opened.append(Path(path).resolve())
+        original(self, path, *arguments)
+
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", count)
+    with open_checkpoint(f16) as checkpoint:
+        tokenizer = checkpoint.tokenizer()
+        assert tokenizer is checkpoint.tokenizer()
+        assert opened == [f16.resolve()]
+        plain = AutoTokenizer.from_pretrained(f16.parent, gguf_file=f16.name)
+        assert tokenizer.get_vocab() == plain.get_vocab()
+    assert len(opened) > 1
