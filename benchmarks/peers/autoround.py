@@ -88,7 +88,7 @@ def searched(importance: Importance) -> Callable[[Original, Cell], Outcome]:
 
 
 def tuned(original: Original, cell: Cell) -> Outcome:
-    """Its defaults, in float32. The model that it leaves behind holds decoded weights; the rest is as it was."""
+    """Its defaults, in float32. The model that it leaves behind holds decoded weights; all else is as it was."""
     from auto_round import AutoRound
 
     size = int(cell.block)
