@@ -84,7 +84,9 @@ def row(name: str, cells: Sequence[Cell] = CELLS, **options: Any) -> Method:
 # The layout of offsets has groups of 32, 64 and 128, and 2, 4 and 8 bits.
 _OFFSETS = tuple(Cell(4, block) for block in ("32", "64", "128"))
 # What an ONNX folder holds takes any group.
-_BYTES = tuple(Cell(bits, block) for bits in (4, 3, 2) for block in ("16", "32", "64", "128"))
+_BYTES = tuple(
+    Cell(bits, block) for bits in (4, 3, 2) for block in ("16", "32", "64", "128") if (bits, block) != (3, "16")
+)
 METHODS = [
     row(MIN_MAX, preset="fast", symmetric=False),
     *(row(f"swquant {preset}", preset=preset) for preset in PRESETS),

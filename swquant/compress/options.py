@@ -84,7 +84,7 @@ class CompressOptions:
     )
     outliers: float | None = described(
         None,
-        "Fraction of each tensor kept in the sidecar, by the error it costs; 0.0005, or 0 with --refine none.",
+        "Fraction of each tensor kept in the sidecar, by the error it costs; 0.0005, or 0 with --refine none or byte offsets.",
         group="basic",
         metavar="FRACTION",
     )
@@ -239,7 +239,8 @@ class CompressOptions:
         """Of each tensor, beside its super weights."""
         if self.outliers is not None:
             return self.outliers
-        return 0.0005 if self.restore and self.refinement != "none" else 0.0
+        # Offsets leave few weights far from their codes: smaller blocks are the better buy there.
+        return 0.0005 if self.restore and self.refinement != "none" and self.offset_kind != "byte" else 0.0
 
     @property
     def parsed_block(self) -> Block:
