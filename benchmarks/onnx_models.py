@@ -7,12 +7,13 @@ The model's stored grid is broken first (grid.py). Then, from the same float32 w
     builder fp32       the builder's graph as it is
     builder int4       the builder's own quantization: 4 bits, blocks of 32, accuracy level 4, output head of 8 bits,
                        rounded to nearest or with its k_quant
-    ours, level 0      4 bits, blocks of 32, output head of 8 bits, outliers; sums in float
+    ours, level 0      4 bits, blocks of 32, offsets, output head of 8 bits; sums in float
     ours, level 4      the same with activations in int8, and the massive channels kept in float
-    ours, best         as level 4, compressed with --preset best (the model's own text decides how weights are rounded)
-                       from 64 texts, and with as many outliers as the builder's file has room for
+    ours, integers     as level 4, without offsets (--offsets none) and with outliers, as a checkpoint for vLLM has them
+    ours, best         as level 4, compressed with --preset best (the model's own text decides how weights are rounded);
+                       in blocks of 32, and in blocks of 16, which the builder's file has room for
 
-Ours are compressed with --dtype float16, as most models come in 16 bits: scales are stored in half, which holds them.
+Ours are compressed with --dtype float16, as most models come in 16 bits: scales of integers are stored in half.
 
 The head is tied to the embedding in both models, so both sides store one table of 8 bits for both. Ours run on the
 operator library, and again on a stock runtime through the function that the file carries. All sessions live in one
@@ -63,11 +64,17 @@ BUILDER = (
     "windowed_kv_cache=false",
 )  # as in our graphs: the cache grows with the text in every layer
 WARMUP = 3  # calls that are not counted
-
-
-# Points that bring our file to the size of the builder's, whose scales are float32.
-OUTLIERS = {"smollm2": 0.0073, "gemma": 0.015}
 BASE = 1  # of ENTRIES: the builder's int4, beside which all others are put
+
+
+# Folder -> how it differs from 4 bits in blocks of 32 at level 4.
+OURS: dict[str, dict[str, Any]] = {
+    "level0": {"accuracy_level": 0},
+    "level4": {},
+    "integers4": {"offsets": "none"},
+    "best4": {"preset": "best"},
+    "best16": {"preset": "best", "block": "16"},
+}
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,10 @@ ENTRIES = (
     Entry("ours, level 0, stock runtime", "level0"),
     Entry("ours, level 4, library", "level4", library=True),
     Entry("ours, level 4, stock runtime", "level4"),
+    Entry("ours, integers, level 4, library", "integers4", library=True),
+    Entry("ours, integers, level 4, stock runtime", "integers4"),
     Entry("ours, best, level 4, library", "best4", library=True),
+    Entry("ours, best, blocks of 16, level 4, library", "best16", library=True),
 )
 
 
@@ -118,13 +128,15 @@ def make_files(gguf: Path, work: Path) -> None:
         choice = (f"algo_config={method}", "matmul_mixed_precision=last_matmul:int8")
         build(source, work / folder, "-p", "int4", "--extra_options", *BUILDER, *choice)
     shutil.rmtree(source)
-    best = {"preset": "best", "texts": 64, "outliers": OUTLIERS[work.name]}
-    for options, folder, levels in (({}, "level", (0, 4)), (best, "best", (4,))):
-        given: dict[str, Any] = {"bits": 4, "block": "32", "dtype": "float16", **options}
-        checkpoint = swquant.compress(work / "model", work / f"{folder}-checkpoint", **given).path
-        for level in levels:
-            out = work / f"{folder}{level}"
-            swquant.export(checkpoint, out, graph="genai", accuracy_level=level, lm_head_bits=8)
+    given: dict[str, Any] = {
+        "block": "32",
+        "dtype": "float16",
+        "graph": "genai",
+        "accuracy_level": 4,
+        "lm_head_bits": 8,
+    }
+    for folder, changes in OURS.items():
+        swquant.compress(work / "model", work / folder, format="onnx", **{**given, **changes})
 
 
 def write_reference(work: Path, windows: int) -> None:

@@ -31,6 +31,13 @@ inline __m256i four(const int8_t* q) {
   return _mm256_set1_epi32(bits);
 }
 
+// Of 8 of the group's 16 rows.
+inline __m256 zero_points_of(const Zeros& zeros, int h) {
+  if (!zeros.bytes) return zeros.floats ? _mm256_load_ps(zeros.floats + 8 * h) : _mm256_set1_ps(zeros.usual);
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros.bytes + 8 * h));
+  return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)), _mm256_set1_ps(zeros.unit));
+}
+
 // kPer: codes per byte. kRows rows of A at a time.
 template <int kPer, int kRows>
 void int8_rows(const Layout& layout, int64_t group, const int8_t* q, const PieceScale* scales, float* y) {
@@ -87,10 +94,10 @@ void int8_rows(const Layout& layout, int64_t group, const int8_t* q, const Piece
       }
     }
     const float* scale = layout.block_scales(group, piece.block);
-    const float* zeros = layout.block_zeros(group, piece.block);
+    const Zeros zeros = layout.block_zeros(group, piece.block);
 #pragma GCC unroll 16
     for (int h = 0; h < 2; ++h) {
-      const __m256 zero_point = zeros ? _mm256_load_ps(zeros + 8 * h) : _mm256_set1_ps(layout.zero_point);
+      const __m256 zero_point = zero_points_of(zeros, h);
       const __m256 w = _mm256_load_ps(scale + 8 * h);
 #pragma GCC unroll 16
       for (int m = 0; m < kRows; ++m) {
@@ -108,14 +115,13 @@ void int8_rows(const Layout& layout, int64_t group, const int8_t* q, const Piece
 }
 
 template <int kPer>
-void dequantize_piece(const Layout& layout, int units, const uint8_t* lanes, const float* scale, const float* zeros,
-                      float* panel) {
+void dequantize_piece(int units, const uint8_t* lanes, const float* scale, const Zeros& zeros, float* panel) {
   constexpr int kBits = 8 / kPer;
   const __m256i mask = _mm256_set1_epi32((1 << kBits) - 1);
 #pragma GCC unroll 16
   for (int h = 0; h < 2; ++h) {
     const __m256 w = _mm256_load_ps(scale + 8 * h);
-    const __m256 zero_point = zeros ? _mm256_load_ps(zeros + 8 * h) : _mm256_set1_ps(layout.zero_point);
+    const __m256 zero_point = zero_points_of(zeros, h);
     float* to = panel + 8 * h;
     for (int unit = 0; unit < units; ++unit) {
       const __m256i four = _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes + unit * kUnit + 32 * h));

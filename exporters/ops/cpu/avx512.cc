@@ -37,6 +37,12 @@ inline __m512 to_floats(__m512i values) {
 #define _mm512_cvtepi32_ps to_floats
 #endif
 
+inline __m512 zero_points_of(const Zeros& zeros) {
+  if (!zeros.bytes) return zeros.floats ? _mm512_load_ps(zeros.floats) : _mm512_set1_ps(zeros.usual);
+  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(zeros.bytes)));
+  return _mm512_mul_ps(_mm512_cvtepi32_ps(bytes), _mm512_set1_ps(zeros.unit));
+}
+
 inline __m512i four(const int8_t* q) {
   int32_t bits;
   std::memcpy(&bits, q, 4);
@@ -90,8 +96,8 @@ void int8_rows(const Layout& layout, int64_t group, const int8_t* q, const Piece
     }
     if (unit < piece.units) add(0);
     const __m512 scale = _mm512_load_ps(layout.block_scales(group, piece.block));
-    const float* zeros = layout.block_zeros(group, piece.block);
-    const __m512 zero_point = zeros ? _mm512_load_ps(zeros) : _mm512_set1_ps(layout.zero_point);
+    const Zeros zeros = layout.block_zeros(group, piece.block);
+    const __m512 zero_point = zero_points_of(zeros);
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
       __m512i whole = sums[m][0][0];
@@ -107,12 +113,11 @@ void int8_rows(const Layout& layout, int64_t group, const int8_t* q, const Piece
 }
 
 template <int kPer>
-void dequantize_piece(const Layout& layout, int units, const uint8_t* lanes, const float* scale, const float* zeros,
-                      float* panel) {
+void dequantize_piece(int units, const uint8_t* lanes, const float* scale, const Zeros& zeros, float* panel) {
   constexpr int kBits = 8 / kPer;
   const __m512i mask = _mm512_set1_epi32((1 << kBits) - 1);
   const __m512 w = _mm512_load_ps(scale);
-  const __m512 zero_point = zeros ? _mm512_load_ps(zeros) : _mm512_set1_ps(layout.zero_point);
+  const __m512 zero_point = zero_points_of(zeros);
   for (int unit = 0; unit < units; ++unit, lanes += kUnit) {
     const __m512i packed = _mm512_load_si512(lanes);
 #pragma GCC unroll 16

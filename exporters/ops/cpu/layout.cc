@@ -1,6 +1,7 @@
 #include "layout.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -72,7 +73,16 @@ Layout interleave(const Weights& weights) {
   const int64_t tables = layout.groups * layout.blocks * kGroup;
   layout.codes = allocate<uint8_t>(layout.groups * layout.units * kUnit);
   layout.scales = allocate<float>(tables);
-  if (!weights.zero_points.empty()) layout.zero_points = allocate<float>(tables);
+  layout.zero_unit = static_cast<float>(1 << weights.bits) / 256.0f;
+  const auto is_byte = [&](float zero) {
+    const float steps = zero / layout.zero_unit;
+    return steps >= 0.0f && steps <= 255.0f && steps == std::nearbyint(steps);
+  };
+  if (std::all_of(weights.zero_points.begin(), weights.zero_points.end(), is_byte)) {
+    if (!weights.zero_points.empty()) layout.zero_bytes = allocate<uint8_t>(tables);
+  } else {
+    layout.zero_points = allocate<float>(tables);
+  }
   std::vector<uint8_t> row(static_cast<size_t>(weights.inputs)), padded(static_cast<size_t>(layout.padded));
   for (int64_t n = 0; n < layout.groups * kGroup; ++n) {
     const bool real = n < weights.outputs;  // rows that fill the last group are zero
@@ -91,6 +101,9 @@ Layout interleave(const Weights& weights) {
       const auto from = static_cast<size_t>(n / weights.block_rows * layout.blocks + block);
       layout.scales[static_cast<size_t>(to)] = real ? weights.scales[from] : 0.0f;
       if (layout.zero_points) layout.zero_points[static_cast<size_t>(to)] = real ? weights.zero_points[from] : 0.0f;
+      if (layout.zero_bytes) {
+        layout.zero_bytes[static_cast<size_t>(to)] = real ? static_cast<uint8_t>(weights.zero_points[from] / layout.zero_unit) : uint8_t{0};
+      }
     }
   }
   return layout;

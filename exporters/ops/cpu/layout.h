@@ -44,24 +44,34 @@ struct Piece {
   int units;
 };
 
+// The zero points of a block of a group's 16 rows: bytes times `unit`, or floats, or `usual` where there are neither.
+struct Zeros {
+  const uint8_t* bytes;
+  const float* floats;
+  float unit, usual;
+  float of_row(int r) const { return bytes ? static_cast<float>(bytes[r]) * unit : floats ? floats[r] : usual; }
+};
+
 struct Layout {
   int per_byte;     // codes in a byte: 1, 2 or 4
   int bits_stored;  // 8 / per_byte
   int64_t inputs, outputs, groups, blocks;
   int64_t padded;  // columns with padding
   int64_t units;   // of a group
-  float zero_point;  // where zero_points is empty
+  float zero_point;  // where there are no others
+  float zero_unit;
   std::vector<Piece> pieces;
   Buffer<uint8_t> codes;      // [groups][units][64]
   Buffer<float> scales;       // [groups][blocks][16]
-  Buffer<float> zero_points;  // like scales, or null
+  Buffer<uint8_t> zero_bytes;  // like scales, or null; a fourth of the memory that one row waits for
+  Buffer<float> zero_points;   // the same where a byte cannot say them
 
   int unit_columns() const { return 4 * per_byte; }
   const uint8_t* group_codes(int64_t group) const { return codes.get() + group * units * kUnit; }
   const float* block_scales(int64_t group, int64_t block) const { return scales.get() + (group * blocks + block) * kGroup; }
-  // Null where all are `zero_point`.
-  const float* block_zeros(int64_t group, int64_t block) const {
-    return zero_points ? zero_points.get() + (group * blocks + block) * kGroup : nullptr;
+  Zeros block_zeros(int64_t group, int64_t block) const {
+    const int64_t at = (group * blocks + block) * kGroup;
+    return {zero_bytes ? zero_bytes.get() + at : nullptr, zero_points ? zero_points.get() + at : nullptr, zero_unit, zero_point};
   }
 };
 

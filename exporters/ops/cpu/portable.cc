@@ -54,10 +54,9 @@ void multiply_int8(const Layout& layout, int64_t group, const int8_t* q, const P
         }
       }
       const float* scale = layout.block_scales(group, piece.block);
-      const float* zeros = layout.block_zeros(group, piece.block);
+      const Zeros zeros = layout.block_zeros(group, piece.block);
       for (int r = 0; r < kGroup; ++r) {
-        const float zero_point = zeros ? zeros[r] : layout.zero_point;
-        total[r] += (static_cast<float>(sums[r]) - zero_point * scales->sum) * (scale[r] * scales->scale);
+        total[r] += (static_cast<float>(sums[r]) - zeros.of_row(r) * scales->sum) * (scale[r] * scales->scale);
       }
       ++scales;
     }
@@ -71,13 +70,13 @@ void dequantize(const Layout& layout, int64_t group, int64_t first, int64_t last
     const Piece& piece = layout.pieces[static_cast<size_t>(p)];
     const uint8_t* lanes = layout.group_codes(group) + piece.unit * kUnit;
     const float* scale = layout.block_scales(group, piece.block);
-    const float* zeros = layout.block_zeros(group, piece.block);
+    const Zeros zeros = layout.block_zeros(group, piece.block);
     for (int unit = 0; unit < piece.units; ++unit, lanes += kUnit) {
       for (int k = 0; k < layout.unit_columns(); ++k, panel += kGroup) {
         const int shift = k / 4 * layout.bits_stored;
         for (int r = 0; r < kGroup; ++r) {
           const auto code = static_cast<float>(lanes[4 * r + k % 4] >> shift & mask);
-          panel[r] = (code - (zeros ? zeros[r] : layout.zero_point)) * scale[r];
+          panel[r] = (code - zeros.of_row(r)) * scale[r];
         }
       }
     }

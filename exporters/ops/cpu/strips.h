@@ -14,9 +14,9 @@ namespace {
 template <int kPer, int kRows>
 void int8_rows(const Layout&, int64_t group, const int8_t* q, const PieceScale* scales, float* y);
 
-// panel[column][16] = Ŵ of one piece: its units from `lanes` on, the 16 scales of its block, and zero points or null.
+// panel[column][16] = Ŵ of one piece: its units from `lanes` on, the 16 scales of its block, and its zero points.
 template <int kPer>
-void dequantize_piece(const Layout&, int units, const uint8_t* lanes, const float* scale, const float* zeros, float* panel);
+void dequantize_piece(int units, const uint8_t* lanes, const float* scale, const Zeros& zeros, float* panel);
 
 // y[kRows][16] += a[kRows][columns] · panel. columns: a multiple of 4.
 template <int kRows>
@@ -50,8 +50,8 @@ void dequantize_pieces(const Layout& layout, int64_t group, int64_t first, int64
     const Piece& piece = layout.pieces[static_cast<size_t>(p)];
     const uint8_t* lanes = layout.group_codes(group) + piece.unit * kUnit;
     const float* scale = layout.block_scales(group, piece.block);
-    const float* zeros = layout.block_zeros(group, piece.block);
-    dequantize_piece<kPer>(layout, piece.units, lanes, scale, zeros, panel);
+    const Zeros zeros = layout.block_zeros(group, piece.block);
+    dequantize_piece<kPer>(piece.units, lanes, scale, zeros, panel);
     panel += piece.units * 4 * kPer * kGroup;
   }
 }
