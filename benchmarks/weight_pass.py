@@ -50,13 +50,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibrationless import Group, dequantize, quantize
+from calibrationless import Group, dequantize, quantize, quantize_affine
+from exporters import compact_layout
 from exporters.compressed_tensors import from_tensors, to_tensors
 
 GROUP, BITS, SEED = 128, 4, 20240
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]  # attention, up and down projection of a 7B model
 DTYPES = [torch.float32, torch.bfloat16]
-REFINED = "swquant refined"
+REFINED, OFFSETS = "swquant refined", "swquant refined, offsets"
 PATIENCE = 20.0  # seconds; HQQ's optimizer would otherwise take nine tenths of the whole run
 MISSING = "not installed: pip install 'swquant[bench]'"
 
@@ -97,7 +98,19 @@ def swquant_cases() -> list[Case]:
         run=lambda weight: to_tensors(quantize(weight, Group(GROUP), BITS, importance=importance(weight.shape[1]))),
         decode=lambda result: dequantize(from_tensors(result, BITS)),
     )
-    return [case(True), case(False), refined]
+    offsets = Case(
+        tool=OFFSETS,
+        package="swquant",
+        call="compact_layout.to_tensors(quantize_affine(w, Group(128), 4, importance=…, storage=None))",
+        against=OFFSETS,
+        run=lambda weight: compact_layout.to_tensors(
+            quantize_affine(weight, Group(GROUP), BITS, importance=importance(weight.shape[1]), storage=None)
+        ),
+        decode=lambda result: dequantize(
+            compact_layout.from_tensors(result, BITS, (len(result["codes"]), result["codes"].shape[1] * 32 // BITS))
+        ),
+    )
+    return [case(True), case(False), refined, offsets]
 
 
 def importance(inputs: int) -> Tensor:
@@ -240,7 +253,7 @@ def attempt(case: Case, weight: Tensor) -> str | None:
     original = weight.float().reshape(-1, GROUP)
     steps = original.abs().amax(dim=1, keepdim=True) * 2 / 15
     worst = float(((decoded - original).abs() / steps).max())
-    limit = 4.0 if case.against == REFINED else 1.1
+    limit = 4.0 if case.against in (REFINED, OFFSETS) else 1.1
     return None if worst <= limit else f"wrong result: {worst:.2f} steps away from the weight"
 
 

@@ -279,6 +279,7 @@ class NodeRecord(TypedDict):
     operator: str
     bits: int
     block: int
+    offsets: NotRequired[bool]
     outliers: int
     channels: int
     bytes: int

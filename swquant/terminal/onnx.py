@@ -22,7 +22,9 @@ __all__ = ["show_export", "show_onnx_manifest"]
 def _show_nodes(console: Console, manifest: OnnxManifest) -> None:
     kinds: dict[str, list[NodeRecord]] = {}
     for weight in manifest["weights"].values():
-        kinds.setdefault(f"{weight['operator']}, {weight['bits']} bits, block {weight['block']}", []).append(weight)
+        offsets = ", offsets" if weight.get("offsets") else ""
+        kind = f"{weight['operator']}, {weight['bits']} bits, block {weight['block']}{offsets}"
+        kinds.setdefault(kind, []).append(weight)
     nodes = make_table(
         "Quantized linears", ("node", "left"), ("nodes", "right"), ("outliers", "right"), ("size", "right")
     )
