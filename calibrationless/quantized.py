@@ -109,6 +109,9 @@ def decode_blocks(quantized: QuantizedTensor, codes: Tensor, piece: slice) -> Te
     """
     scale = quantized.scale.reshape(-1, 1)[piece]
     values = codes.to(torch.float32)
+    if quantized.compact is not None:  # as runtimes do it: the difference is exact, and the product rounded once
+        zeros = quantized.compact.zeros.reshape(-1, 1)[piece].to(torch.float32)
+        return values.sub_(zeros.mul_((1 << quantized.bits) / 256)).mul_(scale)
     if quantized.offset is not None:
         values.mul_(scale).add_(quantized.offset.reshape(-1, 1)[piece])
         return values if scale.dtype is torch.float32 else values.to(scale.dtype).to(torch.float32)

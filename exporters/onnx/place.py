@@ -15,7 +15,7 @@ import onnx_ir
 import torch
 from torch import Tensor
 
-from calibrationless import OCTAVE
+from calibrationless import compact_steps
 from exporters.onnx.function import Form, linear_function
 from exporters.onnx.nodes import DOMAIN, MICROSOFT, OPERATOR, PackedWeight, narrowed, with_zero_points
 
@@ -173,17 +173,17 @@ class Placer:
             nodes.append(onnx_ir.node(operator, inputs, attributes))
             return nodes[-1].outputs[0]
 
-        def of_rows(key: str, values: Tensor) -> onnx_ir.Value:
+        def of_rows(key: str, values: Tensor, to: int = kind) -> onnx_ir.Value:
             gathered = add("Gather", self._constant(f"{name}.{key}", values), ids, axis=0)
-            return add("Cast", gathered, to=kind)
+            return add("Cast", gathered, to=to)
 
         middle = number("middle", 1 << (weight.bits - 1), dtype)
-        scale = of_rows("scales", weight.scales)
-        if weight.row_scales is not None:
+        if weight.row_scales is None:
+            scale = of_rows("scales", weight.scales)
+        else:
             assert weight.zero_points is not None
-            octave = number("octave", OCTAVE, dtype)
-            power = add("Div", add("Sub", scale, number("largest", 255, dtype)), octave)
-            factor = add("Pow", number("two", 2, dtype), power)
+            steps = self._constant(f"{name}.steps", compact_steps())
+            factor = add("Gather", steps, of_rows("scales", weight.scales, to=7), axis=0)
             scale = add("Mul", factor, add("Unsqueeze", of_rows("row_scales", weight.row_scales), last))
             zero = add("Mul", of_rows("zero_points", weight.zero_points), number("unit", 2**weight.bits / 256, dtype))
             middle = add("Unsqueeze", zero, last)
