@@ -33,11 +33,9 @@ from calibrationless.cost import WeightError, measure, worst
 from calibrationless.feedback import Factor, damping_for, feed_back, inverse_factor
 from calibrationless.patches import (
     KINDS,
-    Columns,
     Kind,
     Patch,
     Points,
-    as_points,
     check_patch,
     covered,
     parts_of,
@@ -72,7 +70,6 @@ __all__ = [
     "Block",
     "Channel",
     "Clip",
-    "Columns",
     "Compact",
     "Contribution",
     "Detection",
@@ -102,7 +99,6 @@ __all__ = [
     "activation_codes",
     "activation_scale",
     "allocate",
-    "as_points",
     "block_elements",
     "block_importance",
     "block_index",

@@ -95,13 +95,11 @@ def worst(
     *,
     always: Sequence[tuple[int, int]] = (),
     importance: Tensor | None = None,
-    held: Sequence[Patch] = (),
 ) -> Points:
     """The `count` weights with the largest rounding error; of equal ones, those that come first.
 
     importance: float [in]; with it, the largest importance * error^2. always: (row, col) of weights that come before
     all others, however well they are rounded.
-    held: patches that make weights exact already, which come last.
     Two passes over the pieces, so that a large tensor's errors never stand in memory together: one counts how many
     errors fall into each bucket, the other collects the few that can be among the largest.
     """
@@ -113,16 +111,12 @@ def worst(
         mask = torch.zeros(quantized.shape, dtype=torch.bool)
         mask[tuple(torch.tensor(always).T)] = True
         first = to_blocks(mask, quantized.block)
-    mask_of_held = covered(held, quantized.shape)
-    last = None if mask_of_held is None else to_blocks(mask_of_held, quantized.block)
     pattern = None if importance is None else block_importance(importance, quantized.block, quantized.shape).sqrt_()
 
     def errors(piece: slice) -> Tensor:
         difference = decode_blocks(quantized, codes[piece], piece).sub_(original[piece]).abs_()
         if pattern is not None:
             difference.mul_(_rows(pattern, piece))
-        if last is not None:
-            difference.masked_fill_(last[piece], 0.0)
         return (difference if first is None else difference.masked_fill_(first[piece], torch.inf)).flatten()
 
     def histogram(piece: slice) -> Tensor:

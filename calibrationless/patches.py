@@ -1,10 +1,9 @@
-"""What is laid over decoded weights: patches, which make single weights or whole channels exact again.
+"""What is laid over decoded weights: patches, which make single weights exact again.
 
 A patch is a frozen dataclass of tensors: where (int32) and what (`values`, in the original dtype). `KINDS` has a row
 per kind, and whoever stores, checks or restores patches asks the table, so that a kind is a row and not a branch:
 
     points     rows [n], cols [n], values [n]     single weights: super weights, outliers
-    columns    cols [n], values [out, n]          whole input channels
 
 To add a kind, write its dataclass and enter it in `KINDS` with the shapes of its parts and the places that it covers.
 """
@@ -22,11 +21,9 @@ from calibrationless.blocks import shape_of
 
 __all__ = [
     "KINDS",
-    "Columns",
     "Kind",
     "Patch",
     "Points",
-    "as_points",
     "check_patch",
     "covered",
     "kind_of",
@@ -56,24 +53,7 @@ class Points:
         return Points(rows.to(torch.int32), cols.to(torch.int32), weight[rows, cols])
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Input channels kept outside the codes: cols int32 [n], values [out, n] in the original dtype."""
-
-    cols: Tensor
-    values: Tensor
-
-    def __len__(self) -> int:
-        return self.cols.numel()
-
-    @staticmethod
-    def at(weight: Tensor, cols: Tensor) -> Columns:
-        """The columns of a [out, in] tensor, sorted, each once."""
-        cols = torch.unique(cols.to(torch.int64))
-        return Columns(cols.to(torch.int32), weight[:, cols].contiguous())
-
-
-Patch = Points | Columns
+Patch = Points
 
 
 @dataclass(frozen=True)
@@ -96,12 +76,6 @@ KINDS: dict[str, Kind] = {
         "an outlier",
         lambda count, shape: {"rows": (count,), "cols": (count,), "values": (count,)},
         lambda patch, rows: (patch.rows.to(torch.int64), patch.cols.to(torch.int64)),
-    ),
-    "columns": Kind(
-        Columns,
-        "a kept column",
-        lambda count, shape: {"cols": (count,), "values": (shape[0], count)},
-        lambda patch, rows: (torch.arange(rows).unsqueeze(1), patch.cols.to(torch.int64).unsqueeze(0)),
     ),
 }
 
@@ -168,23 +142,3 @@ def covered(patches: Iterable[Patch], shape: tuple[int, int]) -> Tensor | None:
     for patch in held:
         mask[kind_of(patch).places(patch, shape[0])] = True
     return mask
-
-
-def as_points(patches: Iterable[Patch], shape: tuple[int, int]) -> Points | None:
-    """Patches of a [out, in] weight as one set of points, sorted by position, for what knows only those, if any.
-
-    Where two hold the same place, the later one counts.
-    """
-    held = [patch for patch in patches if len(patch)]
-    if len(held) == 1 and isinstance(held[0], Points):
-        return held[0]
-    mask = covered(held, shape)
-    if mask is None:
-        return None
-    dtype = held[0].values.dtype
-    for patch in held[1:]:
-        dtype = torch.promote_types(dtype, patch.values.dtype)
-    full = torch.zeros(shape, dtype=dtype)
-    restore(full, *held)
-    rows, cols = torch.nonzero(mask, as_tuple=True)
-    return Points.at(full, rows, cols)

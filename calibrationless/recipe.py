@@ -19,7 +19,7 @@ from calibrationless.blocks import Block, block_elements, block_index, shape_of
 from calibrationless.clipping import Clip
 from calibrationless.cost import WeightError, measure, worst
 from calibrationless.feedback import Factor, feed_back
-from calibrationless.patches import Columns, Patch, Points
+from calibrationless.patches import Patch, Points
 from calibrationless.quantized import QuantizedTensor
 from calibrationless.rounding import quantize
 
@@ -33,7 +33,7 @@ class Recipe:
     offsets: none, or how the real offsets of `affine` are stored: float (in scale_dtype, like the scales) or byte.
     scale_dtype: what scales are stored in.
     super_weights: (row, col) of those that detection found. outliers: how many weights a patch keeps exactly, super
-    weights included (0: no patch). columns: how many input channels a patch keeps exactly, those of most energy.
+    weights included (0: no patch).
     hold_out: round as if the super weights were zero (the paper's order of things), instead of letting their blocks
     represent them; only right where the patch is never left out.
     """
@@ -46,7 +46,6 @@ class Recipe:
     scale_dtype: torch.dtype | None = None
     super_weights: tuple[tuple[int, int], ...] = ()
     outliers: int = 0
-    columns: int = 0
     hold_out: bool = False
 
 
@@ -131,16 +130,7 @@ def _blocks_of_super_weights(recipe: Recipe, weight: Tensor) -> Tensor | None:
 
 def _patches(recipe: Recipe, weight: Tensor, quantized: QuantizedTensor, importance: Tensor | None) -> dict[str, Patch]:
     """Set -> patch, in the order in which they are laid over the weight."""
-    patches: dict[str, Patch] = {}
-    if recipe.columns and importance is not None:
-        patches["columns"] = Columns.at(weight, importance.topk(min(recipe.columns, weight.shape[1])).indices)
-    if recipe.outliers:
-        patches["outliers"] = worst(
-            weight,
-            quantized,
-            recipe.outliers,
-            always=recipe.super_weights,
-            importance=importance,
-            held=tuple(patches.values()),
-        )
-    return patches
+    if not recipe.outliers:
+        return {}
+    kept = worst(weight, quantized, recipe.outliers, always=recipe.super_weights, importance=importance)
+    return {"outliers": kept}

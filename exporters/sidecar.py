@@ -5,12 +5,11 @@ tensor `X` that a set `S` patches, each part of the kind is stored as `S/X.part`
 original dtype.
 
     S/X.rows  [n]   S/X.cols  [n]   S/X.values  [n]          kind points
-                    S/X.cols  [n]   S/X.values  [out, n]     kind columns
 
 The metadata says what the sets are, in the order in which they are laid over a weight: `{"format": "swquant-patches",
-"version": "1", "sets": {"outliers": {"kind": "points", "mode": "replace"}}}`. Two sets exist, `outliers` and `columns`.
-Recovery tuning will add sets of blocks that are added (`"mode": "add"`); a reader refuses kinds, modes and versions
-that it does not know, so an old reader can never half-apply a new file.
+"version": "1", "sets": {"outliers": {"kind": "points", "mode": "replace"}}}`. That set is the only one. Recovery tuning
+will add sets of blocks that are added (`"mode": "add"`); a reader refuses sets, kinds, modes and versions that it does
+not know, so an old reader can never half-apply a new file.
 
 The file lies in a sub-folder because vLLM reads every safetensors file beside config.json and refuses
 names it does not know.
@@ -29,20 +28,19 @@ from calibrationless import KINDS, Kind, Patch, check_patch, parts_of
 from exporters.errors import CheckpointError
 from exporters.safetensors_file import FileRecord, SafetensorsReader, SafetensorsWriter
 
-__all__ = ["COLUMNS", "OUTLIERS", "SETS", "SIDECAR", "PlannedPatch", "SidecarReader", "SidecarWriter"]
+__all__ = ["OUTLIERS", "SETS", "SIDECAR", "PlannedPatch", "SidecarReader", "SidecarWriter"]
 
 SIDECAR = "swquant/outliers.safetensors"
-OUTLIERS, COLUMNS = "outliers", "columns"
+OUTLIERS = "outliers"
 # The sets that a compressed checkpoint can have, and their kinds, in the order in which they are laid over a weight.
-SETS = {COLUMNS: "columns", OUTLIERS: "points"}
+SETS = {OUTLIERS: "points"}
 _FORMAT, _VERSION = "swquant-patches", "1"
-_MODES = ("replace",)
 
 
 @dataclass(frozen=True)
 class PlannedPatch:
-    """What will be written for one tensor: the patch's set, how many places it has (points or columns), the [out, in]
-    shape of the weight and the dtype of the values."""
+    """What will be written for one tensor: the patch's set, how many places it has, the [out, in] shape of the weight
+    and the dtype of the values."""
 
     set: str
     tensor: str
@@ -65,6 +63,11 @@ class PlannedPatch:
         return sum(dtype.itemsize * torch.Size(shape).numel() for _, dtype, shape in self.layout)
 
 
+def _description(of_set: str) -> dict[str, str]:
+    """What the metadata say of a set."""
+    return {"kind": SETS[of_set], "mode": "replace"}
+
+
 def _name(of_set: str, tensor: str, part: str) -> str:
     return f"{of_set}/{tensor}.{part}"
 
@@ -75,7 +78,7 @@ class SidecarWriter:
     def __init__(self, path: Path, patches: Sequence[PlannedPatch]) -> None:
         layout = [part for patch in patches for part in patch.layout]
         used = {patch.set for patch in patches}
-        sets = {name: {"kind": kind, "mode": "replace"} for name, kind in SETS.items() if name in used}
+        sets = {name: _description(name) for name in SETS if name in used}
         metadata = {"format": _FORMAT, "version": _VERSION, "sets": json.dumps(sets)}
         self._writer = SafetensorsWriter(path, layout, metadata)
 
@@ -156,11 +159,14 @@ def _known_sets(path: Path, metadata: dict[str, str]) -> dict[str, Kind]:
     if form != (_FORMAT, _VERSION):
         raise CheckpointError(f"{path}: format {form[0]} {form[1]} is not {_FORMAT} {_VERSION}; update swquant")
     try:
-        sets = json.loads(metadata.get("sets", ""))
-        if any(description["mode"] not in _MODES or len(description) != 2 for description in sets.values()):
-            raise KeyError
-        return {name: KINDS[description["kind"]] for name, description in sets.items()}
-    except (AttributeError, KeyError, ValueError, TypeError, RecursionError):
+        sets = dict(json.loads(metadata.get("sets", "")).items())
+    except (AttributeError, ValueError, RecursionError):
         raise CheckpointError(
-            f"{path}: patch sets {str(metadata.get('sets'))[:100]!r} are not known to this version; update swquant"
+            f"{path}: {str(metadata.get('sets'))[:100]!r} are no patch sets; fetch it again, or update swquant"
         ) from None
+    for name, description in sets.items():
+        if name not in SETS or description != _description(name):
+            raise CheckpointError(
+                f"{path}: its patch set {name[:40]!r} is not known to this version, or not in this form; update swquant"
+            )
+    return {name: KINDS[SETS[name]] for name in sets}

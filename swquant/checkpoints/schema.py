@@ -71,7 +71,6 @@ class OptionsRecord(TypedDict):
     clip: str
     restore: bool
     outliers: float | None
-    keep_columns: NotRequired[int]
     bits_budget: float | None
     dense: list[str]
     strict_block: bool
@@ -214,7 +213,6 @@ class RoundedRecord(_Stored):
     symmetric: bool
     stored_as: str
     outliers: int
-    columns: NotRequired[int]
     relative_error: float
     largest_error: float
     output_error: NotRequired[float]

@@ -88,9 +88,6 @@ class CompressOptions:
         group="basic",
         metavar="FRACTION",
     )
-    keep_columns: int = described(
-        0, "Keep so many input channels of each layer exactly: those of most energy.", group="rounding", metavar="N"
-    )
     bits_budget: float | None = described(
         None,
         "Stored bits per weight, on average: each tensor gets bits by what rounding it does to the model's own text.",
@@ -171,13 +168,6 @@ class CompressOptions:
             raise SwquantError(f"outliers {self.outliers:g} is outside 0 to 0.1; 0.0005 keeps one weight in 2,000")
         if self.outliers and not self.restore:
             raise SwquantError("--outliers needs the sidecar that --no-restore leaves out; use one of the two")
-        if not 0 <= self.keep_columns <= 64:
-            raise SwquantError(f"--keep-columns {self.keep_columns} is outside 0 to 64; 4 hold the massive channels")
-        if self.keep_columns and (not self.restore or self.refinement == "none"):
-            raise SwquantError(
-                f"--keep-columns {self.keep_columns} needs the sidecar and what the prompt shows; "
-                "leave out --no-restore and --refine none"
-            )
         self._check_activations()
         if any(not pattern for pattern in self.dense):
             raise SwquantError("an empty --dense pattern would match every tensor; name a part of a tensor's name")
@@ -314,7 +304,6 @@ class CompressKeywords(TypedDict, total=False):
     clip: str
     restore: bool
     outliers: float | None
-    keep_columns: int
     bits_budget: float | None
     dense: tuple[str, ...]
     strict_block: bool

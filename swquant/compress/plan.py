@@ -17,7 +17,7 @@ from exporters import layouts
 from exporters.affine_layout import GROUPS
 from exporters.compressed_tensors import Scheme
 from exporters.errors import SwquantError
-from exporters.sidecar import COLUMNS, OUTLIERS, PlannedPatch
+from exporters.sidecar import OUTLIERS, PlannedPatch
 from swquant.checkpoints.base import Checkpoint, Stored
 from swquant.compress.choice import check_patterns, choose_block, dense_dtype, expert_block, shared_block
 from swquant.compress.options import CompressOptions
@@ -168,7 +168,6 @@ def make_plan(
             layout: Layout = {name: (dtype, stored.shape)}
             tensors.append(TensorPlan(name, stored, layout, reason=choice.reason, super_weights=own))
             continue
-        columns_of = options.keep_columns if linear is not None and linear.kind is LinearKind.LINEAR else 0
         recipe = Recipe(
             block=choice,
             bits=(bits or {}).get(name, options.bits),
@@ -178,7 +177,6 @@ def make_plan(
             scale_dtype=dtype,
             super_weights=own,
             outliers=_outliers(stored.numel, own, options),
-            columns=min(columns_of, stored.shape[1]),
         )
         tensors.append(
             _quantized(name, stored, recipe, int8_inputs, transposed=linear is not None and linear.transposed)
@@ -299,7 +297,7 @@ def tied_copies(checkpoint: Checkpoint, architecture: Architecture) -> dict[str,
 def _quantized(name: str, stored: Stored, recipe: Recipe, int8_inputs: bool, *, transposed: bool) -> TensorPlan:
     shape, module = (stored.shape[0], stored.shape[1]), name.removesuffix(".weight")
     local = layouts.tensor_layout(recipe, shape, int8_inputs=int8_inputs)
-    counts = {COLUMNS: recipe.columns, OUTLIERS: recipe.outliers}
+    counts = {OUTLIERS: recipe.outliers}
     return TensorPlan(
         name=name,
         source=stored,

@@ -124,6 +124,4 @@ def _show_outliers(console: Console, manifest: CheckpointManifest) -> None:
     else:
         console.print("No super weights were found.")
     count = sum(tensor["outliers"] for tensor in tensors.values())
-    columns = sum(tensor.get("columns", 0) for tensor in tensors.values())
-    more = f" and {columns:,} whole input channel{'' if columns == 1 else 's'}" if columns else ""
-    console.print(f"The sidecar holds {count:,} original value{'' if count == 1 else 's'}{more}.")
+    console.print(f"The sidecar holds {count:,} original value{'' if count == 1 else 's'}.")

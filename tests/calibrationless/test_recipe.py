@@ -13,7 +13,6 @@ from support.strategies import random_weight
 from calibrationless import (
     Channel,
     Clip,
-    Columns,
     Evidence,
     Group,
     Points,
@@ -68,28 +67,6 @@ def test_it_is_its_steps_in_order(rows, groups, bits, symmetric, outliers, data)
     assert made.error == measure(weight, expected, *made.patches.values(), importance=known.energy)
 
 
-@given(rows=st.integers(1, 12), inputs=st.integers(1, 4).map(lambda n: 16 * n), count=st.integers(1, 70))
-@settings(max_examples=30)
-def test_columns_are_exact_and_outliers_lie_beside_them(rows, inputs, count):
-    weight, known = random_weight((rows, inputs), seed=count), evidence(inputs, seed=count)
-    made = follow(Recipe(Group(16), 3, outliers=4, columns=count), weight, known)
-    columns = made.patches["columns"]
-    assert isinstance(columns, Columns)
-    assert sorted(columns.cols.tolist()) == sorted(known.importance.topk(min(count, inputs)).indices.tolist())
-    assert list(made.patches) == ["columns", "outliers"]
-    restored = restore(dequantize(made.quantized), *made.patches.values())
-    assert torch.equal(restored[:, columns.cols.long()], weight[:, columns.cols.long()])
-    outliers = made.patches["outliers"]
-    if rows * (inputs - count) >= 16:  # enough other weights with an error
-        assert not set(outliers.cols.tolist()) & set(columns.cols.tolist())
-    assert made.error.largest == pytest.approx(float((restored - weight).abs().max()))
-
-
-def test_without_evidence_no_columns_are_kept():
-    made = follow(Recipe(Channel(), 4, columns=4), random_weight((3, 8), seed=0))
-    assert made.patches == {}
-
-
 def test_held_out_super_weights_do_not_stretch_their_block_and_come_back():
     weight = random_weight((4, 32), seed=1)
     weight[2, 7] = 50.0
@@ -105,7 +82,7 @@ def test_held_out_super_weights_do_not_stretch_their_block_and_come_back():
 
 def test_recipe_evidence_and_result_can_be_sent_to_another_process():
     weight, known = random_weight((6, 48), seed=3), evidence(48)
-    recipe = Recipe(Group(16), 4, clip=None, super_weights=((1, 2),), outliers=5, columns=2)
+    recipe = Recipe(Group(16), 4, clip=None, super_weights=((1, 2),), outliers=5)
     sent_recipe, sent_weight, sent_known = pickle.loads(pickle.dumps((recipe, weight, known)))
     here, there = (
         follow(recipe, weight, known),

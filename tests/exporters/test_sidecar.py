@@ -1,18 +1,20 @@
 """The sidecar: what goes in comes out, and what is not understood is refused."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from calibrationless import KINDS, Columns, Patch, Points, as_points, covered, parts_of, restore
+from calibrationless import KINDS, Kind, Patch, Points, covered, parts_of, restore
 from exporters import sidecar
 from exporters.errors import CheckpointError
-from exporters.sidecar import COLUMNS, OUTLIERS, PlannedPatch, SidecarReader, SidecarWriter
+from exporters.sidecar import OUTLIERS, PlannedPatch, SidecarReader, SidecarWriter
 
 SETS = {"outliers": {"kind": "points", "mode": "replace"}}
 METADATA = {"format": "swquant-patches", "version": "1", "sets": json.dumps(SETS)}
@@ -102,6 +104,9 @@ OTHER_SETS = {
     "another set": json.dumps({**SETS, "tuned": {"kind": "blocks", "mode": "add"}}),
     "another mode": json.dumps({"outliers": {"kind": "points", "mode": "add"}}),
     "another kind": json.dumps({"outliers": {"kind": "blocks", "mode": "replace"}}),
+    "a known kind under another name": json.dumps({**SETS, "tuned": {"kind": "points", "mode": "replace"}}),
+    "more than a kind and a mode": json.dumps({"outliers": {"kind": "points", "mode": "replace", "scale": 2}}),
+    "a set that is a number": json.dumps({"outliers": 5}),
     "a list": "[]",
     "deep nesting": "[" * 100_000,
 }
@@ -110,7 +115,15 @@ OTHER_SETS = {
 @pytest.mark.parametrize("sets", OTHER_SETS)
 def test_sets_that_are_not_known_are_refused(tmp_path, sets):
     safetensors.torch.save_file(parts(), tmp_path / "file", {**METADATA, "sets": OTHER_SETS[sets]})
-    with pytest.raises(CheckpointError, match=r"file.*sets.*update"):
+    with pytest.raises(CheckpointError, match=r"file.*patch set.*update swquant$"):
+        SidecarReader(tmp_path / "file")
+
+
+def test_a_set_that_is_not_known_is_named(tmp_path):
+    sets = {**SETS, "whole": {"kind": "channels", "mode": "replace"}}
+    tensors = {**parts(), "whole/x.cols": torch.zeros(2, dtype=torch.int32), "whole/x.values": torch.ones(50, 2)}
+    safetensors.torch.save_file(tensors, tmp_path / "file", {**METADATA, "sets": json.dumps(sets)})
+    with pytest.raises(CheckpointError, match="file: its patch set 'whole' is not known to this version"):
         SidecarReader(tmp_path / "file")
 
 
@@ -202,49 +215,73 @@ def test_points_of_another_number_than_announced_are_refused(tmp_path):
     writer.close()
 
 
+@dataclass(frozen=True)
+class Channels:
+    """A second kind, of which nothing but its row of the table is known: whole input channels."""
+
+    cols: torch.Tensor
+    values: torch.Tensor  # [out, n]
+
+    def __len__(self) -> int:
+        return self.cols.numel()
+
+
+@pytest.fixture
+def channels(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a second set, laid over a weight after the outliers."""
+    make: Any = Channels
+    kind = Kind(
+        make,
+        "a channel",
+        lambda count, shape: {"cols": (count,), "values": (shape[0], count)},
+        lambda patch, rows: (torch.arange(rows).unsqueeze(1), patch.cols.to(torch.int64).unsqueeze(0)),
+    )
+    monkeypatch.setitem(KINDS, "channels", kind)
+    monkeypatch.setitem(sidecar.SETS, "whole", "channels")
+    return "whole"
+
+
 @given(
     st.tuples(st.integers(1, 9), st.integers(1, 40)),
     st.data(),
     st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
 )
-@settings(max_examples=40)
-def test_every_kind_is_written_read_and_restored(tmp_path_factory, shape, data, dtype):
-    """All sets together on one weight, against a restoring of plain loops."""
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_kind_is_written_read_and_restored(tmp_path_factory, channels, shape, data, dtype):
+    """All sets together on one weight, the later over the earlier, against a restoring of plain loops."""
     path = tmp_path_factory.mktemp("sidecar") / "outliers.safetensors"
     weight = torch.randn(*shape, generator=torch.Generator().manual_seed(7)).to(dtype)
     cells = data.draw(st.sets(st.tuples(st.integers(0, shape[0] - 1), st.integers(0, shape[1] - 1)), min_size=1))
-    columns = data.draw(st.sets(st.integers(0, shape[1] - 1), min_size=1))
-    patches = {
-        COLUMNS: Columns.at(weight, torch.tensor(sorted(columns))),
+    cols = sorted(data.draw(st.sets(st.integers(0, shape[1] - 1), min_size=1)))
+    patches: dict[str, Any] = {
         OUTLIERS: Points.at(weight, *torch.tensor(sorted(cells)).T),
+        channels: Channels(torch.tensor(cols, dtype=torch.int32), 2 * weight[:, cols]),
     }
     assert {type(patch) for patch in patches.values()} == {kind.patch for kind in KINDS.values()}
-    planned = [PlannedPatch(of_set, "x", len(patch), shape, dtype) for of_set, patch in patches.items()]
+    written = dict(reversed(patches.items()))  # the order of the file is not that of the sets
+    planned = [PlannedPatch(of_set, "x", len(patch), shape, dtype) for of_set, patch in written.items()]
     writer = SidecarWriter(path, planned)
-    for of_set, patch in patches.items():
+    for of_set, patch in written.items():
         writer.write(of_set, "x", patch)
     nbytes = writer.finish().nbytes
     assert nbytes == 8 + int.from_bytes(path.read_bytes()[:8], "little") + sum(patch.nbytes for patch in planned)
     reader = SidecarReader(path)
     assert reader.counts == {of_set: {"x": len(patch)} for of_set, patch in patches.items()}
+    assert list(reader.counts) == [OUTLIERS, channels]
     read = reader.read_all("x", shape)
     for before, after in zip(patches.values(), read, strict=True):
         for part, value in parts_of(before).items():
             assert torch.equal(getattr(after, part), value)
-    expected = torch.zeros(shape, dtype=dtype)
-    for row, col in {*cells, *((row, col) for row in range(shape[0]) for col in columns)}:
-        expected[row, col] = weight[row, col]
+    expected, held = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=torch.bool)
+    for row, col in cells:
+        expected[row, col], held[row, col] = weight[row, col], True
+    for col in cols:
+        expected[:, col], held[:, col] = 2 * weight[:, col], True
     assert torch.equal(restore(torch.zeros(shape, dtype=dtype), *read), expected)
-    points, mask = as_points(read, shape), covered(read, shape)
-    assert points is not None
-    assert torch.equal(restore(torch.zeros(shape, dtype=dtype), points), expected)
+    mask = covered(read, shape)
     assert mask is not None
-    assert int(mask.sum()) == len(points)
+    assert torch.equal(mask, held)
     reader.close()
-
-
-COLUMN_PARTS = {"columns/x.cols": torch.tensor([1, 5], dtype=torch.int32), "columns/x.values": torch.ones(50, 2)}
-COLUMN_METADATA = {**METADATA, "sets": json.dumps({"columns": {"kind": "columns", "mode": "replace"}})}
 
 
 @pytest.mark.parametrize(
@@ -259,11 +296,13 @@ COLUMN_METADATA = {**METADATA, "sets": json.dumps({"columns": {"kind": "columns"
     ],
     ids=str,
 )
-def test_columns_that_do_not_fit_are_refused(tmp_path, changed, problem):
-    tensors = {**COLUMN_PARTS, **{f"columns/x.{part}": value for part, value in changed.items()}}
-    safetensors.torch.save_file(tensors, tmp_path / "file", COLUMN_METADATA)
-    with pytest.raises(CheckpointError, match=rf"file.*kept column of x.*{problem}"):
-        SidecarReader(tmp_path / "file").read(COLUMNS, "x", SHAPE)
+def test_every_kind_is_checked(tmp_path, channels, changed, problem):
+    good = {"cols": torch.tensor([1, 5], dtype=torch.int32), "values": torch.ones(50, 2)}
+    tensors = {f"{channels}/x.{part}": value for part, value in {**good, **changed}.items()}
+    sets = {channels: {"kind": "channels", "mode": "replace"}}
+    safetensors.torch.save_file(tensors, tmp_path / "file", {**METADATA, "sets": json.dumps(sets)})
+    with pytest.raises(CheckpointError, match=rf"file.*a channel of x.*{problem}"):
+        SidecarReader(tmp_path / "file").read(channels, "x", SHAPE)
 
 
 def test_a_point_that_occurs_twice_is_refused(tmp_path):

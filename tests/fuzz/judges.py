@@ -230,7 +230,7 @@ def _meant(folder: Path) -> dict[str, torch.Tensor]:
     for of_set in sets:
         for name in [key for key in parts if key.startswith(f"{of_set}/") and key.endswith(".values")]:
             stem = name.removesuffix(".values")
-            weight, cols = weights[stem.removeprefix(f"{of_set}/")], parts[f"{stem}.cols"].long()
-            rows = parts[f"{stem}.rows"].long() if f"{stem}.rows" in parts else slice(None)
+            weight = weights[stem.removeprefix(f"{of_set}/")]
+            rows, cols = parts[f"{stem}.rows"].long(), parts[f"{stem}.cols"].long()
             weight[rows, cols] = parts[name].to(weight.dtype)
     return weights

@@ -38,7 +38,7 @@ def make_worlds(folder: Path) -> dict[str, Path]:
     (folder / "gguf").mkdir()
     write_gguf(folder / "gguf" / "model.gguf")
     swquant.compress(source, folder / "compressed", prompt=PROMPT, preset="fast", block="32", outliers=0.01)
-    int8: dict[str, Any] = {"activations": "int8", "activation_range": "static", "keep_columns": 2, "block": "32"}
+    int8: dict[str, Any] = {"activations": "int8", "activation_range": "static", "block": "32"}
     swquant.compress(source, folder / "int8", prompt=PROMPT, dense=("layers.0.self_attn",), **int8)
     return {path.name: path for path in folder.iterdir()}
 

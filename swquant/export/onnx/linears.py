@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calibrationless import Group, as_points, dequantize, fit, massive_channels, quantize, quantize_affine, shape_of
+from calibrationless import Group, dequantize, fit, massive_channels, quantize, quantize_affine, shape_of
 from exporters.errors import SwquantError
 from exporters.onnx.nodes import PackedWeight, pack_weight
 from swquant.checkpoints.compressed import CompressedCheckpoint
@@ -52,7 +52,7 @@ def pack_weights(
             raise unsupported(checkpoint.name, name)
         try:
             quantized = checkpoint.quantized(name)
-            points = as_points(checkpoint.patches(name), quantized.shape)  # the node knows only these
+            (points,) = checkpoint.patches(name) or (None,)  # a node holds one set, of points
             weights[linear.module] = pack_weight(quantized, points, dtype)
         except ValueError as error:
             raise SwquantError(f"{checkpoint.name}: {name}: {error}; use --precision fp32") from None

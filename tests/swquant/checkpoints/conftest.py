@@ -16,7 +16,7 @@ import swquant
 def int8(bf16_llama: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint whose records have everything that they can have."""
     out = tmp_path_factory.mktemp("int8") / "out"
-    options: dict[str, Any] = {"activations": "int8", "activation_range": "static", "keep_columns": 2}
+    options: dict[str, Any] = {"activations": "int8", "activation_range": "static"}
     return swquant.compress(
         bf16_llama.folder, out, prompt=PROMPT, block="32", dense=("layers.0.self_attn",), **options
     ).path

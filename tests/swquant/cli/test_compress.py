@@ -39,7 +39,6 @@ OPTIONS = {
     "--refine none": {"refine": "none"},
     "--no-restore": {"restore": False},
     "--outliers 0.01": {"outliers": 0.01},
-    "--keep-columns 2": {"keep_columns": 2},
     "--bits-budget 5.5": {"bits_budget": 5.5},
     "--dense q_proj --dense *.up_proj.*": {"dense": ["q_proj", "*.up_proj.*"]},
     "--activations int8 --block 32": {"activations": "int8", "block": "32"},

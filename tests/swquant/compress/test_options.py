@@ -13,7 +13,7 @@ from swquant.compress.options import CompressOptions
 from swquant.units import parse_bytes
 
 OTHER = {
-    "bits": 3, "block": "64", "symmetric": False, "offsets": "byte", "clip": "z=9", "restore": False, "outliers": 0.01, "keep_columns": 2, "dense": ("q_proj",),
+    "bits": 3, "block": "64", "symmetric": False, "offsets": "byte", "clip": "z=9", "restore": False, "outliers": 0.01, "dense": ("q_proj",),
     "strict_block": True, "allow_dense": True, "dtype": "float16", "shard_size": "1GB", "prompt": "Hello.",
     "preset": "fast", "refine": "none", "texts": 8, "seed": 1, "activations": "int8",
     "activation_scale": "per-tensor", "activation_range": "dynamic", "bits_budget": 5.0,

@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from support.tiny_models import PROMPT, Planted, planted_model
+from support.tiny_models import PROMPT, Planted
 
 import swquant
-from calibrationless import Columns
-from exporters.sidecar import COLUMNS, SIDECAR, SidecarReader
 from swquant.checkpoints.open import open_checkpoint
 from swquant.compress import writing
 from swquant.compress.options import CompressOptions
@@ -25,7 +22,7 @@ PRESETS: list[dict[str, Any]] = [
     {"preset": "fast"},
     {},
     {"preset": "best", "texts": 2},
-    {"symmetric": False, "keep_columns": 3},
+    {"symmetric": False},
     {"bits": 8, "activations": "int8"},
 ]
 
@@ -60,7 +57,7 @@ def test_the_result_has_the_parts_that_the_plan_announced(
         return made[-1][1]
 
     monkeypatch.setattr(writing, "round_tensor", keep)
-    swquant.compress(bf16_llama.folder, tmp_path / "out", block="32", prompt=PROMPT, outliers=0.01, keep_columns=2)
+    swquant.compress(bf16_llama.folder, tmp_path / "out", block="32", prompt=PROMPT, outliers=0.01)
     assert {plan.name for plan, _ in made} == set(swquant.inspect(tmp_path / "out")["tensors"])
     for plan, rounded in made:
         assert rounded.name == plan.name
@@ -69,58 +66,3 @@ def test_the_result_has_the_parts_that_the_plan_announced(
             patch.set: patch.count for patch in plan.patches
         }
         assert (rounded.error is None) == (plan.recipe is None)
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gemma3", "mixtral", "gpt_neox"])
-def test_columns_are_written_verified_and_restored(architecture: str, tmp_path: Path) -> None:
-    """A second kind of patch, off by default, from the command's option to the loaded model."""
-    model = planted_model(architecture, tmp_path / "model", torch.bfloat16).folder
-    out, plain = tmp_path / "out", tmp_path / "plain"
-    swquant.compress(model, plain, block="32", prompt=PROMPT)
-    manifest = swquant.compress(model, out, block="32", prompt=PROMPT, keep_columns=3).manifest
-    assert swquant.verify(out) == []
-    kept = {name: record["columns"] for name, record in manifest["tensors"].items() if "columns" in record}
-    linear = [name for name, record in manifest["tensors"].items() if "bits" in record and ".experts." not in name]
-    assert kept == dict.fromkeys(linear, 3)
-    assert not any("columns" in record for record in swquant.inspect(plain)["tensors"].values())
-    restored = swquant.load(out).state_dict()
-    sidecar = SidecarReader(out / SIDECAR)
-    with open_checkpoint(model) as original, open_checkpoint(out) as compressed:
-        for name in kept:
-            patch = sidecar.read(COLUMNS, name, tuple(original.tensors[name].shape))
-            assert isinstance(patch, Columns)
-            columns = patch.cols.long()
-            assert torch.equal(compressed.read(name)[:, columns], patch.values)
-            if "scaled" not in manifest["tensors"][name]:
-                assert torch.equal(patch.values, original.read(name)[:, columns])
-            if name in restored:
-                assert torch.equal(restored[name][:, columns], patch.values)
-    sidecar.close()
-    errors = [
-        swquant.inspect(folder)["tensors"][name]["output_error"] for folder in (out, plain) for name in list(kept)[:8]
-    ]
-    assert sum(errors[: len(errors) // 2]) < sum(errors[len(errors) // 2 :])
-
-
-def test_damaged_columns_are_reported_and_not_loaded(bf16_llama: Planted, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    swquant.compress(bf16_llama.folder, out, block="32", prompt=PROMPT, keep_columns=2)
-    (out / SIDECAR).unlink()
-    assert swquant.verify(out) == [f"{SIDECAR}: listed in the manifest, but not there"]
-    with pytest.raises(swquant.SwquantError, match="missing"):
-        swquant.load(out)
-
-
-@pytest.mark.parametrize(
-    ("options", "problem"),
-    [
-        ({"keep_columns": 65}, "outside 0 to 64"),
-        ({"keep_columns": -1}, "outside 0 to 64"),
-        ({"keep_columns": 2, "restore": False}, "needs the sidecar"),
-        ({"keep_columns": 2, "preset": "fast"}, "needs the sidecar and what the prompt shows"),
-    ],
-    ids=str,
-)
-def test_columns_that_cannot_be_kept_are_refused_at_once(options: dict[str, Any], problem: str) -> None:
-    with pytest.raises(swquant.SwquantError, match=problem):
-        CompressOptions(**options)
