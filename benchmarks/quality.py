@@ -301,6 +301,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: torch's own choice")
     options = parser.parse_args()
     models = {key: path for key in MODELS if (path := getattr(options, key)) is not None}
+    if unknown := set(options.models or ()) - set(models):
+        parser.error(f"--models {min(unknown)} needs --{min(unknown)} and its path")
     models = {key: path for key, path in models.items() if not options.models or key in options.models}
     if lost := [path for path in (*models.values(), options.calibration) if not path.exists()]:
         parser.error(f"{lost[0]}: not there")

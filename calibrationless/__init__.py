@@ -46,7 +46,6 @@ from calibrationless.probe import run_probe
 from calibrationless.quantized import (
     MAX_BITS,
     MIN_BITS,
-    OCTAVE,
     Compact,
     QuantizedTensor,
     check_bits,
@@ -65,7 +64,6 @@ __all__ = [
     "KINDS",
     "MAX_BITS",
     "MIN_BITS",
-    "OCTAVE",
     "RULES",
     "Block",
     "Channel",

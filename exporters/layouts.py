@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,20 +23,30 @@ __all__ = ["LAYOUTS", "Layout", "check_tensors", "decoded_dtype", "from_tensors"
 Parts = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
+class _Module(Protocol):
+    """What the modules of all layouts have; `compressed_tensors` says what each does."""
+
+    @property
+    def LOCAL_NAMES(self) -> tuple[str, ...]: ...  # noqa: N802
+
+    def express(self, block: Block, shape: tuple[int, int]) -> Group | Channel | None: ...
+    def check_tensors(self, tensors: Mapping[str, Tensor], bits: int, shape: Sequence[int]) -> None: ...
+    def from_tensors(self, tensors: Mapping[str, Tensor], bits: int, shape: Sequence[int]) -> QuantizedTensor: ...
+
+
 @dataclass(frozen=True)
 class Layout:
-    """express: the group or channel that carries a block on a [out, in] weight, None where it cannot be stored. plan:
-    local names -> (dtype, shape) of a weight before it exists; takes the recipe, the shape, and whether the loader
-    rounds its inputs to int8. The others: see `compressed_tensors`, which all layouts' modules are like. scale: the
-    part whose dtype decoded weights have, float32 where there is none."""
+    """plan: local names -> (dtype, shape) of a weight before it exists; takes the recipe, the shape, and whether the
+    loader rounds its inputs to int8. scale: the part whose dtype decoded weights have, float32 where there is none."""
 
     name: str
-    express: Callable[[Block, tuple[int, int]], Group | Channel | None]
+    module: _Module
     plan: Callable[[Recipe, tuple[int, int], bool], Parts]
-    to_tensors: Callable[[QuantizedTensor, bool], dict[str, Tensor]]
-    check_tensors: Callable[[Mapping[str, Tensor], int, Sequence[int]], None]
-    from_tensors: Callable[[Mapping[str, Tensor], int, Sequence[int]], QuantizedTensor]
     scale: str | None
+
+    def express(self, block: Block, shape: tuple[int, int]) -> Group | Channel | None:
+        """The group or channel that carries a block on a [out, in] weight, None where it cannot be stored."""
+        return self.module.express(block, shape)
 
 
 def _plan_integers(recipe: Recipe, shape: tuple[int, int], int8_inputs: bool) -> Parts:
@@ -55,41 +66,22 @@ def _plan_floats(recipe: Recipe, shape: tuple[int, int], _: bool) -> Parts:
     return affine_layout.tensor_layout(shape, recipe.block, recipe.bits, recipe.scale_dtype)
 
 
-_INTEGERS = Layout(
-    name="compressed-tensors",
-    express=compressed_tensors.express,
-    plan=_plan_integers,
-    to_tensors=lambda quantized, int8_inputs: compressed_tensors.to_tensors(quantized, int8_inputs=int8_inputs),
-    check_tensors=compressed_tensors.check_tensors,
-    from_tensors=compressed_tensors.from_tensors,
-    scale="weight_scale",
-)
-_FLOATS = Layout(
-    name="MLX's layout",
-    express=affine_layout.express,
-    plan=_plan_floats,
-    to_tensors=lambda quantized, _: affine_layout.to_tensors(quantized),
-    check_tensors=affine_layout.check_tensors,
-    from_tensors=affine_layout.from_tensors,
-    scale="scales",
-)
-_BYTES = Layout(
-    name="the ONNX operator",
-    express=compact_layout.express,
-    plan=lambda recipe, shape, _: compact_layout.tensor_layout(shape, recipe.block, recipe.bits),
-    to_tensors=lambda quantized, _: compact_layout.to_tensors(quantized),
-    check_tensors=compact_layout.check_tensors,
-    from_tensors=compact_layout.from_tensors,
-    scale=None,
-)
+def _plan_bytes(recipe: Recipe, shape: tuple[int, int], _: bool) -> Parts:
+    return compact_layout.tensor_layout(shape, recipe.block, recipe.bits)
+
+
 # What `Recipe.offsets` says -> where it is stored.
-LAYOUTS = {"none": _INTEGERS, "float": _FLOATS, "byte": _BYTES}
+LAYOUTS = {
+    "none": Layout("compressed-tensors", compressed_tensors, _plan_integers, "weight_scale"),
+    "float": Layout("MLX's layout", affine_layout, _plan_floats, "scales"),
+    "byte": Layout("the ONNX operator", compact_layout, _plan_bytes, None),
+}
+_READ_BY = {frozenset(layout.module.LOCAL_NAMES): layout for layout in LAYOUTS.values()}
 
 
 def _read_by(names: Iterable[str]) -> Layout:
-    """The layout of a weight with parts of these local names."""
-    odd = {frozenset(affine_layout.LOCAL_NAMES): _FLOATS, frozenset(compact_layout.LOCAL_NAMES): _BYTES}
-    return odd.get(frozenset(names), _INTEGERS)
+    """The layout of a weight with parts of these local names; compressed-tensors leaves some of its own out."""
+    return _READ_BY.get(frozenset(names), LAYOUTS["none"])
 
 
 def tensor_layout(recipe: Recipe, shape: tuple[int, int], *, int8_inputs: bool = False) -> Parts:
@@ -100,18 +92,21 @@ def tensor_layout(recipe: Recipe, shape: tuple[int, int], *, int8_inputs: bool =
 
 def to_tensors(quantized: QuantizedTensor, *, int8_inputs: bool = False) -> dict[str, Tensor]:
     """Local names -> tensors of a rounded weight. int8_inputs: see `compressed_tensors.to_tensors`."""
-    layout = _BYTES if quantized.compact is not None else _FLOATS if quantized.offset is not None else _INTEGERS
-    return layout.to_tensors(quantized, int8_inputs)
+    if quantized.compact is not None:
+        return compact_layout.to_tensors(quantized)
+    if quantized.offset is not None:
+        return affine_layout.to_tensors(quantized)
+    return compressed_tensors.to_tensors(quantized, int8_inputs=int8_inputs)
 
 
 def check_tensors(tensors: Mapping[str, Tensor], bits: int, shape: Sequence[int]) -> None:
     """Raise ValueError unless local names -> tensors can be decoded to a weight of this shape."""
-    _read_by(tensors).check_tensors(tensors, bits, shape)
+    _read_by(tensors).module.check_tensors(tensors, bits, shape)
 
 
 def from_tensors(tensors: Mapping[str, Tensor], bits: int, shape: Sequence[int]) -> QuantizedTensor:
     """The weight that local names -> tensors hold. Raises ValueError where `check_tensors` does."""
-    return _read_by(tensors).from_tensors(tensors, bits, shape)
+    return _read_by(tensors).module.from_tensors(tensors, bits, shape)
 
 
 def decoded_dtype(parts: Mapping[str, torch.dtype]) -> torch.dtype | None:

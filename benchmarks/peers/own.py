@@ -5,7 +5,6 @@ A tensor that the plan leaves dense is counted with all its 16 bits, as it is st
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 
 import torch
 
-import swquant
 from exporters.sidecar import SIDECAR
 from peers.base import CELLS, Cell, Method, Original, Outcome
 from swquant.checkpoints.open import open_checkpoint
@@ -29,36 +27,14 @@ def compressed(options: Mapping[str, Any]) -> Callable[[Original, Cell], Outcome
     """Compress to a temporary folder and read the linear weights back."""
 
     def run(original: Original, cell: Cell) -> Outcome:
-        folder = Path(tempfile.mkdtemp(prefix="swquant-quality-"))
-        try:
-            arguments = {"bits": cell.bits, "block": cell.block, "dtype": "bfloat16", **options}
-            manifest = swquant.compress(original.folder, folder / "out", **arguments).manifest
-            return read_back(original, folder / "out", manifest)
-        finally:
-            shutil.rmtree(folder)
-
-    return run
-
-
-def for_onnx(options: Mapping[str, Any]) -> Callable[[Original, Cell], Outcome]:
-    """The weights that `--format onnx` puts into its nodes, from the folder that it exports: no graph is traced."""
-
-    def run(original: Original, cell: Cell) -> Outcome:
-        folder = Path(tempfile.mkdtemp(prefix="swquant-quality-"))
-        try:
-            chosen = CompressOptions(bits=cell.bits, block=cell.block, offsets="byte", **options)
+        chosen = CompressOptions(bits=cell.bits, block=cell.block, **options)
+        with tempfile.TemporaryDirectory(prefix="swquant-quality-") as folder:
+            out = Path(folder, "out")
             with open_checkpoint(original.folder) as checkpoint:
-                manifest = compress_checkpoint(checkpoint, folder / "out", chosen).manifest
-            return read_back(original, folder / "out", manifest)
-        finally:
-            shutil.rmtree(folder)
+                manifest = compress_checkpoint(checkpoint, out, chosen).manifest
+            return read_back(original, out, manifest)
 
     return run
-
-
-def onnx_row(name: str, cells: Sequence[Cell], **options: Any) -> Method:
-    call = ", ".join(f"{key}={value!r}" for key, value in options.items())
-    return Method(name, ("swquant",), f"swquant.compress(model, out, format='onnx', {call})", for_onnx(options), cells)
 
 
 def read_back(original: Original, folder: Path, manifest: Mapping[str, Any]) -> Outcome:
@@ -78,7 +54,15 @@ def read_back(original: Original, folder: Path, manifest: Mapping[str, Any]) -> 
 
 def row(name: str, cells: Sequence[Cell] = CELLS, **options: Any) -> Method:
     call = ", ".join(f"{key}={value!r}" for key, value in options.items())
-    return Method(name, ("swquant",), f"swquant.compress(model, out, {call})", compressed(options), cells)
+    call = f"swquant.compress(model, out, {call})"
+    return Method(name, ("swquant",), call, compressed({"dtype": "bfloat16", **options}), cells)
+
+
+def onnx_row(name: str, cells: Sequence[Cell], **options: Any) -> Method:
+    """The weights that `--format onnx` puts into its nodes, from the folder that it exports: no graph is traced."""
+    call = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    call = f"swquant.compress(model, out, format='onnx', {call})"
+    return Method(name, ("swquant",), call, compressed({"offsets": "byte", **options}), cells)
 
 
 # The layout of offsets has groups of 32, 64 and 128, and 2, 4 and 8 bits.
@@ -90,6 +74,8 @@ _BYTES = tuple(
 METHODS = [
     row(MIN_MAX, preset="fast", symmetric=False),
     *(row(f"swquant {preset}", preset=preset) for preset in PRESETS),
+    row("swquant best, outliers", preset="best", outliers=0.0005),
     *(row(f"swquant {preset}, offsets", _OFFSETS, preset=preset, offsets="float") for preset in ("balanced", "best")),
+    row("swquant best, offsets and outliers", _OFFSETS, preset="best", offsets="float", outliers=0.0005),
     *(onnx_row(f"swquant {preset}, ONNX", _BYTES, preset=preset) for preset in ("balanced", "best")),
 ]

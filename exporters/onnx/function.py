@@ -248,7 +248,7 @@ def _product(form: Form) -> tuple[str, str]:
     """(text, name) of A times the weight, without outliers."""
     if not form.stock:
         return _decoded(form), "product"
-    real = form.zero_points in ("floats", "bytes")
+    real = form.zero_points not in ("", "codes")
     text = _CONSTANTS if real or form.channels else ""
     text += _numbers(form) + _CAST_SCALES if real else _WIDEN if form.widened else ""
     text += _KEEP if form.channels else ""

@@ -89,6 +89,11 @@ class PackedWeight:
         return "floats" if self.zero_points.is_floating_point() else "codes"
 
     @property
+    def has_offsets(self) -> bool:
+        """Whether its zero points lie anywhere, not only on codes."""
+        return self.zero_kind in ("floats", "bytes")
+
+    @property
     def stock(self) -> bool:
         """Whether MatMulNBits can decode the codes."""
         return self.bits in STOCK_BITS and _SMALLEST <= self.block <= _LARGEST and self.block.bit_count() == 1
@@ -97,7 +102,7 @@ class PackedWeight:
     def operator(self) -> str:
         """The node that it becomes."""
         coarse = self.accuracy_level == 4 and self.block > _ROUNDED
-        plain = self.deltas is None and self.channels is None and self.zero_kind in ("", "codes")
+        plain = self.deltas is None and self.channels is None and not self.has_offsets
         return "MatMulNBits" if self.stock and plain and self.bits != 8 and not coarse else OPERATOR
 
     @property

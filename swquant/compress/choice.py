@@ -83,9 +83,10 @@ def choose_block(
             raise SwquantError(f"{problem}; use {remedy(options.parsed_block, shape)}")
         return Dense(f"{problem} and no power of two from 16 does")
     if options.layout.express(block, shape) is None:
+        rows = "" if options.offset_kind != "none" else f", or a flat block that is a multiple of {shape[1]}"
         raise SwquantError(
-            f"block {block} straddles the rows of {name} {list(shape)}, which {options.layout.name} cannot store; "
-            f"use {remedy(Group(128), shape)}, or a flat block that is a multiple of {shape[1]}"
+            f"{options.layout.name} cannot store block {block} on {name} {list(shape)}; "
+            f"use {remedy(Group(128), shape)}{rows}"
         )
     if super_weights and block_elements(block, shape) > _limit(options):
         return Dense(

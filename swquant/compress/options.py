@@ -84,7 +84,7 @@ class CompressOptions:
     )
     outliers: float | None = described(
         None,
-        "Fraction of each tensor kept in the sidecar, by the error it costs; 0.0005, or 0 with --refine none or byte offsets.",
+        "Fraction of each tensor kept in the sidecar, by the error it costs; 0.0005 with --refine prompt, but for byte offsets, else 0.",
         group="basic",
         metavar="FRACTION",
     )
@@ -229,8 +229,10 @@ class CompressOptions:
         """Of each tensor, beside its super weights."""
         if self.outliers is not None:
             return self.outliers
-        # Offsets leave few weights far from their codes: smaller blocks are the better buy there.
-        return 0.0005 if self.restore and self.refinement != "none" and self.offset_kind != "byte" else 0.0
+        # Offsets leave few weights far from their codes: smaller blocks are the better buy there. Feedback spreads what
+        # rounding costs over the columns behind it, but nothing of what an outlier costs: a loader that does not know
+        # the sidecar would get outliers that nobody made up for.
+        return 0.0005 if self.restore and self.refinement == "prompt" and self.offset_kind != "byte" else 0.0
 
     @property
     def parsed_block(self) -> Block:

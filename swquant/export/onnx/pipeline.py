@@ -200,7 +200,7 @@ def _weight_record(weight: PackedWeight) -> NodeRecord:
         "operator": weight.operator,
         "bits": weight.bits,
         "block": weight.block,
-        "offsets": weight.zero_kind in ("floats", "bytes"),
+        "offsets": weight.has_offsets,
         "outliers": weight.outliers,
         "channels": 0 if weight.channels is None else weight.channels.numel(),
         "bytes": narrowed(weight).nbytes,

@@ -116,6 +116,15 @@ def rounded(case: Case, kind: str) -> Case:
     return case if case.bias is None else replace(case, bias=exact(case.bias, kind))
 
 
+def assert_right(kernels: Kernels, case: Case, a: Array, kind: str) -> None:
+    """The kernels give the bits of the reference in C++, and what numpy says."""
+    y, restored = kernels(case, a, kind, False)
+    expected_y, expected_restored = kernels(case, a, kind, True)
+    assert np.array_equal(y, expected_y)
+    assert np.array_equal(restored, expected_restored)
+    assert_close(from_bits(y, kind), reference(case, a), kind)
+
+
 @pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("block", [(1, 32), (1, 128), (3, 5), (1, 300), (33, 300)], ids=lambda b: f"{b[0]}x{b[1]}")
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -139,11 +148,7 @@ def test_the_kernels_give_the_bits_of_the_reference(
         )
         case = rounded(case, kind)
         a = exact(rng.normal(size=(rows, cols)).astype(np.float32), kind)
-        y, restored = kernels(case, a, kind, False)
-        expected_y, expected_restored = kernels(case, a, kind, True)
-        assert np.array_equal(y, expected_y)
-        assert np.array_equal(restored, expected_restored)
-        assert_close(from_bits(y, kind), reference(case, a), kind)
+        assert_right(kernels, case, a, kind)
 
 
 @pytest.mark.parametrize("kind", ["float16", "bfloat16"])
@@ -156,11 +161,7 @@ def test_zero_points_between_two_codes(kernels: Kernels, bits: int, cols: int, k
         case = random_case(rng, bits=bits, rows=33, cols=cols, block_cols=32, zero="byte", outliers=60)
         case = rounded(case, kind)
         a = exact(rng.normal(size=(rows, cols)).astype(np.float32), kind)
-        y, restored = kernels(case, a, kind, False)
-        expected_y, expected_restored = kernels(case, a, kind, True)
-        assert np.array_equal(y, expected_y)
-        assert np.array_equal(restored, expected_restored)
-        assert_close(from_bits(y, kind), reference(case, a), kind)
+        assert_right(kernels, case, a, kind)
 
 
 @pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])

@@ -98,9 +98,11 @@ def test_dense_takes_a_part_of_a_name_or_a_glob(llama: Path) -> None:
 def test_a_flat_block_that_straddles_rows_is_refused_with_what_works(llama: Path) -> None:
     assert by_name(plan_of(llama, block="flat:32"))[DOWN].block is not None
     with pytest.raises(
-        SwquantError, match=r"flat:64 straddles the rows of model\.layers\.0\.\S+ \[\d+, 96\].*use 96 or channel"
+        SwquantError, match=r"cannot store block flat:64 on model\.layers\.0\.\S+ \[\d+, 96\]; use 96 or channel, or a"
     ):
         plan_of(llama, block="flat:64")
+    with pytest.raises(SwquantError, match=r"the ONNX operator cannot store block 2x16 on \S+ \[\d+, \d+\]; use \d+"):
+        plan_of(llama, block="2x16", offsets="byte")
 
 
 @pytest.mark.parametrize(
