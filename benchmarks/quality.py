@@ -43,7 +43,7 @@ import torch
 from grid import break_and_check
 from machine import describe
 from peers import METHODS, Cell, Method, Original, missing, open_original, versions
-from quality_report import draw, print_tables
+from quality_report import draw, tables
 from torch import Tensor
 
 from swquant.evaluate.pipeline import Windows, fit_window, make_windows, perplexity_of, score_window, window_logits
@@ -297,6 +297,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, metavar="FILE", default=DATA / "wikitext2-valid-excerpt.txt")
     parser.add_argument("--times", type=int, default=1, metavar="N", help="as many windows of text (default: 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="remember results there, and go on from them")
+    parser.add_argument("--tables", type=Path, metavar="FILE", help="write the tables there, not to the terminal")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw figures there")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: torch's own choice")
     options = parser.parse_args()
@@ -313,7 +314,11 @@ def main() -> None:
     texts = [text.times(options.times) for text in TEXTS]
     for key, path in models.items():
         run(key, path, chosen(options.cells, options.methods), results, calibration, texts)
-    print_tables(results.originals, results.records)
+    written = tables(results.originals, results.records)
+    if options.tables:
+        options.tables.write_text(written, encoding="utf-8")
+    else:
+        print(written, end="")
     if options.plots:
         draw(results.originals, results.records, options.plots)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,18 @@ from peers.base import CELLS, Cell
 from peers.own import MIN_MAX
 from peers.sweep import SIZES, VARIANTS
 
-__all__ = ["draw", "print_tables"]
+__all__ = ["draw", "tables"]
 
 Record = Mapping[str, Any]
 MAIN, OTHER = "wikitext2-test", "python"
 SHOWN = 0.005  # perplexities closer than this are equal, on texts so short
-TABLES = (Cell(4, "32"), *CELLS)  # some methods have no other block than 32 worth a row
+TABLES = (  # some methods have no other block than 16 or 32 worth a row
+    *(Cell(4, block) for block in ("16", "32")),
+    *(cell for cell in CELLS if cell.bits == 4),
+    Cell(3, "32"),
+    *(cell for cell in CELLS if cell.bits == 3),
+    *(Cell(2, block) for block in ("16", "32", "64", "128")),
+)
 # Okabe and Ito's palette: told apart by everyone.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
 
@@ -98,36 +104,42 @@ def line(record: Record, originals: Mapping[str, Record], records: Sequence[Reco
     return f"| {' | '.join(cells)} |"
 
 
-def print_tables(originals: Mapping[str, Record], records: Sequence[Record]) -> None:
+def tables(originals: Mapping[str, Record], records: Sequence[Record]) -> str:
     """One Markdown table per model and cell, best first, then the reasons of the methods without a result."""
+    return "\n".join(_lines(originals, records)) + "\n"
+
+
+def _lines(originals: Mapping[str, Record], records: Sequence[Record]) -> Iterator[str]:
+    yield "# Quality without data: every table\n"
+    yield "Written by `benchmarks/quality.py --tables` from what `make quality` measured; [Quality](quality.md) says what it means."
     for key, original in originals.items():
         texts = original["texts"]
         first, second = texts[MAIN], texts[OTHER]
-        print(f"\n### {original['name']}\n")
-        print(
+        yield f"\n## {original['name']}\n"
+        yield (
             f"The original: perplexity {first['perplexity']:.2f} on {first['tokens']:,} tokens of WikiText-2, "
             f"{second['perplexity']:.2f} on {second['tokens']:,} of Python source. "
             f"{original['weights'] / 1e6:.1f} million weights are rounded."
         )
         for cell in TABLES:
-            print_cell(cell, [item for item in records if (item["model"], item["cell"]) == (key, str(cell))], originals)
+            of_cell = [item for item in records if (item["model"], item["cell"]) == (key, str(cell))]
+            if of_cell:
+                yield from _cell_lines(cell, of_cell, originals)
 
 
-def print_cell(cell: Cell, records: Sequence[Record], originals: Mapping[str, Record]) -> None:
+def _cell_lines(cell: Cell, records: Sequence[Record], originals: Mapping[str, Record]) -> Iterator[str]:
     measured = sorted((item for item in records if "texts" in item), key=lambda item: item["texts"][MAIN]["kl"])
-    if not records:
-        return
-    print(f"\n{cell.title}:\n")
-    print("| method | reads | bits | perplexity | KL | top-1 % | closed: perplexity | KL | Python: perplexity | KL |")
-    print("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    yield f"\n{cell.title}:\n"
+    yield "| method | reads | bits | perplexity | KL | top-1 % | closed: perplexity | KL | Python: perplexity | KL |"
+    yield "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"
     for record in measured:
-        print(line(record, originals, records))
+        yield line(record, originals, records)
     for record in records:
         if "problem" in record:
-            print(f"\n{record['method']}: {record['problem']}")
+            yield f"\n{record['method']}: {record['problem']}"
     for record in measured:
         for note in record["notes"]:
-            print(f"\n{record['method']}: {note}")
+            yield f"\n{record['method']}: {note}"
 
 
 def draw(originals: Mapping[str, Record], records: Sequence[Record], folder: Path) -> None:

@@ -27,9 +27,10 @@ from exporters.onnx.files import GENAI_CONFIG, MODEL
 from exporters.onnx.nodes import PackedWeight, stack, take_rows
 from exporters.onnx.place import Placer, common_form
 
-__all__ = ["BuilderError", "build_graph", "fix_cache_shapes", "place_weights", "set_windows"]
+__all__ = ["BuilderError", "build_graph", "fix_cache_shapes", "place_weights", "set_embedding_scale", "set_windows"]
 
 _MATMUL = re.compile(r"^(?:model\.layers\.(?P<layer>\d+)\.\w+\.(?P<leaf>\w+)|(?P<head>lm_head))\.MatMul\.weight$")
+_EMBEDDING_SCALE = "/model/embed_tokens/Mul"  # a node
 _ATTENTION = re.compile(r"^/model/layers\.(\d+)/")
 # A weight of the graph that may be several of the model's, stacked, or one of the halves of another.
 _STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -170,6 +171,18 @@ def set_windows(model: onnx_ir.Model, windows: Sequence[int | None]) -> None:
         node.attributes["local_window_size"] = onnx_ir.AttrInt64("local_window_size", missing.pop(int(match[1])))
     if missing:
         raise BuilderError(f"layer {min(missing)} of the graph has no attention with a sliding window")
+
+
+def set_embedding_scale(model: onnx_ir.Model, scale: float) -> None:
+    """Multiply embeddings by what the model does: the builder (0.18) rounds Gemma's square root to two decimals, which
+    moves logits by 40 times what float32 does."""
+    for node in [node for node in model.graph if node.name == _EMBEDDING_SCALE]:
+        rounded = node.inputs[1]
+        assert rounded is not None
+        kind = np.float16 if rounded.dtype is onnx_ir.DataType.FLOAT16 else np.float32
+        value = onnx_ir.Value(name="model.embed_tokens.scale", const_value=onnx_ir.tensor(np.array(scale, kind)))
+        model.graph.register_initializer(value)
+        node.replace_input_with(1, value)
 
 
 def _check_values(name: str, node: onnx_ir.Node, expected: Tensor) -> None:

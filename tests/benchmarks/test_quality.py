@@ -110,3 +110,25 @@ def test_ggml_shares_rows_among_threads(peers: ModuleType) -> None:
         assert torch.equal(packed, ggml.quantize(weight, name, threads=2))
         decoded = ggml.dequantize(packed, name, (8, 576))
         assert float((decoded - weight).norm() / weight.norm()) < 0.1
+
+
+def test_the_tables_of_the_documentation_are_those_of_the_results(peers: ModuleType) -> None:
+    from quality_report import tables
+
+    recorded = json.loads((PROJECT / "benchmarks" / "results" / "quality.json").read_text())
+    written = (PROJECT / "docs" / "quality-tables.md").read_text(encoding="utf-8")
+    assert written == tables(recorded["originals"], recorded["results"])
+
+
+def test_the_readme_quotes_the_results(peers: ModuleType) -> None:
+    """Every row of README's table is a record: the same bits, divergence and perplexity."""
+    recorded = json.loads((PROJECT / "benchmarks" / "results" / "quality.json").read_text())
+    of_smollm2 = {
+        (f"{item['bits']:.2f}", f"{texts['kl']:.3f}", f"{texts['perplexity']:.1f}")
+        for item in recorded["results"]
+        if item["model"] == "smollm2" and (texts := item.get("texts", {}).get("wikitext2-test")) and texts["perplexity"]
+    }
+    table = (PROJECT / "README.md").read_text(encoding="utf-8").split("| SmolLM2-135M, original")[1].split("\n\n")[0]
+    rows = [[cell.strip(" *") for cell in line.split("|")[3:6]] for line in table.splitlines()[2:]]
+    assert len(rows) > 8
+    assert [row for row in rows if tuple(row) not in of_smollm2] == []

@@ -35,7 +35,6 @@ __all__ = ["LongReference", "Reference", "check_export", "make_long_reference", 
 _NEW_TOKENS = 16
 _TAIL = 2 * BEHIND  # tokens at the end of the longer sequence whose logits are compared when it is run at once
 # Largest difference of two logits, as a share of the range of all logits, by (precision, accuracy level).
-_LONG = 3.0  # times as much past the lengths: sums of more tokens, which a wrong window exceeds a hundredfold
 _TOLERANCE = {("fp32", 0): 1e-4, ("fp16", 0): 0.02, ("fp32", 4): 0.15, ("fp16", 4): 0.15}
 
 
@@ -169,11 +168,11 @@ def _tolerance(options: ExportOptions) -> float:
     return _TOLERANCE[options.precision, options.accuracy_level or 0]
 
 
-def _judge(difference: float, options: ExportOptions, where: str, times: float = 1.0) -> None:
-    if not difference <= times * _tolerance(options):
+def _judge(difference: float, options: ExportOptions, where: str) -> None:
+    if not difference <= _tolerance(options):
         raise SwquantError(
             f"the exported model differs from the checkpoint {where}by {difference:.2g} of the range of its logits; "
-            f"{times * _tolerance(options):g} is what {options.precision} at accuracy level {options.accuracy_level} explains; "
+            f"{_tolerance(options):g} is what {options.precision} at accuracy level {options.accuracy_level} explains; "
             "nothing was written"
         )
 
@@ -194,7 +193,7 @@ def check_export(
     long = reference.long
     if long is not None and long.pieces:  # attention is the same to both, so one is enough; the library is faster
         further = _long_difference(OnnxModel(open_session(folder / MODEL), config), long)
-        _judge(further, options, f"on {long.ids.shape[1]} tokens, a length at which its arithmetic changes, ", _LONG)
+        _judge(further, options, f"on {long.ids.shape[1]} tokens, a length at which its arithmetic changes, ")
         difference = max(difference, further)
     record: CheckRecord = {
         "runtime": f"onnxruntime {onnxruntime.__version__}",

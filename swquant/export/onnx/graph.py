@@ -25,11 +25,11 @@ from exporters.errors import SwquantError, first_line
 from exporters.json_file import read_json, write_json
 from exporters.onnx.dynamo import Placeholder, export_graph
 from exporters.onnx.files import MODEL
-from exporters.onnx.genai import BuilderError, build_graph, place_weights, set_windows
+from exporters.onnx.genai import BuilderError, build_graph, place_weights, set_embedding_scale, set_windows
 from exporters.onnx.nodes import PackedWeight
 from swquant.models.loading import quiet
 
-__all__ = ["CausalGraph", "dynamo_graph", "genai_graph", "save_for_builder"]
+__all__ = ["CausalGraph", "dynamo_graph", "embedding_scale", "genai_graph", "save_for_builder"]
 
 
 _DYNAMIC = "dynamic"
@@ -176,6 +176,14 @@ def adapt_config(folder: Path) -> None:
     write_json(folder / "config.json", config)
 
 
+def embedding_scale(model: PreTrainedModel, prompt: tuple[int, ...]) -> float:
+    """What the model multiplies the embeddings of tokens by before its first layer sees them."""
+    with torch.no_grad():
+        seen = model(input_ids=torch.tensor([prompt]), output_hidden_states=True).hidden_states[0][0]
+        stored = model.get_input_embeddings().get_parameter("weight")[list(prompt)]
+        return float((seen / stored)[stored != 0].median())
+
+
 def genai_graph(
     source: Path,
     out: Path,
@@ -184,12 +192,13 @@ def genai_graph(
     head: str,
     name: str,
     windows: Sequence[int | None],
+    scale: float,
     *,
     half: bool,
 ) -> onnx_ir.Model:
     """The builder's graph of the model in `source`, its MatMuls replaced. `out`: a scratch folder that the builder
-    fills; its files must live as long as the graph. windows: the sliding window of every layer, None for none. half: in
-    float16. Raises SwquantError where the builder does not know the architecture.
+    fills; its files must live as long as the graph. windows: the sliding window of every layer, None for none. scale:
+    that of embeddings. half: in float16. Raises SwquantError where the builder does not know the architecture.
     """
     families: dict[str, set[tuple[object, ...]]] = {}
     for module, weight in weights.items():
@@ -202,6 +211,7 @@ def genai_graph(
         build_graph(source, out, fuse_qkv=alike, half=half)
         graph = place_weights(out / MODEL, weights, dense, head)
         set_windows(graph, windows)
+        set_embedding_scale(graph, scale)
         return graph
     except BuilderError as error:
         raise SwquantError(

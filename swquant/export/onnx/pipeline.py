@@ -31,7 +31,7 @@ from swquant.compress.pipeline import write
 from swquant.compress.writing import Prepared
 from swquant.export.onnx.builder import check_builder
 from swquant.export.onnx.check import Reference, check_export, make_long_reference, make_reference
-from swquant.export.onnx.graph import dynamo_graph, genai_graph, save_for_builder
+from swquant.export.onnx.graph import dynamo_graph, embedding_scale, genai_graph, save_for_builder
 from swquant.export.onnx.lengths import windows_of
 from swquant.export.onnx.linears import at_level_4, channels_of, pack_head, pack_weights, unsupported, watch_peaks
 from swquant.export.onnx.options import ExportOptions
@@ -168,6 +168,7 @@ def _trace(checkpoint: CompressedCheckpoint, options: ExportOptions, scratch: Pa
                 head_name,
                 checkpoint.name,
                 windows_of(checkpoint.config),
+                embedding_scale(model, prompt),
                 half=dtype is torch.float16,
             )
         else:

@@ -96,6 +96,17 @@ def test_a_tied_embedding_shares_the_heads_codes(graph: str, bits: int, tmp_path
     assert list(codes.dims) == [128, 64 * bits // 8]  # at 4 bits it has offsets, which LinearNBits alone takes
 
 
+def test_embeddings_are_scaled_as_the_model_does(tmp_path: Path) -> None:
+    """By the root of 96, which the builder rounds to 9.8."""
+    save_model(tiny_model("gemma3", num_hidden_layers=1, hidden_size=96, intermediate_size=192), tmp_path / "model")
+    checkpoint = swquant.compress(tmp_path / "model", tmp_path / "out", **SETTINGS).path
+    folder = swquant.export(checkpoint, tmp_path / "onnx", graph="genai").path
+    assert swquant.inspect(folder)["check"]["largest_difference"] < 1e-5
+    model = onnx.load(folder / "model.onnx")
+    (scale,) = (item for item in model.graph.initializer if item.name == "model.embed_tokens.scale")
+    assert onnx.numpy_helper.to_array(scale) == np.sqrt(np.float32(96))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("graph", "architecture"), [("dynamo", "llama"), ("genai", "llama"), ("genai", "gemma3")])
 def test_half_precision(graph: str, architecture: str, tmp_path: Path) -> None:
