@@ -30,7 +30,7 @@ from calibrationless.blocks import (
 )
 from calibrationless.clipping import RULES, Clip, clip_threshold, parse_clip
 from calibrationless.cost import WeightError, measure, worst
-from calibrationless.feedback import Factor, damping_for, feed_back, inverse_factor
+from calibrationless.feedback import Factor, damping_for, feed_back, inverse_factor, inverse_factor_
 from calibrationless.patches import (
     KINDS,
     Kind,
@@ -119,6 +119,7 @@ __all__ = [
     "from_blocks",
     "from_compact",
     "inverse_factor",
+    "inverse_factor_",
     "massive_channels",
     "measure",
     "parse_block",

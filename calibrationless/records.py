@@ -70,13 +70,14 @@ class Spike:
 
 @dataclass(frozen=True)
 class LinearRecord:
-    """What one product showed.
+    """What the products of one weight showed, of several the last.
 
     energy: float32 [in], mean over tokens of x^2 / |x|^2: the share of an input channel in its token. Every token
     counts the same; in a plain mean square the one token that carries the super activation would drown out all others.
     peaks: float32 [in], the largest |x| of every input channel.
     spikes: of a down projection, the rows with the largest outputs, largest first.
     norm: name of the module whose output the input is, "" if it is no norm's.
+    products: how many there were. Models that run a layer more than once make more than one.
     """
 
     input: Peak
@@ -85,6 +86,7 @@ class LinearRecord:
     peaks: Tensor
     spikes: tuple[Spike, ...] = ()
     norm: str = ""
+    products: int = 1
 
     @property
     def contributions(self) -> tuple[Contribution, ...]:

@@ -228,7 +228,7 @@ class Watcher(TorchFunctionMode):
 
     def _keep(self, watch: Watch, inputs: Tensor, matrix: Tensor, outputs: Tensor, norm: str) -> None:
         inputs, outputs = inputs.to(torch.float32), outputs.to(torch.float32)
-        output = _peak(outputs)
+        output, before = _peak(outputs), self.linears.get(watch.name)
         self.linears[watch.name] = LinearRecord(
             input=_peak(inputs),
             output=output,
@@ -236,6 +236,7 @@ class Watcher(TorchFunctionMode):
             peaks=inputs.abs().amax(dim=0),
             spikes=_spikes(inputs, matrix, outputs, output) if watch.down else (),
             norm=norm,
+            products=1 + (before.products if before is not None else 0),
         )
 
 

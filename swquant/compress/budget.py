@@ -25,8 +25,8 @@ from swquant.compress.loaders import fused_layer
 from swquant.compress.options import CompressOptions
 from swquant.compress.plan import Plan, TensorPlan
 from swquant.detect.found import Found
-from swquant.detect.own_text import start_token, write_text
 from swquant.detect.pipeline import probed_model, run_text, watchable
+from swquant.detect.texts import start_token, write_text
 from swquant.models.architecture import LinearKind
 from swquant.progress import Progress
 

@@ -92,10 +92,11 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """tensors: in the order of the source. shards: the tensors of each file. left_out: name -> why it is not written.
-    int8_inputs: whether stock loaders are told to round activations. decoded: whether stock transformers is told to
-    decode all weights while it loads them. That is for models whose modules cannot hold codes: a Conv1D, a linear layer
-    with a forward of its own, modules that the model's own code sets up. All weights then share one scheme."""
+    """tensors: in the order of the source; with --refine self, what lies in decoder layers in their order. shards:
+    the tensors of each file. left_out: name -> why it is not written. int8_inputs: whether stock loaders are told to
+    round activations. decoded: whether stock transformers is told to decode all weights while it loads them,
+    for models whose modules cannot hold codes: a Conv1D, a linear layer with a forward of its own, modules that the
+    model's own code sets up. All weights then share one scheme."""
 
     options: CompressOptions
     tensors: tuple[TensorPlan, ...]
@@ -154,9 +155,10 @@ def make_plan(
     of_experts = expert_block(checkpoint, architecture, coordinates, asked)
     int8_inputs = not decoded and _int8_inputs(architecture, options)
     tensors: list[TensorPlan] = []
-    for name, stored in checkpoint.tensors.items():
+    for name in _order(checkpoint, architecture, options):
         if name in left_out:
             continue
+        stored = checkpoint.tensors[name]
         linear = architecture.weights.get(name)
         own = tuple(coordinates.get(name, ()))
         choice: Block | Dense | None = of_experts
@@ -190,6 +192,17 @@ def make_plan(
     if decoded:
         _check_one_scheme(checkpoint, plan)
     return plan
+
+
+def _order(checkpoint: Checkpoint, architecture: Architecture, options: CompressOptions) -> list[str]:
+    """The order in which tensors are rounded and written. The model's own text goes through it layer by layer, so the
+    layers follow each other; many files have the tenth behind the first."""
+    names = list(checkpoint.tensors)
+    if options.refinement != "self":
+        return names
+    layers = {name: layer for name in names if (layer := architecture.layer_of(name)) is not None}
+    in_turn = iter(sorted(layers, key=layers.__getitem__))
+    return [next(in_turn) if name in layers else name for name in names]
 
 
 def _with_one_block(checkpoint: Checkpoint, architecture: Architecture, options: CompressOptions) -> CompressOptions:

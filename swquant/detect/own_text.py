@@ -1,96 +1,80 @@
-"""Text that the model writes itself, and what its own text does to its inputs: second-order statistics without data.
+"""What a model's own text does to its inputs: second-order statistics without data.
 
-Texts of 256 tokens, sixteen unless asked for more, are sampled at temperature 1, each from BOS or, where the tokenizer
-has none, from a random token. For the weights of a few layers at a time the texts are read once more, and for every
-input of a linear weight the Gram matrix X^T X is summed up. How many at a time is set by memory: Gram matrices of all
-layers would be larger than the model.
+The texts that the model wrote (`texts`) are read once more, all of them side by side, one decoder layer at a time
+(`swquant.models.layerwise`). While they pass through a layer, the Gram matrix X^T X of every input of a linear weight
+in it is summed up; the layer's weights are rounded with these, and then they are dropped. So one pass is all, and what
+is in memory is one layer's matrices (of all layers they would be larger than the model) and the texts' hidden states.
+It is given the weights in the order of the layers (`compress.plan` sees to that); for one out of turn it begins again.
 
-Everything runs on one thread with a seeded generator, so the same model gives the same text and the same bytes.
+Everything runs on one thread, so the same model gives the same bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calibrationless import damping_for, inverse_factor
+from calibrationless import Factor, damping_for, inverse_factor_
 from swquant.checkpoints.base import Checkpoint
 from swquant.detect.found import Found
 from swquant.detect.pipeline import probed_model, watchable
+from swquant.detect.texts import length_for, start_token, write_text
 from swquant.models.architecture import LinearKind
+from swquant.models.layerwise import SideBySide, side_by_side
 from swquant.progress import Progress
 
-__all__ = ["SelfText", "self_text", "start_token", "write_text"]
+__all__ = ["SelfText", "self_text"]
 
-LENGTH = 256  # tokens of a text
-_GRAM_BYTES = 1 << 30  # Gram matrices in memory at a time
+_GRAM_BYTES = 1 << 30  # Gram matrices in memory at a time, of layers that run more than once
 _BATCH = 4
-
-Factor = tuple[Tensor, Tensor]
-
-
-def start_token(checkpoint: Checkpoint, found: Found) -> int | None:
-    """The BOS token where the tokenizer begins a text with one, else None."""
-    bos = checkpoint.tokenizer().bos_token_id
-    return bos if bos is not None and found.token_ids[0] == bos else None
-
-
-def write_text(
-    model: PreTrainedModel,
-    start: int | None,
-    seed: int,
-    progress: Progress,
-    *,
-    texts: int,
-    length: int = LENGTH,
-) -> Tensor:
-    """int64 [texts, length] sampled from the model; start: the BOS token, or None for random first tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    vocabulary = model.get_output_embeddings().get_parameter("weight").shape[0]
-    first = torch.randint(vocabulary, (texts, 1), generator=generator)
-    tokens = first if start is None else torch.full((texts, 1), start)
-    cache, step = None, tokens
-    with torch.no_grad(), progress.tokens("Writing text", texts * length) as bar:
-        for _ in range(length - 1):
-            result = model(input_ids=step, past_key_values=cache, use_cache=True)
-            cache = result.past_key_values
-            likely = result.logits[:, -1].float().softmax(dim=-1)
-            step = torch.multinomial(likely, 1, generator=generator)
-            tokens = torch.cat([tokens, step], dim=1)
-            bar.advance("", texts)
-    return tokens
 
 
 class SelfText:
-    """Factors of Gram matrices by stored weight name, collected a few layers at a time."""
+    """Factors of Gram matrices by stored weight name, collected a layer at a time."""
 
     def __init__(self, model: PreTrainedModel, found: Found, tokens: Tensor, names: Sequence[str]) -> None:
         self._model, self._found, self._tokens = model, found, tokens
         self._waiting = list(names)
-        self._grams: dict[str, Tensor] = {}
-        self._last: tuple[tuple[str, bool], Factor, Tensor] | None = None
+        self._grams: dict[str, Tensor] = {}  # float32 [in, in]
+        self._factors: dict[tuple[str, bool], tuple[Factor, Tensor]] = {}
+        self._running = ExitStack()
+        self._reading: SideBySide | None = None
+
+    def close(self) -> None:
+        """End the reading, wherever it is."""
+        self._running.close()
+        self._reading = None
 
     def statistics(self, name: str, exponents: Tensor | None) -> tuple[Factor, Tensor] | None:
-        """(factor, importance [in]) of a stored weight, its columns scaled by 2^exponents; None for an expert."""
+        """(factor, importance [in]) of a stored weight, its columns scaled by 2^exponents; None for an expert, and for
+        a weight that the text does not reach."""
         key = self._key(name)
         if key is None:
             return None
-        if key not in self._grams:
-            self._collect(name)
-        known = (key, exponents is not None)
-        if self._last is None or self._last[0] != known:
-            gram = self._grams[key]
-            if exponents is not None:
-                inverse = torch.exp2(-exponents.to(torch.float32))
-                gram = gram * inverse * inverse.unsqueeze(1)
-            with watchable(self._model):
-                self._last = (known, inverse_factor(gram, damping_for(self._tokens.numel())), gram.diagonal().clone())
-        return self._last[1], self._last[2]
+        wanted = (key, exponents is not None)
+        if wanted not in self._factors:
+            if key not in self._grams:
+                self._collect(name)
+            gram = self._grams.pop(key, None)
+            if gram is None:
+                return None
+            self._factors[wanted] = self._factor(gram, exponents)
+        return self._factors[wanted]
+
+    def _factor(self, gram: Tensor, exponents: Tensor | None) -> tuple[Factor, Tensor]:
+        """In the matrix's own memory."""
+        if exponents is not None:
+            inverse = torch.exp2(-exponents.to(torch.float32))
+            gram.mul_(inverse).mul_(inverse.unsqueeze(1))
+        importance = gram.diagonal().clone()
+        with watchable(self._model):
+            return inverse_factor_(gram, damping_for(self._tokens.numel())), importance
 
     def _key(self, name: str) -> str | None:
         """Weights that read the same norm share one matrix."""
@@ -99,20 +83,44 @@ class SelfText:
             return None
         return self._found.probe.linears[weight.watch].norm or name
 
+    def _repeated(self, name: str) -> bool:
+        """Whether a pass runs the weight more than once: its matrix is complete only at the end of the pass."""
+        return self._found.probe.linears[self._found.architecture.weights[name].watch].products > 1
+
     def _collect(self, name: str) -> None:
-        """Matrices of this weight and of those that come after it, as many as fit."""
+        """Matrices of this weight and of those of its layer that come after it."""
         self._grams.clear()
-        wanted: dict[str, str] = {}  # module -> key
+        self._factors.clear()
+        wanted = self._together(name)
+        with watchable(self._model):
+            if not self._repeated(name):
+                with self._summed(wanted):
+                    self._read_through(self._found.architecture.weights[name].layer)
+            # Where the text did not come by in that layer, it may yet in another one.
+            if missing := {module: key for module, key in wanted.items() if key not in self._grams}:
+                with self._summed(missing):
+                    self._read_all()
+
+    def _together(self, name: str) -> dict[str, str]:
+        """Module -> key of what is collected with a weight: the rest of its layer; for a weight that runs repeatedly
+        what fits of all such, since each collection takes a pass."""
+        weights, repeated = self._found.architecture.weights, self._repeated(name)
+        wanted: dict[str, str] = {}
         size = 0
         for other in self._waiting[self._waiting.index(name) :]:
             key = self._key(other)
-            if key is None or key in wanted.values():
+            if key is None or key in wanted.values() or self._repeated(other) is not repeated:
                 continue
-            module = self._found.architecture.weights[other].module
+            module = weights[other].module
             size += 4 * self._model.get_submodule(module).get_parameter("weight").shape[1] ** 2
-            if wanted and size > _GRAM_BYTES:
+            if wanted and (size > _GRAM_BYTES if repeated else weights[other].layer != weights[name].layer):
                 break
             wanted[module] = key
+        return wanted
+
+    @contextmanager
+    def _summed(self, wanted: Mapping[str, str]) -> Iterator[None]:
+        """Inside, the Gram matrices of what these modules are given are summed up. wanted: module -> key."""
 
         def watch(key: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -121,12 +129,29 @@ class SelfText:
 
             return keep
 
-        with ExitStack() as stack, torch.no_grad():
-            stack.enter_context(watchable(self._model))
+        with ExitStack() as stack:
             for module, key in wanted.items():
                 stack.callback(self._model.get_submodule(module).register_forward_pre_hook(watch(key)).remove)
-            for batch in self._tokens.split(_BATCH):
-                self._model.base_model(input_ids=batch, use_cache=False)
+            yield
+
+    def _runs(self) -> list[Callable[[], object]]:
+        return [
+            partial(self._model.base_model, input_ids=batch, use_cache=False) for batch in self._tokens.split(_BATCH)
+        ]
+
+    def _read_through(self, layer: int) -> None:
+        """Carry the texts on until they have been through a layer, from the beginning if they are past it."""
+        if self._reading is None or self._reading.has_run(layer):
+            self.close()
+            passes = side_by_side(self._model, self._found.architecture.parts, self._runs())
+            self._reading = self._running.enter_context(passes)
+        while not self._reading.has_run(layer) and self._reading.step():
+            pass
+
+    def _read_all(self) -> None:
+        with torch.no_grad():
+            for run in self._runs():
+                run()
 
 
 @contextmanager
@@ -143,5 +168,10 @@ def self_text(
     """The model with its own text. names: the stored weights that will be asked for, in that order."""
     with probed_model(checkpoint, low_memory) as model:
         with watchable(model):
-            tokens = write_text(model, start_token(checkpoint, found), seed, progress, texts=texts)
-        yield SelfText(model, found, tokens, names)
+            start = start_token(checkpoint, found)
+            tokens = write_text(model, start, seed, progress, texts=texts, length=length_for(checkpoint))
+        text = SelfText(model, found, tokens, names)
+        try:
+            yield text
+        finally:
+            text.close()

@@ -83,13 +83,15 @@ class Dense:
 
 @dataclass(frozen=True)
 class Architecture:
-    """layers: names of the decoder layers. weights: linear weights by stored name. dense: stored name -> why it is
+    """layers: names of the decoder layers, of the module that each ends with. parts: of every layer, the names of the
+    modules that are it, mostly one. weights: linear weights by stored name. dense: stored name -> why it is
     none. watches: what the probe looks at. downs: watched down projections -> layer. vectors: parameter with one
     dimension (gains and biases of norms) -> stored name. targets: stored name -> parameter of the model, where one is
     the other. tied: stored name -> the stored name of the tensor that the model uses in its place. lost: matrices of
     the decoder layers among `dense`."""
 
     layers: tuple[str, ...]
+    parts: tuple[tuple[str, ...], ...]
     weights: Mapping[str, LinearWeight]
     dense: Mapping[str, str]
     watches: tuple[Watch, ...]
@@ -98,6 +100,11 @@ class Architecture:
     targets: Mapping[str, str]
     tied: Mapping[str, str]
     lost: frozenset[str] = frozenset()
+
+    def layer_of(self, name: str) -> int | None:
+        """The decoder layer that a stored tensor lies in, None for one outside."""
+        linear = self.weights.get(name)
+        return linear.layer if linear is not None else _index(self.parts, self.targets.get(name, name))
 
     def without(self, dense: Mapping[str, str]) -> Architecture:
         """With some linear weights counted as dense: stored name -> why."""
@@ -114,14 +121,12 @@ class _Layers:
 
     def index(self, name: str) -> int | None:
         """The layer that a module or parameter lies in."""
-        return next(
-            (
-                index
-                for index, prefixes in enumerate(self.prefixes)
-                if any(name.startswith(prefix + ".") for prefix in prefixes)
-            ),
-            None,
-        )
+        return _index(self.prefixes, name)
+
+
+def _index(layers: Iterable[tuple[str, ...]], name: str) -> int | None:
+    found = (index for index, parts in enumerate(layers) if any(name.startswith(part + ".") for part in parts))
+    return next(found, None)
 
 
 def _decoder_layers(model: PreTrainedModel) -> _Layers:
@@ -262,6 +267,7 @@ def describe(checkpoint: Checkpoint, model: PreTrainedModel | None = None) -> Ar
     watches = _watches(weights.values(), model)
     return Architecture(
         layers=layers.outputs,
+        parts=layers.prefixes,
         weights=weights,
         dense=dense,
         watches=watches,

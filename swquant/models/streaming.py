@@ -17,6 +17,7 @@ Names and shapes must have been compared before (`loading.offloaded_model` does)
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
@@ -39,8 +40,8 @@ _LARGE = 1 << 26  # bytes of a cast tensor of experts from which on it goes thro
 Read = Callable[[], Tensor]
 
 
-class _Running:
-    """Which modules are running, and what was read for each of them."""
+class _Running(threading.local):
+    """Which modules are running, and what was read for each of them. Every thread runs modules of its own."""
 
     def __init__(self) -> None:
         self.held: list[list[tuple[_Weights, str]]] = []

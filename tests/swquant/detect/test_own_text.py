@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
-from support.tiny_models import PROMPT, planted_model
+from support.tiny_models import PROMPT, planted_model, save_model, tiny_model
 
 import swquant
 
@@ -50,3 +51,23 @@ def test_a_super_weight_keeps_its_own_code_without_a_sidecar(tmp_path: Path) -> 
     ).manifest
     (point,) = manifest["tensors"][planted.name]["super_weights"]
     assert point["without_sidecar"] == pytest.approx(point["value"], rel=1 / 256)
+
+
+def test_layers_follow_each_other_however_the_file_orders_them(tmp_path: Path) -> None:
+    """Files are sorted by name, so that layer 10 comes before layer 2; the own text meets them in turn."""
+    folder = save_model(tiny_model("llama", num_hidden_layers=12), tmp_path / "model")
+    number = re.compile(r"layers\.(\d+)\.")
+
+    def layers(preset: str) -> list[int]:
+        plan = swquant.plan(folder, prompt=PROMPT, preset=preset).prepared.plan
+        return [int(match[1]) for tensor in plan.tensors if (match := number.search(tensor.name))]
+
+    assert layers("balanced") != sorted(layers("balanced"))
+    assert layers("best") == sorted(layers("balanced"))
+
+
+def test_text_is_no_longer_than_the_model_takes(tmp_path: Path) -> None:
+    """OPT looks positions up in a table of so many rows."""
+    folder = save_model(tiny_model("opt", max_position_embeddings=40), tmp_path / "model")
+    swquant.compress(folder, tmp_path / "best", prompt=PROMPT, preset="best", texts=2)
+    assert swquant.verify(tmp_path / "best") == []
