@@ -20,11 +20,13 @@ from swquant.export.formats import Planned, format_named, option_names
 from swquant.export.onnx.options import ExportKeywords, ExportOptions
 from swquant.progress import Progress, silent
 from swquant.study.options import StudyKeywords, StudyOptions
+from swquant.units import parse_bytes
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from swquant.checkpoints.base import Checkpoint
     from swquant.checkpoints.schema import Manifest
     from swquant.compress.pipeline import Compressed
     from swquant.detect.found import Found
@@ -46,12 +48,14 @@ def detect(
     prompt: str = DEFAULT_PROMPT,
     *,
     low_memory: bool = False,
+    memory: str | int | None = None,
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Found:
     """Find the super weights and super activations of a model with forward passes of one prompt.
 
-    model: a Hugging Face folder, a .gguf file, a hub id or a compressed checkpoint. Returns a `Found`, whose
+    model: a Hugging Face folder, a .gguf file, a hub id or a compressed checkpoint. memory: what it may take, bytes
+    or `12GB`; weights then stay in their files where they must (low_memory: always). Returns a `Found`, whose
     `detection` holds `super_weights`, `cancellers`, `super_activations` and per-layer maxima. Raises SwquantError.
 
     "The Super Weight in Large Language Models", https://arxiv.org/abs/2411.07191
@@ -63,6 +67,7 @@ def detect(
         open_checkpoint(model, trust_remote_code=trust_remote_code) as checkpoint,
         progress.step(f"Probing {checkpoint.name} with one prompt"),
     ):
+        low_memory = low_memory or _beyond(memory, checkpoint)
         return find_super_weights(checkpoint, prompt, low_memory=low_memory)
 
 
@@ -74,6 +79,7 @@ def compress(
     format: str = "checkpoint",
     overwrite: bool = False,
     low_memory: bool = False,
+    memory: str | int | None = None,
     trust_remote_code: bool = False,
     on_plan: Callable[[Planned], None] | None = None,
     progress: Progress = silent,
@@ -83,8 +89,8 @@ def compress(
 
     out: the folder to create, `<name>-w4-b128` in the current folder by default. format: checkpoint or onnx.
     options and changes: a `CompressOptions`, or its fields as keywords (bits, block, symmetric, clip, restore,
-    outliers, dense, …), and for onnx those of `export`. on_plan: is shown the plan before anything is written. Returns
-    path and manifest. Raises SwquantError; then `out` does not exist.
+    outliers, dense, …), and for onnx those of `export`. memory, low_memory: as for `detect`. on_plan: is shown the plan
+    before anything is written. Returns path and manifest. Raises SwquantError; then `out` does not exist.
     """
     with _planned(
         model,
@@ -94,6 +100,7 @@ def compress(
         changes,
         to_overwrite=overwrite,
         low_memory=low_memory,
+        memory=memory,
         trust_remote_code=trust_remote_code,
         progress=progress,
     ) as planned:
@@ -109,6 +116,7 @@ def plan(
     *,
     format: str = "checkpoint",
     low_memory: bool = False,
+    memory: str | int | None = None,
     trust_remote_code: bool = False,
     progress: Progress = silent,
     **changes: Unpack[Keywords],
@@ -121,6 +129,7 @@ def plan(
         format,
         changes,
         low_memory=low_memory,
+        memory=memory,
         trust_remote_code=trust_remote_code,
         progress=progress,
     ) as planned:
@@ -137,6 +146,7 @@ def _planned(
     *,
     to_overwrite: bool | None = None,
     low_memory: bool,
+    memory: str | int | None,
     trust_remote_code: bool,
     progress: Progress,
 ) -> Iterator[Planned]:
@@ -156,9 +166,18 @@ def _planned(
         target = Path(out) if out is not None else Path(checkpoint.name + chosen.suffix + row.suffix)
         if to_overwrite is not None:
             check_destination(target, to_overwrite, checkpoint)
+        low_memory = low_memory or _beyond(memory, checkpoint, tokens=chosen.own_tokens)
         prepared = prepare(checkpoint, chosen, low_memory=low_memory, progress=progress)
         row.check_plan(prepared, export_to)
         yield Planned(prepared, target, row, export_to)
+
+
+def _beyond(memory: str | int | None, checkpoint: Checkpoint, tokens: int = 0) -> bool:
+    """Whether the model's weights have to stay in their files for the limit that was given."""
+    from swquant.models.memory import must_stay_on_disk
+
+    limit = parse_bytes(memory) if isinstance(memory, str) else memory
+    return limit is not None and must_stay_on_disk(checkpoint, limit, tokens=tokens)
 
 
 def export(

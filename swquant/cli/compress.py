@@ -12,6 +12,7 @@ from swquant.cli.options import OUTPUT, takes
 from swquant.cli.shared import (
     JsonOption,
     LowMemoryOption,
+    MemoryOption,
     TrustOption,
     make_progress,
     out,
@@ -64,6 +65,7 @@ def compress(
     ] = False,
     as_json: JsonOption = False,
     low_memory: LowMemoryOption = False,
+    memory: MemoryOption = None,
     trust_remote_code: TrustOption = False,
     *,
     options: CompressOptions,
@@ -83,6 +85,7 @@ def compress(
     how: dict[str, Any] = {
         "format": form,
         "low_memory": low_memory,
+        "memory": memory,
         "trust_remote_code": trust_remote_code,
         "progress": make_progress(as_json),
         **given,

@@ -10,6 +10,7 @@ import typer
 from swquant.cli.shared import (
     JsonOption,
     LowMemoryOption,
+    MemoryOption,
     ModelArgument,
     TrustOption,
     err,
@@ -37,6 +38,7 @@ def detect(
     ] = None,
     as_json: JsonOption = False,
     low_memory: LowMemoryOption = False,
+    memory: MemoryOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Find super weights and super activations with one prompt, and show the evidence."""
@@ -51,6 +53,7 @@ def detect(
         model,
         prompt,
         low_memory=low_memory,
+        memory=memory,
         trust_remote_code=trust_remote_code,
         progress=make_progress(as_json),
     )

@@ -23,6 +23,7 @@ __all__ = [
     "CheckpointArgument",
     "JsonOption",
     "LowMemoryOption",
+    "MemoryOption",
     "ModelArgument",
     "RestoreOption",
     "TrustOption",
@@ -59,6 +60,16 @@ TrustOption = Annotated[
 LowMemoryOption = Annotated[
     bool,
     typer.Option("--low-memory", help="Probe with one layer's weights in memory at a time.", rich_help_panel=OTHER),
+]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="Stay under SIZE of memory (12GB): weights are left in their files where they must be.",
+        show_default=False,
+        rich_help_panel=OTHER,
+    ),
 ]
 RestoreOption = Annotated[
     bool,

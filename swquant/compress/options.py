@@ -225,6 +225,13 @@ class CompressOptions:
         return self.refine or ("none" if self.parsed_clip else PRESETS[self.preset])
 
     @property
+    def own_tokens(self) -> int:
+        """Of the text that the model writes itself, and reads layer by layer; 0 without --refine self."""
+        from swquant.detect.texts import LENGTH  # here: `swquant --help` must not wait for torch
+
+        return self.texts * LENGTH if self.refinement == "self" else 0
+
+    @property
     def outlier_fraction(self) -> float:
         """Of each tensor, beside its super weights."""
         if self.outliers is not None:

@@ -1,8 +1,19 @@
-"""How much memory there is, and whether a model fits into it."""
+"""How much memory there is, whether a model fits into it, and what it takes where its weights stay in their files.
+
+    whole model     its weights in float32 and, while it is built, as they are stored, beside what follows
+    layer by layer  1 GiB (interpreter, libraries, pieces of tensors) + three times the largest tensor as it is stored;
+                    three times the largest layer where the model reads text of its own (a layer's Gram matrices are
+                    about twice as large as its weights), and the keys and values of that text while it is written
+
+`benchmarks/memory.py` holds the second to what the kernel says.
+"""
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,9 +21,11 @@ from exporters.errors import SwquantError
 from swquant.checkpoints.base import Checkpoint
 from swquant.units import human_bytes
 
-__all__ = ["available_memory", "check_memory", "fits_in_memory"]
+__all__ = ["available_memory", "check_memory", "fits_in_memory", "must_stay_on_disk"]
 
 _GROUP = Path("/sys/fs/cgroup")
+_PROGRAM = 1 << 30
+_LAYER = re.compile(r".*?\.\d+\.")  # of a tensor's name: what all those of its layer begin with
 
 
 def _left_in_group() -> int | None:
@@ -57,3 +70,34 @@ def check_memory(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> No
             f"{checkpoint.name}: takes {human_bytes(needed)} of memory, {human_bytes(free)} are free; "
             "close other programs, or use a larger machine"
         )
+
+
+def must_stay_on_disk(checkpoint: Checkpoint, limit: int, *, tokens: int = 0) -> bool:
+    """Whether weights have to stay in their files for a run to take at most `limit` bytes. tokens: of the text that the
+    model writes itself and reads, 0 for none. Raises SwquantError where the limit is too small for either way."""
+    stored = checkpoint.tensors
+    layers: Counter[str] = Counter()
+    for name, tensor in stored.items():
+        layer = _LAYER.match(name) if tokens else None
+        layers[layer[0] if layer else name] += tensor.nbytes
+    least = _PROGRAM + 3 * max(layers.values()) + tokens * _bytes_per_token(checkpoint.config)
+    whole = least + _bytes_as(checkpoint, torch.float32) + _bytes_as(checkpoint, None)
+    if limit >= whole:
+        return False
+    if checkpoint.can_stay_on_disk and limit >= least:
+        return True
+    needed = least if checkpoint.can_stay_on_disk else whole
+    remedy = "give it so much" if checkpoint.can_stay_on_disk else f"safetensors would take {human_bytes(least)}"
+    if tokens:
+        remedy += ", or fewer --texts"
+    raise SwquantError(f"{checkpoint.name}: needs {human_bytes(needed)}, --memory is {human_bytes(limit)}; {remedy}")
+
+
+def _bytes_per_token(config: Any) -> int:
+    """Of a token's keys and values, or of its hidden states between two layers, in float32, whichever is more."""
+    text = config.get_text_config()
+    hidden, layers = (getattr(text, key, 0) or 0 for key in ("hidden_size", "num_hidden_layers"))
+    heads = getattr(text, "num_attention_heads", 0) or 1
+    head = getattr(text, "head_dim", None) or hidden // heads
+    kept = getattr(text, "num_key_value_heads", None) or heads
+    return int(max(2 * layers * kept * head, 4 * hidden) * torch.float32.itemsize)

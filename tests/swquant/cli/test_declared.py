@@ -37,7 +37,17 @@ KEYWORDS: dict[type, type] = {
 FIELDS = [pytest.param(name, item, id=f"{name} {flag(item.name)}") for name, of in TAKEN.items() for item in fields(of)]
 # What is no field: where to read and write, and how to talk.
 OWN = {
-    "compress": {"model", "out_folder", "form", "dry_run", "overwrite", "as_json", "low_memory", "trust_remote_code"},
+    "compress": {
+        "model",
+        "out_folder",
+        "form",
+        "dry_run",
+        "overwrite",
+        "as_json",
+        "low_memory",
+        "memory",
+        "trust_remote_code",
+    },
     "export": {"checkpoint", "out_folder", "overwrite", "as_json", "trust_remote_code"},
     "study": {"model", "text", "out_folder", "as_json", "trust_remote_code"},
 }
