@@ -8,7 +8,8 @@ beside the safetensors package, whose files it reads and writes:
   resident memory until the kernel takes it back, and a file that shrinks under a map kills the process;
   a short read is an error message. (The package can do that, too, but more slowly: docs/decisions.md.)
 - Writing streams. Sizes are known before the first byte (a plan has been made), so the header goes
-  first and tensors follow one at a time, hashed as they pass.
+  first and tensors follow one at a time, hashed as they pass. What a killed process left of a file can be
+  taken up again, tensor by tensor, as far as the hashes of its bytes are those that it was known to have.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ from torch import Tensor
 from exporters.errors import CheckpointError
 from exporters.json_file import parse_json
 
-__all__ = ["Entry", "FileRecord", "SafetensorsReader", "SafetensorsWriter", "dtype_name"]
+__all__ = ["Begun", "Entry", "FileRecord", "SafetensorsReader", "SafetensorsWriter", "dtype_name"]
 
 # The safetensors package refuses longer headers too; a model of 100,000 tensors needs 12 MB.
 _MAX_HEADER = 100_000_000
+_PIECE = 1 << 22
 
 _DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -210,11 +212,30 @@ class SafetensorsReader:
         self.close()
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A part of a file that is there already: where it ends, the running sha256 up to there, and the tensors that
+    were found in it last, with theirs."""
+
+    nbytes: int
+    hash: Any  # hashlib has no name for its type
+    tensors: Mapping[str, str]
+
+
+def _begins_with(path: Path, head: bytes) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(head)) == head
+    except OSError:
+        return False
+
+
 class SafetensorsWriter:
     """Streaming writer of one file, whose tensors are announced first and then written in any grouping
     but in that order.
 
-    layout: (name, dtype, shape) in the order in which `write` will be called.
+    layout: (name, dtype, shape) in the order in which `write` will be called. begun: an earlier process may have left a
+    part of this file; what `holds` finds in it is passed over by `go_on`, and the first `write` cuts off what follows.
     """
 
     def __init__(
@@ -222,6 +243,8 @@ class SafetensorsWriter:
         path: str | os.PathLike[str],
         layout: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
         metadata: Mapping[str, str] | None = None,
+        *,
+        begun: bool = False,
     ) -> None:
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         position = 0
@@ -237,20 +260,67 @@ class SafetensorsWriter:
             self._expected.append((name, entry))
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # tensors then begin on a multiple of 8
+        head = len(text).to_bytes(8, "little") + text
         self.path = Path(path)
-        self._file = open(self.path, "wb")  # noqa: SIM115 - closed by finish() or close()
         self._hash = hashlib.sha256()
         self._nbytes = 0
         self._done: dict[str, str] = {}
-        self._emit(len(text).to_bytes(8, "little") + text)
+        self._begun = begun and _begins_with(self.path, head)
+        self._file = open(self.path, "r+b" if self._begun else "wb")  # noqa: SIM115 - closed by finish() or close()
+        if self._begun:
+            self.go_on(Begun(len(head), hashlib.sha256(head), {}))
+        else:
+            self._emit(head)
+
+    def holds(self, tensors: Mapping[str, str]) -> Begun | None:
+        """What lies in the file where the next announced tensors belong, if these are their names and sha256. None
+        where it is anything else. Nothing is passed over yet."""
+        expected = self._expected[len(self._done) :][: len(tensors)]
+        if not self._begun or [name for name, _ in expected] != list(tensors):
+            return None
+        nbytes, whole = self._nbytes, self._hash.copy()
+        for name, entry in expected:
+            own, end = hashlib.sha256(), nbytes + entry.nbytes
+            while nbytes < end:
+                try:
+                    piece = os.pread(self._file.fileno(), min(_PIECE, end - nbytes), nbytes)
+                except OSError:  # a bad sector: it is written again
+                    return None
+                if not piece:
+                    return None
+                own.update(piece)
+                whole.update(piece)
+                nbytes += len(piece)
+            if own.hexdigest() != tensors[name]:
+                return None
+        return Begun(nbytes, whole, tensors)
+
+    def go_on(self, begun: Begun) -> None:
+        """Pass over what `holds` found."""
+        self._nbytes, self._hash = begun.nbytes, begun.hash
+        self._done |= begun.tensors
+        self._file.seek(self._nbytes)
+
+    def flush(self) -> None:
+        """Everything written so far is on the disk when this returns. Raises OSError."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def _emit(self, data: bytes | memoryview) -> None:
+        self._cut()
         self._file.write(data)
         self._hash.update(data)
         self._nbytes += len(data)
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Append the next announced tensor. Raises ValueError if it is another, or of another form."""
+    def _cut(self) -> None:
+        """What another process left behind this place is of no use."""
+        if self._begun:
+            self._file.truncate()
+            self._begun = False
+
+    def write(self, name: str, tensor: Tensor) -> str:
+        """Append the next announced tensor. Returns its sha256. Raises ValueError if it is another, or of another
+        form."""
         if len(self._done) == len(self._expected):
             raise ValueError(f"{self.path}: {name} was not announced")
         expected, entry = self._expected[len(self._done)]
@@ -265,13 +335,14 @@ class SafetensorsWriter:
         )
         self._emit(data)
         self._done[name] = hashlib.sha256(data).hexdigest()
+        return self._done[name]
 
     def finish(self) -> FileRecord:
         """Flush to disk and close. Raises ValueError if announced tensors are missing."""
         if len(self._done) != len(self._expected):
             raise ValueError(f"{self.path}: {len(self._expected) - len(self._done)} announced tensors were not written")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._cut()
+        self.flush()
         self._file.close()
         return FileRecord(self._nbytes, self._hash.hexdigest(), self._done)
 

@@ -73,18 +73,23 @@ def _name(of_set: str, tensor: str, part: str) -> str:
 
 
 class SidecarWriter:
-    """Streams the announced patches, in their order."""
+    """Streams the announced patches, in their order. begun: see `SafetensorsWriter`, whose methods these are."""
 
-    def __init__(self, path: Path, patches: Sequence[PlannedPatch]) -> None:
+    def __init__(self, path: Path, patches: Sequence[PlannedPatch], *, begun: bool = False) -> None:
         layout = [part for patch in patches for part in patch.layout]
         used = {patch.set for patch in patches}
         sets = {name: _description(name) for name in SETS if name in used}
         metadata = {"format": _FORMAT, "version": _VERSION, "sets": json.dumps(sets)}
-        self._writer = SafetensorsWriter(path, layout, metadata)
+        self._writer = SafetensorsWriter(path, layout, metadata, begun=begun)
+        self.holds, self.go_on, self.flush = self._writer.holds, self._writer.go_on, self._writer.flush
 
-    def write(self, of_set: str, tensor: str, patch: Patch) -> None:
-        for part, value in parts_of(patch).items():
-            self._writer.write(_name(of_set, tensor, part), value)
+    def write(self, of_set: str, tensor: str, patch: Patch) -> dict[str, str]:
+        """Append the next announced patch. Returns stored name -> sha256 of its parts."""
+        return {
+            name: self._writer.write(name, value)
+            for part, value in parts_of(patch).items()
+            for name in [_name(of_set, tensor, part)]
+        }
 
     def finish(self) -> FileRecord:
         return self._writer.finish()

@@ -78,6 +78,7 @@ def compress(
     *,
     format: str = "checkpoint",
     overwrite: bool = False,
+    fresh: bool = False,
     low_memory: bool = False,
     memory: str | int | None = None,
     trust_remote_code: bool = False,
@@ -90,7 +91,8 @@ def compress(
     out: the folder to create, `<name>-w4-b128` in the current folder by default. format: checkpoint or onnx.
     options and changes: a `CompressOptions`, or its fields as keywords (bits, block, symmetric, clip, restore,
     outliers, dense, …), and for onnx those of `export`. memory, low_memory: as for `detect`. on_plan: is shown the plan
-    before anything is written. Returns path and manifest. Raises SwquantError; then `out` does not exist.
+    before anything is written. A run that was interrupted is taken up by the same call; fresh: start over. Returns path
+    and manifest. Raises SwquantError; then `out` does not exist.
     """
     with _planned(
         model,
@@ -99,6 +101,7 @@ def compress(
         format,
         changes,
         to_overwrite=overwrite,
+        fresh=fresh,
         low_memory=low_memory,
         memory=memory,
         trust_remote_code=trust_remote_code,
@@ -106,7 +109,7 @@ def compress(
     ) as planned:
         if on_plan is not None:
             on_plan(planned)
-        return planned.run(overwrite=overwrite, progress=progress)
+        return planned.run(overwrite=overwrite, fresh=fresh, progress=progress)
 
 
 def plan(
@@ -145,6 +148,7 @@ def _planned(
     changes: Mapping[str, Any],
     *,
     to_overwrite: bool | None = None,
+    fresh: bool = False,
     low_memory: bool,
     memory: str | int | None,
     trust_remote_code: bool,
@@ -160,16 +164,20 @@ def _planned(
     row.require()
     from swquant.checkpoints.open import open_checkpoint
     from swquant.compress.pipeline import prepare
+    from swquant.compress.resuming import check_leftover, head_of, identity, leftover_sentence
     from swquant.output.destination import check_destination
 
     with open_checkpoint(model, trust_remote_code=trust_remote_code) as checkpoint:
         target = Path(out) if out is not None else Path(checkpoint.name + chosen.suffix + row.suffix)
         if to_overwrite is not None:
             check_destination(target, to_overwrite, checkpoint)
+            if not fresh:
+                check_leftover(target, identity(checkpoint, chosen))
         low_memory = low_memory or _beyond(memory, checkpoint, tokens=chosen.own_tokens)
         prepared = prepare(checkpoint, chosen, low_memory=low_memory, progress=progress)
         row.check_plan(prepared, export_to)
-        yield Planned(prepared, target, row, export_to)
+        head = head_of(prepared.checkpoint, prepared.found, prepared.plan)
+        yield Planned(prepared, target, row, export_to, leftover_sentence(target, head))
 
 
 def _beyond(memory: str | int | None, checkpoint: Checkpoint, tokens: int = 0) -> bool:
@@ -331,5 +339,5 @@ def study(
             return study_checkpoint(checkpoint, text, target, chosen, text_name=text_name, progress=progress)
         except KeyboardInterrupt as interrupt:
             if (target / "cache").is_dir():
-                interrupt.add_note(f"What was measured stays in {target} and is used by the next run")
+                interrupt.add_note(f"what was measured stays in {target} and is used by the next run")
             raise

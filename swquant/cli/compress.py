@@ -63,6 +63,14 @@ def compress(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it is a checkpoint already.", rich_help_panel=OUTPUT)
     ] = False,
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh",
+            help="Start over, where an interrupted run would be gone on with.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
     as_json: JsonOption = False,
     low_memory: LowMemoryOption = False,
     memory: MemoryOption = None,
@@ -93,4 +101,5 @@ def compress(
     if dry_run:
         show(plan(model, out_folder, options, **how))
     else:
-        show_written(compress_model(model, out_folder, options, overwrite=overwrite, on_plan=show, **how), as_json)
+        result = compress_model(model, out_folder, options, overwrite=overwrite, fresh=fresh, on_plan=show, **how)
+        show_written(result, as_json)

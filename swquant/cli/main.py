@@ -65,17 +65,21 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         app(words, prog_name="swquant")
     except SwquantError as error:
-        _fail(str(error))
+        _fail(str(error), error)
     except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), error)
     except (MemoryError, RuntimeError) as error:
         if not _is_no_memory(error):
             raise
-        _fail("not enough memory; close other programs, add --low-memory where there is one, or use a larger machine")
+        _fail(
+            "not enough memory; close other programs, add --low-memory where there is one, or use a larger machine",
+            error,
+        )
     except SystemExit as end:
         if end.code == 130:
+            kept = _notes(end) or "nothing half-written was left behind"
             with suppress(OSError):  # after SIGHUP there is no terminal any more
-                err.print("interrupted; nothing half-written was left behind")
+                err.print(f"interrupted; {marked_sentence(kept)}", soft_wrap=True)
         raise
 
 
@@ -85,6 +89,17 @@ def _is_no_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
-def _fail(message: str) -> None:
-    err.print(f"[bold red]error:[/] {marked_sentence(message)}", soft_wrap=True)
+def _notes(error: BaseException) -> str:
+    """What the pipelines added to an error, or to the one that it comes from: what is not lost."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if notes := getattr(cause, "__notes__", ()):
+            return "; ".join(notes)
+        cause = cause.__cause__ or cause.__context__
+    return ""
+
+
+def _fail(message: str, error: BaseException) -> None:
+    kept = _notes(error)
+    err.print(f"[bold red]error:[/] {marked_sentence(f'{message}; {kept}' if kept else message)}", soft_wrap=True)
     sys.exit(1)

@@ -12,7 +12,6 @@ from swquant.cli.shared import (
     JsonOption,
     ModelArgument,
     TrustOption,
-    err,
     make_progress,
     out,
     print_json,
@@ -55,15 +54,10 @@ def study(
     """Repeat the super weight paper's experiments on MODEL and write a report."""
     from swquant.api import study as study_model
 
-    try:
-        result = study_model(
-            model, text_of(text), out_folder, options, text_name=text.name, trust_remote_code=trust_remote_code,
-            progress=make_progress(as_json),
-        )  # fmt: skip
-    except KeyboardInterrupt as interrupt:
-        for note in getattr(interrupt, "__notes__", ()):
-            err.print(sentence(note), markup=False, soft_wrap=True)
-        raise
+    result = study_model(
+        model, text_of(text), out_folder, options, text_name=text.name, trust_remote_code=trust_remote_code,
+        progress=make_progress(as_json),
+    )  # fmt: skip
     if as_json:
         print_json({"path": str(result.path), **result.record})
         return

@@ -4,12 +4,14 @@
     manifest -> verify -> rename
 
 Everything is written into a hidden folder beside OUT, verified there, and renamed as the last act. Whatever
-happens before that, OUT does not exist (or, with overwrite, is still the old one).
+happens before that, OUT does not exist (or, with overwrite, is still the old one), and the hidden folder holds what the
+same command goes on from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,16 +23,21 @@ from swquant.compress.budget import bits_within
 from swquant.compress.options import CompressOptions
 from swquant.compress.plan import Plan, make_plan, tied_copies
 from swquant.compress.rehearsal import rehearsed_plan
+from swquant.compress.resuming import check_leftover, head_of
 from swquant.compress.writing import Prepared, write_all
 from swquant.detect.found import Found
 from swquant.detect.pipeline import find_super_weights
 from swquant.models.architecture import Architecture, LinearKind
 from swquant.models.converted import as_built
-from swquant.output.destination import check_destination, check_space, replace, unfinished, writing
+from swquant.output.contents import size_of
+from swquant.output.destination import check_destination, check_space, replace, writing
+from swquant.output.hidden import JOURNAL
+from swquant.output.journal import Journal
+from swquant.output.resumable import resumable
 from swquant.output.verification import verify
 from swquant.progress import Progress, silent
 
-__all__ = ["Compressed", "compress_checkpoint", "prepare", "write"]
+__all__ = ["Compressed", "compress_checkpoint", "prepare", "write", "written"]
 
 
 @dataclass(frozen=True)
@@ -82,28 +89,41 @@ def compress_checkpoint(
     options: CompressOptions,
     *,
     overwrite: bool = False,
+    fresh: bool = False,
     low_memory: bool = False,
     progress: Progress = silent,
 ) -> Compressed:
     """Probe, plan and write. Raises SwquantError for everything the user can mend."""
     check_destination(out, overwrite, checkpoint)
-    return write(
-        prepare(checkpoint, options, low_memory=low_memory, progress=progress),
-        out,
-        overwrite=overwrite,
-        progress=progress,
-    )
+    prepared = prepare(checkpoint, options, low_memory=low_memory, progress=progress)
+    return write(prepared, out, overwrite=overwrite, fresh=fresh, progress=progress)
 
 
-def write(prepared: Prepared, out: Path, *, overwrite: bool = False, progress: Progress = silent) -> Compressed:
-    """Carry out a plan. `out` appears whole or not at all."""
+def write(
+    prepared: Prepared, out: Path, *, overwrite: bool = False, fresh: bool = False, progress: Progress = silent
+) -> Compressed:
+    """Carry out a plan. `out` appears whole or not at all. An interrupted run is taken up, unless `fresh`."""
     check_destination(out, overwrite, prepared.checkpoint)
-    check_space(out, prepared.plan.nbytes)
-    with writing(out, prepared.plan.nbytes), unfinished(out) as folder:
-        manifest = write_all(prepared, folder, progress)
+    with written(prepared, out, fresh=fresh, progress=progress) as result:
+        replace(result.path, out, overwrite)
+    return Compressed(out, result.manifest)
+
+
+@contextmanager
+def written(prepared: Prepared, out: Path, *, fresh: bool, progress: Progress) -> Iterator[Compressed]:
+    """The finished checkpoint, verified, in a hidden folder beside `out` that does not outlive the block; what an
+    interrupted run left there is taken up, unless `fresh`."""
+    checkpoint, plan = prepared.checkpoint, prepared.plan
+    head = head_of(checkpoint, prepared.found, plan)
+    if not fresh:
+        check_leftover(out, head)
+    with writing(out, plan.nbytes), resumable(out, fresh=fresh) as hidden:
+        folder = hidden / f"{checkpoint.name[:40]}{plan.options.suffix}"
+        check_space(out, plan.nbytes - size_of(folder))
+        with closing(Journal(hidden / JOURNAL, head)) as journal:
+            manifest = write_all(prepared, journal, folder, progress)
         with progress.step("Verifying every byte"):
             problems = verify(folder)
         if problems:
             raise SwquantError(f"{out}: the result does not verify ({problems[0]}); is the disk sound?")
-        replace(folder, out, overwrite)
-    return Compressed(out, manifest)
+        yield Compressed(folder, manifest)

@@ -1,20 +1,18 @@
 """The writer: takes rounded tensors in the order of the plan, and writes shards, sidecar and all other files.
 
-It is the only one that writes, so the bytes cannot depend on where the tensors were rounded.
+It is the only one that writes, so the bytes cannot depend on where the tensors were rounded. What it has written it
+says in a journal (`resuming`), and where there is one already, it goes on from there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from exporters.json_file import write_json
-from exporters.safetensors_file import FileRecord, SafetensorsWriter
-from exporters.sidecar import SIDECAR, SidecarWriter
+from exporters.safetensors_file import FileRecord
 from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.manifest import write_manifest
 from swquant.checkpoints.schema import CheckpointManifest, TensorRecord
@@ -24,10 +22,14 @@ from swquant.compress.loaders import loader_table
 from swquant.compress.plan import Plan, TensorPlan
 from swquant.compress.records import activations_record, measured_record, tensor_record
 from swquant.compress.report import REPORT, checkpoint_report
+from swquant.compress.resuming import Steps
 from swquant.compress.tensor import RoundedTensor, round_tensor
+from swquant.compress.weights import WeightFiles
 from swquant.detect.found import Found
 from swquant.detect.own_text import SelfText
 from swquant.detect.record import detection_record
+from swquant.output.contents import remove_all_but
+from swquant.output.journal import Journal
 from swquant.output.verification import file_table
 from swquant.progress import Bar, Progress
 from swquant.version import __version__
@@ -45,11 +47,11 @@ class Prepared:
     low_memory: bool = False
 
 
-def write_all(prepared: Prepared, folder: Path, progress: Progress) -> CheckpointManifest:
-    """Everything that belongs into OUT. Returns the manifest."""
+def write_all(prepared: Prepared, journal: Journal, folder: Path, progress: Progress) -> CheckpointManifest:
+    """Everything that belongs into OUT, from where the journal of an interrupted run ends. Returns the manifest."""
     checkpoint, plan = prepared.checkpoint, prepared.plan
-    (folder / "swquant").mkdir()
-    records, written = _write_weights(prepared, folder, progress)
+    (folder / "swquant").mkdir(parents=True, exist_ok=True)
+    records, written = _write_weights(prepared, journal, folder, progress)
     checkpoint.save_companions(folder)
     write_json(folder / "config.json", checkpoint_config(checkpoint, plan, prepared.found.architecture), constants=True)
     page = checkpoint_report(checkpoint.name, prepared.found, plan, records)
@@ -80,10 +82,12 @@ def write_all(prepared: Prepared, folder: Path, progress: Progress) -> Checkpoin
     )
 
 
-def _rounded(prepared: Prepared, bar: Bar, text: SelfText | None) -> Iterator[tuple[TensorPlan, RoundedTensor]]:
-    """Every tensor in the order of the plan, one in memory at a time."""
+def _rounded(
+    prepared: Prepared, tensors: Sequence[TensorPlan], bar: Bar, text: SelfText | None
+) -> Iterator[tuple[TensorPlan, RoundedTensor]]:
+    """Tensors in the order of the plan, one in memory at a time."""
     found, refinement = prepared.found, prepared.plan.options.refinement
-    for tensor in prepared.plan.tensors:
+    for tensor in tensors:
         bar.advance(tensor.name, tensor.source.nbytes)
         # No name for the weight: it would live on beside the next one.
         yield (
@@ -93,43 +97,37 @@ def _rounded(prepared: Prepared, bar: Bar, text: SelfText | None) -> Iterator[tu
 
 
 def _write_weights(
-    prepared: Prepared, folder: Path, progress: Progress
+    prepared: Prepared, journal: Journal, folder: Path, progress: Progress
 ) -> tuple[dict[str, TensorRecord], dict[str, FileRecord]]:
     """The shards, their index and the sidecar, the only files that weights are written to. Returns the tensors' records
     and the files'."""
     plan, found = prepared.plan, prepared.found
-    files: dict[str, FileRecord] = {}
-    records: dict[str, TensorRecord] = {}
-    weight_map: dict[str, str] = {}
-    patched = [patch for tensor in plan.tensors for patch in tensor.patches]
     with ExitStack() as stack:
-        text = stack.enter_context(
-            text_of(prepared.checkpoint, found, plan, low_memory=prepared.low_memory, progress=progress)
-        )
-        sidecar = SidecarWriter(folder / SIDECAR, patched) if patched else None
-        if sidecar is not None:
-            stack.callback(sidecar.close)
-        tensors = _rounded(prepared, stack.enter_context(progress.bytes("Compressing", plan.source_bytes)), text)
-        for index, shard in enumerate(plan.shards, start=1):
-            name = f"model-{index:05d}-of-{len(plan.shards):05d}.safetensors"
-            layout = [(key, *form) for tensor in shard for key, form in tensor.layout.items()]
-            writer = SafetensorsWriter(folder / name, layout, {"format": "pt"})
-            stack.callback(writer.close)
-            measured: dict[str, dict[str, Any]] = {}
-            for tensor, rounded in islice(tensors, len(shard)):
-                for key, part in rounded.parts.items():
-                    writer.write(key, part)
-                for of_set, patch in rounded.patches.items():
-                    assert sidecar is not None
-                    sidecar.write(of_set, tensor.name, patch)
-                measured[tensor.name] = measured_record(tensor, rounded, found, plan.options)
-                del rounded  # before the next one is made
-            files[name] = writer.finish()
-            for tensor in shard:
-                records[tensor.name] = tensor_record(tensor, plan, name, files[name].tensors, measured[tensor.name])
-                weight_map |= dict.fromkeys(tensor.layout, name)
-        if sidecar is not None:
-            files[SIDECAR] = sidecar.finish()
+        files = stack.enter_context(closing(WeightFiles(folder, plan, begun=bool(journal.entries))))
+        remove_all_but(files.names, folder)
+        steps = Steps(journal, files)
+        stack.enter_context(steps.saved())
+        if steps.taken_up:
+            progress.note(f"Going on: {steps.taken_up} of {len(plan.tensors)} tensors were there")
+        before, rest = plan.tensors[: steps.taken_up], plan.tensors[steps.taken_up :]
+        text = None
+        if rest:
+            text = stack.enter_context(
+                text_of(prepared.checkpoint, found, plan, low_memory=prepared.low_memory, progress=progress)
+            )
+        bar = stack.enter_context(progress.bytes("Compressing", plan.source_bytes))
+        bar.advance("", sum(tensor.source.nbytes for tensor in before))
+        for tensor, rounded in _rounded(prepared, rest, bar, text):
+            digests = files.write(rounded)
+            steps.add({**digests, "measured": measured_record(tensor, rounded, found, plan.options)}, tensor.nbytes)
+            del rounded  # before the next one is made
+        steps.save()
+        written = files.finish()
+    records = {
+        tensor.name: tensor_record(tensor, plan, files.shards[tensor.name], step["sha256"], step["measured"])
+        for tensor, step in zip(plan.tensors, steps.done, strict=True)
+    }
+    weight_map = {part: files.shards[tensor.name] for tensor in plan.tensors for part in tensor.layout}
     total = sum(tensor.nbytes for tensor in plan.tensors)
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return records, files
+    return records, written

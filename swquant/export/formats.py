@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from exporters.errors import SwquantError
 from swquant.declared import flag
@@ -23,6 +23,14 @@ if TYPE_CHECKING:
     from swquant.export.onnx.pipeline import Exported
 
 __all__ = ["FORMATS", "Format", "Planned", "format_named", "option_names"]
+
+
+class Carrying(TypedDict):
+    """How a plan is carried out, see `Planned.run`."""
+
+    overwrite: bool
+    fresh: bool
+    progress: Progress
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class Format:
     options: type[Any] | None
     require: Callable[[], None]
     check_plan: Callable[[Prepared, Any], None]
-    run: Callable[[Planned, bool, Progress], Compressed | Exported]
+    run: Callable[[Planned, Carrying], Compressed | Exported]
 
     def suited(self, options: CompressOptions) -> CompressOptions:
         """The options with the offsets that it holds best, unless they were chosen. Raises SwquantError for a kind that
@@ -68,16 +76,17 @@ class Format:
 @dataclass(frozen=True)
 class Planned:
     """What `compress` is about to write: the plan, where to, in which format, and the options that only this format
-    has."""
+    has. left: a sentence on what another run left of OUT, "" where there is nothing."""
 
     prepared: Prepared
     out: Path
     format: Format
     export: Any
+    left: str = ""
 
-    def run(self, *, overwrite: bool, progress: Progress) -> Compressed | Exported:
-        """Carry it out."""
-        return self.format.run(self, overwrite, progress)
+    def run(self, *, overwrite: bool, fresh: bool = False, progress: Progress) -> Compressed | Exported:
+        """Carry it out. overwrite: OUT may be replaced. fresh: what an interrupted run left is not taken up."""
+        return self.format.run(self, {"overwrite": overwrite, "fresh": fresh, "progress": progress})
 
 
 def option_names(formats: Iterable[Format] | None = None) -> tuple[str, ...]:
@@ -97,10 +106,10 @@ def _nothing(*_: object) -> None:
     """Nothing to require, nothing that cannot be expressed."""
 
 
-def _write_checkpoint(planned: Planned, overwrite: bool, progress: Progress) -> Compressed:
+def _write_checkpoint(planned: Planned, how: Carrying) -> Compressed:
     from swquant.compress.pipeline import write
 
-    return write(planned.prepared, planned.out, overwrite=overwrite, progress=progress)
+    return write(planned.prepared, planned.out, **how)
 
 
 def _require_onnx() -> None:
@@ -115,10 +124,10 @@ def _check_for_onnx(prepared: Prepared, options: ExportOptions) -> None:
     check_plan(prepared, options)
 
 
-def _write_onnx(planned: Planned, overwrite: bool, progress: Progress) -> Exported:
+def _write_onnx(planned: Planned, how: Carrying) -> Exported:
     from swquant.export.onnx.pipeline import write_exported
 
-    return write_exported(planned.prepared, planned.out, planned.export, overwrite=overwrite, progress=progress)
+    return write_exported(planned.prepared, planned.out, planned.export, **how)
 
 
 _ROWS = (

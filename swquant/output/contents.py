@@ -7,14 +7,14 @@ and folders with nothing in them.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from exporters.errors import SwquantError
 from exporters.text import shown
 from swquant.checkpoints.manifest import MANIFEST, read_manifest
 
-__all__ = ["contents", "strangers", "why_not_ours"]
+__all__ = ["contents", "remove_all_but", "size_of", "strangers", "why_not_ours"]
 
 
 def contents(folder: Path) -> set[str]:
@@ -31,6 +31,18 @@ def contents(folder: Path) -> set[str]:
         if not folders and not files and below != Path():
             names.add(f"{below.as_posix()}/")
     return names
+
+
+def remove_all_but(names: Collection[str], folder: Path) -> None:
+    """Remove all files below `folder` but those with these names. Folders stay. Raises OSError."""
+    for name in contents(folder) - set(names):
+        if not name.endswith("/"):
+            (folder / name).unlink()
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files below `folder`, 0 where there is none."""
+    return sum((folder / name).lstat().st_size for name in contents(folder)) if folder.is_dir() else 0
 
 
 def strangers(folder: Path, listed: Mapping[str, object]) -> list[str]:

@@ -25,7 +25,7 @@ from swquant.checkpoints.companions import check_readable
 from swquant.interrupts import sigterm_interrupts, uninterrupted
 from swquant.output.contents import why_not_ours
 from swquant.output.exchange import flush, flush_folder, swap, swap_back
-from swquant.output.hidden import locked_file, locked_folder, remove_dead, visible
+from swquant.output.hidden import forget, locked_file, locked_folder, remove_dead, visible
 from swquant.scratch import lock, same
 
 __all__ = ["check_destination", "check_space", "replace", "unfinished", "write_whole", "writing"]
@@ -80,11 +80,11 @@ def _is_mount_point(folder: Path) -> bool:
     return False
 
 
-def _no_space(out: Path, needed: int | None) -> SwquantError:
+def _no_space(out: Path, needed: int | None, remedy: str = "choose another OUT") -> SwquantError:
     """The error that says so, with the numbers."""
     sizes = "" if needed is None else f"{needed / 1e9:.2f} GB are needed, "
     sizes += f"{shutil.disk_usage(out.resolve().parent).free / 1e9:.2f} GB are free"
-    return SwquantError(f"{visible(out)}: no space left; {sizes}; choose another OUT")
+    return SwquantError(f"{visible(out)}: no space left; {sizes}; {remedy}")
 
 
 def check_space(out: Path, needed: int) -> None:
@@ -100,10 +100,15 @@ def writing(out: Path, needed: int | None = None, *, option: str = "OUT") -> Ite
     try:
         yield
     except OSError as error:
+        notes = getattr(error, "__notes__", ())
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _no_space(out, needed) from None
-        named = visible(Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else out)
-        raise SwquantError(f"{named}: cannot be written ({error.strerror or error}); give another {option}") from None
+            problem = _no_space(out, needed, "make room" if notes else "choose another OUT")
+        else:
+            named = visible(Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else out)
+            problem = SwquantError(f"{named}: cannot be written ({error.strerror or error}); give another {option}")
+        for note in notes:  # what is not lost
+            problem.add_note(note)
+        raise problem from None
 
 
 @cache
@@ -167,6 +172,7 @@ def _takes_place(folder: Path, target: Path, out: Path) -> bool:
         if problem := why_not_ours(old):  # nobody finds it under its name any more: this is the last word
             swap_back(folder, target, old)
             raise SwquantError(f"{out}: {problem}")
+        forget(folder.parent)  # what lies there now is the old one
         shutil.rmtree(old, ignore_errors=True)
         return True
 

@@ -2,14 +2,17 @@
 
     .NAME.partial-1a2b3c4d     what is not finished, a folder or a file; the old OUT, while it is deleted
     .NAME.replaced-1a2b3c4d    the old OUT between two renames, where the system cannot exchange two folders in one
+    .NAME.unfinished-1a2b3c4d  what an interrupted run can be taken up from (`resumable`)
 
 Whoever makes one holds a lock on it (`flock`), which the kernel lets go of when the process ends, however it ends. So
 the next run that writes into the same parent can tell the dead from the living, and removes the dead: those that have
-such a name, belong to this user and are not locked. An old OUT that a killed run had moved aside gets its name back.
+such a name, belong to this user and are not locked. An old OUT that a killed run had moved aside gets its name back,
+and what can be taken up stays.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import secrets
@@ -23,19 +26,65 @@ from exporters.errors import SwquantError
 from swquant.checkpoints.manifest import MANIFEST, read_manifest
 from swquant.interrupts import uninterrupted
 from swquant.output.contents import strangers
+from swquant.output.journal import read_journal
 from swquant.scratch import lock, same
 
-__all__ = ["hidden_name", "locked_file", "locked_folder", "remove_dead", "visible"]
+__all__ = [
+    "JOURNAL",
+    "foreign",
+    "forget",
+    "hidden_name",
+    "left_name",
+    "locked_file",
+    "locked_folder",
+    "remove_dead",
+    "visible",
+    "worth_keeping",
+]
 
-_PATTERN = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|replaced)-[0-9a-f]{8}", re.DOTALL)
+JOURNAL = "journal.jsonl"
+_PATTERN = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|replaced|unfinished)-[0-9a-f]{8}", re.DOTALL)
 _LONGEST = 100  # bytes of a name that are repeated; file systems allow 143 to 255 for the whole
 _TRIES = 100
 
 
+def _hidden(path: Path, kind: str, digits: str) -> Path:
+    name = os.fsencode(path.name)[:_LONGEST].decode(errors="ignore")
+    return path.with_name(f".{name}.{kind}-{digits}")
+
+
 def hidden_name(path: Path, kind: str = "partial") -> Path:
     """A new name beside `path`, which exists nowhere yet."""
-    name = os.fsencode(path.name)[:_LONGEST].decode(errors="ignore")
-    return path.with_name(f".{name}.{kind}-{secrets.token_hex(4)}")
+    return _hidden(path, kind, secrets.token_hex(4))
+
+
+def left_name(path: Path) -> Path:
+    """Where an interrupted run leaves what `path` will become: always the same."""
+    return _hidden(path, "unfinished", hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8])
+
+
+def worth_keeping(folder: Path) -> bool:
+    """Whether a run can be taken up from a folder: its journal has a step, and there is something that it is about."""
+    with suppress(OSError):
+        return len(read_journal(folder / JOURNAL)) > 1 and any(path.is_dir() for path in folder.iterdir())
+    return False
+
+
+def forget(folder: Path) -> None:
+    """No run takes up what is in this folder any more, if one could have."""
+    if (match := _PATTERN.fullmatch(folder.name)) and match["kind"] == "unfinished":
+        (folder / JOURNAL).unlink(missing_ok=True)
+
+
+def foreign(folder: Path) -> str | None:
+    """Something that swquant did not put into a hidden folder: whoever was killed while OUT was exchanged left the old
+    one there, and it was looked at only before. None where all is ours."""
+    for inner in (folder, *(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())):
+        if (inner / MANIFEST).is_file():
+            with suppress(SwquantError):  # killed while it was written, or deleted
+                if others := strangers(inner, read_manifest(inner)["files"]):
+                    return (inner / others[0]).relative_to(folder).as_posix()
+    return None
 
 
 def visible(path: Path) -> Path:
@@ -130,10 +179,6 @@ def _bury(folder: Path, match: re.Match[str]) -> None:
         if len(os.fsencode(out.name)) < _LONGEST:  # otherwise the name is cut
             folder.rename(out)
         return
-    if (folder / MANIFEST).is_file():
-        try:
-            if strangers(folder, read_manifest(folder)["files"]):
-                return
-        except SwquantError:  # killed while it was written, or deleted
-            pass
+    if foreign(folder) is not None or (match["kind"] == "unfinished" and worth_keeping(folder)):
+        return
     shutil.rmtree(folder, ignore_errors=True)

@@ -53,6 +53,7 @@ def plan_record(planned: Planned) -> dict[str, Any]:
         },
         "format": planned.format.name,
         "export": None if planned.export is None else planned.export.as_dict(),
+        "interrupted": planned.left or None,
     }
 
 
@@ -98,6 +99,8 @@ def show_plan(console: Console, planned: Planned, *, every_tensor: bool) -> None
         f"{record['bits_per_quantized_weight']:.3f} bits per quantized weight."
     )
     if every_tensor:
+        if planned.left:
+            console.print(sentence(f"Note: {planned.left}"), markup=False, soft_wrap=True)
         console.print(
             sentence(f"Nothing was written; without --dry-run this would become {planned.out}"),
             markup=False,

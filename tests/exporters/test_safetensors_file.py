@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,50 @@ def test_an_unfinished_file_and_one_tensor_too_many_are_refused(tmp_path):
     with pytest.raises(ValueError, match="a"):
         writer.write("a", torch.ones(2))
     assert writer.finish().nbytes == (tmp_path / "file").stat().st_size
+
+
+LAYOUT = [("a", torch.float32, (300, 7)), ("b", torch.bfloat16, (5,)), ("empty", torch.float32, (0,)), ("c", torch.int32, (9,))]  # fmt: skip
+
+
+def begun(path, count):
+    """A file whose first tensors were written when its writer was killed; what they are, and the sha256 of each."""
+    tensors = {name: torch.arange(math.prod(shape)).reshape(shape).to(dtype) for name, dtype, shape in LAYOUT}
+    writer = SafetensorsWriter(path, LAYOUT, {"format": "pt"})
+    digests = {name: writer.write(name, tensors[name]) for name, _, _ in LAYOUT[:count]}
+    writer.flush()
+    writer.close()
+    return tensors, digests
+
+
+@pytest.mark.parametrize("count", range(5))
+def test_a_begun_file_is_taken_up_where_it_ends(tmp_path, count):
+    tensors, digests = begun(tmp_path / "whole", 4)
+    begun(tmp_path / "file", count)
+    with open(tmp_path / "file", "ab") as file:
+        file.write(b"half of the next one, and more" * 10_000)
+    writer = SafetensorsWriter(tmp_path / "file", LAYOUT, {"format": "pt"}, begun=True)
+    for name in list(digests)[:count]:
+        writer.go_on(writer.holds({name: digests[name]}))
+    for name in list(digests)[count:]:
+        assert writer.write(name, tensors[name]) == digests[name]
+    record = writer.finish()
+    assert (tmp_path / "file").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert record.sha256 == hashlib.sha256((tmp_path / "whole").read_bytes()).hexdigest()
+    assert record.tensors == digests
+
+
+def test_what_is_not_there_as_it_was_is_not_held(tmp_path):
+    _, digests = begun(tmp_path / "file", 2)
+    writer = SafetensorsWriter(tmp_path / "file", LAYOUT, {"format": "pt"}, begun=True)
+    assert writer.holds({"a": digests["b"]}) is None  # another hash
+    assert writer.holds({"b": digests["b"]}) is None  # not its turn
+    assert writer.holds({**digests, "empty": digests["a"]}) is None  # one of several
+    assert writer.holds({**digests, "empty": hashlib.sha256().hexdigest(), "c": digests["a"]}) is None  # ends before
+    assert writer.holds(digests) is not None
+    writer.close()
+    other = SafetensorsWriter(tmp_path / "file", LAYOUT, {"format": "np"}, begun=True)  # another header: begins anew
+    assert other.holds(digests) is None
+    other.close()
 
 
 def test_a_dtype_without_a_name_is_refused_with_the_known_ones(tmp_path):

@@ -5,6 +5,9 @@
 Everything is imported once; every run is a fork of this process, killed by SIGKILL. Even kills come at any moment of a
 run, odd ones in the short time between the last check and the end, where OUT is exchanged and the old one deleted. Run
 number N is always killed at the same share of a run's time, so FIRST goes on where an earlier call ended. Prints JSON.
+
+A killed `compress` is then taken up, killed N % 3 times more while it is, and must end with the bytes of a run that
+nobody killed.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from swquant.checkpoints.open import open_checkpoint
 from swquant.compress import pipeline
 from swquant.compress.options import CompressOptions
 from swquant.output.destination import unfinished
+from swquant.output.resumable import leftover
 from swquant.progress import Progress
 
 PROMPT = "t5 t9 t17 t33 t64 t2 t81 t40 t11 t99"
@@ -97,6 +101,20 @@ def killed(run: Callable[[Progress], object], number: int, seconds: float, last:
     return os.waitpid(child, 0)[1] != 0
 
 
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def finished(run: Callable[[Progress], object], number: int, seconds: float, last: float) -> bool:
+    """Take a killed run up until it ends. Returns whether it ended well."""
+    for again in range(number % 3):
+        killed(run, 7 * number + 2 * again, seconds, last)
+    child, pipe = forked(run)
+    status = os.waitpid(child, 0)[1]
+    os.close(pipe)  # not before: who writes into a pipe that nobody reads is killed
+    return status == 0
+
+
 def main(verb: str, model: Path, folder: Path, first: int, count: int, seconds: float) -> dict[str, object]:
     torch.set_num_threads(1)
     until = time.monotonic() + seconds
@@ -117,7 +135,9 @@ def main(verb: str, model: Path, folder: Path, first: int, count: int, seconds: 
         prepared = pipeline.prepare(open_checkpoint(model), options)
     whole(run_into(out))
     length, last = whole(run_into(out))
-    found: dict[str, object] = {"kills": 0, "too late": 0, "broken": [], "lost": [], "debris": []}
+    expected = tree(out)
+    found: dict[str, object] = {"kills": 0, "too late": 0, "broken": [], "lost": [], "debris": [], "other bytes": []}
+    found |= {"taken up": 0}
     done = first
     while done < first + count and time.monotonic() < until:
         target = new if done % 4 > 1 else out
@@ -127,6 +147,10 @@ def main(verb: str, model: Path, folder: Path, first: int, count: int, seconds: 
             found["too late"] += 1  # type: ignore[operator]
         with unfinished(folder / "place" / "next"):  # what the next run does first
             pass
+        if verb == "compress":
+            found["taken up"] += leftover(target) is not None  # type: ignore[operator]
+            if not finished(run_into(target), done, length, last) or tree(target) != expected:
+                found["other bytes"].append(done)  # type: ignore[attr-defined]
         if not out.is_dir():
             found["lost"].append(done)  # type: ignore[attr-defined]
         for result in (out, new):

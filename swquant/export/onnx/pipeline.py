@@ -27,7 +27,7 @@ from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.compressed import CompressedCheckpoint
 from swquant.checkpoints.manifest import write_manifest
 from swquant.checkpoints.schema import CheckRecord, NodeRecord, OnnxManifest
-from swquant.compress.pipeline import write
+from swquant.compress.pipeline import written
 from swquant.compress.writing import Prepared
 from swquant.export.onnx.builder import check_builder
 from swquant.export.onnx.check import Reference, check_export, make_long_reference, make_reference
@@ -109,18 +109,24 @@ def _check_graph(checkpoint: Checkpoint, architecture: Architecture, options: Ex
 
 
 def write_exported(
-    prepared: Prepared, out: Path, options: ExportOptions, *, overwrite: bool = False, progress: Progress = silent
+    prepared: Prepared,
+    out: Path,
+    options: ExportOptions,
+    *,
+    overwrite: bool = False,
+    fresh: bool = False,
+    progress: Progress = silent,
 ) -> Exported:
-    """Carry out a plan and export the result; the checkpoint between the two is not kept. `out` appears whole or not at
-    all. Raises SwquantError."""
+    """Carry out a plan and export the result; the checkpoint between the two is kept only where that fails. `out`
+    appears whole or not at all. Raises SwquantError."""
     source = prepared.checkpoint
     check_destination(out, overwrite, source)
     check_plan(prepared, options)
-    with writing(out), unfinished(out) as scratch:
-        folder = scratch / f"{source.name[:40]}{prepared.plan.options.suffix}"
-        write(prepared, folder, progress=progress)
-        with CompressedCheckpoint(folder, unrounded=True, trust_remote_code=source.trust_remote_code) as checkpoint:
-            return export_checkpoint(checkpoint, out, options, overwrite=overwrite, progress=progress)
+    with (
+        written(prepared, out, fresh=fresh, progress=progress) as made,
+        CompressedCheckpoint(made.path, unrounded=True, trust_remote_code=source.trust_remote_code) as checkpoint,
+    ):
+        return export_checkpoint(checkpoint, out, options, overwrite=overwrite, progress=progress)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from support.command_line import Cli, document, one_line
 from support.tiny_models import PROMPT, Planted
 
 import swquant
-from swquant.compress import writing
+from swquant.compress import pipeline, writing
 from swquant.compress.options import CompressOptions
 
 
@@ -86,6 +86,29 @@ def test_a_dry_run_foretells_the_bytes(cli: Cli, planted_llama: Planted, tmp_pat
     for name, tensor in plan["tensors"].items():
         written = manifest["tensors"][name]
         assert {key: written[key] for key in tensor} == tensor
+
+
+def test_after_ctrl_c_the_same_command_goes_on(
+    cli: Cli, planted_llama: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("compress", planted_llama.folder, tmp_path / "out", "--prompt", PROMPT, "--preset", "fast")
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "verify", interrupted)
+        ran = cli(*words)
+    kept = "57 of 57 tensors are kept: the same command goes on, with --fresh it starts over"
+    assert (ran.code, ran.err.splitlines()[-1]) == (130, f"interrupted; {kept}")
+    assert "Note: an interrupted run left 57 of 57 tensors, compress goes on" in cli(*words, "--dry-run").out
+    assert document(cli(*words, "--dry-run", "--json"))["interrupted"].startswith("an interrupted run left 57")
+    refused = one_line(cli(*words, "--bits", "8"))
+    assert "with other options (--bits 4, now 8); --fresh starts over, or give another OUT" in refused
+    ran = cli(*words)
+    assert ran.code == 0
+    assert "Going on: 57 of 57 tensors were there" in ran.err
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_without_out_the_folder_is_made_here(

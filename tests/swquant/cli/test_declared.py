@@ -43,6 +43,7 @@ OWN = {
         "form",
         "dry_run",
         "overwrite",
+        "fresh",
         "as_json",
         "low_memory",
         "memory",
@@ -211,7 +212,10 @@ def test_an_interrupted_study_says_what_stays(
     (tmp_path / "text.txt").write_text("t5")
     ran = cli("study", planted_llama.folder, "--text", tmp_path / "text.txt", "--out", tmp_path / "out")
     assert ran.code == 130
-    assert ran.err.splitlines()[0] == f"What was measured stays in {tmp_path / 'out'} and is used by the next run"
+    assert (
+        ran.err.splitlines()[0]
+        == f"interrupted; what was measured stays in {tmp_path / 'out'} and is used by the next run"
+    )
 
 
 # --- choices and formats

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from swquant.compress import pipeline, writing
 from swquant.compress.options import CompressOptions
 from swquant.compress.pipeline import compress_checkpoint
 from swquant.output import exchange
+from swquant.output.hidden import left_name
 from swquant.progress import Progress
 
 MAIN = [sys.executable, "-c", "from swquant.cli import main; main()"]
@@ -64,6 +66,7 @@ MOMENTS = [
     (pipeline, "verify", 1),
     (pipeline, "replace", 1),
 ]
+BEFORE = MOMENTS[:2]  # the first tensor
 
 
 def named(moment: tuple) -> str:
@@ -71,28 +74,45 @@ def named(moment: tuple) -> str:
 
 
 @pytest.mark.parametrize("moment", MOMENTS, ids=named)
-def test_an_interruption_leaves_neither_the_folder_nor_a_part_of_it(
+def test_an_interruption_leaves_nothing_but_what_can_be_taken_up(
     bf16_llama: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: tuple
 ) -> None:
     owner, name, n = moment
-    monkeypatch.setattr(owner, name, raise_at_call(n, getattr(owner, name), KeyboardInterrupt()))
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt):
-        swquant.compress(bf16_llama.folder, tmp_path / "out", prompt=PROMPT)
-    assert list(tmp_path.iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, raise_at_call(n, getattr(owner, name), KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            swquant.compress(bf16_llama.folder, tmp_path / "out", prompt=PROMPT)
     assert signal.getsignal(signal.SIGTERM) is before
+    assert list(tmp_path.iterdir()) == ([] if moment in BEFORE else [left_name(tmp_path / "out")])
+
+
+def test_the_same_command_then_gives_the_bytes_of_a_run_that_was_not_interrupted(
+    bf16_llama: Planted, compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(SafetensorsWriter, "write", raise_at_call(70, SafetensorsWriter.write, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt) as caught:
+            swquant.compress(bf16_llama.folder, tmp_path / "out", prompt=PROMPT, outliers=0.01)
+    assert re.fullmatch(r"\d+ of 57 tensors are kept: the same command goes on, .*", caught.value.__notes__[0])
+    swquant.compress(bf16_llama.folder, tmp_path / "out", prompt=PROMPT, outliers=0.01)
+    for path in (path for path in compressed.rglob("*") if path.is_file()):
+        assert (tmp_path / "out" / path.relative_to(compressed)).read_bytes() == path.read_bytes()
+    assert swquant.verify(tmp_path / "out") == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("moment", MOMENTS[:-2], ids=named)
-def test_a_full_disk_is_one_message_about_space_and_leaves_nothing(
+def test_a_full_disk_is_one_message_about_space_and_keeps_what_is_written(
     bf16_llama: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: tuple
 ) -> None:
     owner, name, n = moment
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(owner, name, raise_at_call(n, getattr(owner, name), full))
-    with pytest.raises(swquant.SwquantError, match="/out: no space left; .* GB are needed, .* choose another OUT"):
+    remedy = "choose another OUT" if moment in BEFORE else "make room"
+    with pytest.raises(swquant.SwquantError, match=f"/out: no space left; .* GB are needed, .* {remedy}"):
         swquant.compress(bf16_llama.folder, tmp_path / "out", prompt=PROMPT)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == ([] if moment in BEFORE else [left_name(tmp_path / "out")])
 
 
 def test_too_little_space_is_known_before_the_first_byte(
@@ -146,7 +166,7 @@ def test_the_old_checkpoint_survives_a_failed_overwrite(
         with pytest.raises(KeyboardInterrupt):
             swquant.compress(bf16_llama.folder, damaged, prompt=PROMPT, bits=8, overwrite=True)
     assert swquant.verify(damaged) == []
-    assert [path.name for path in damaged.parent.iterdir()] == [damaged.name]
+    assert {path.name for path in damaged.parent.iterdir()} - {left_name(damaged).name} == {damaged.name}
 
 
 @pytest.mark.parametrize(
@@ -161,7 +181,7 @@ def test_the_old_checkpoint_survives_a_failure_between_the_two_renames(
         with pytest.raises((swquant.SwquantError, KeyboardInterrupt)):
             swquant.compress(bf16_llama.folder, damaged, prompt=PROMPT, bits=8, overwrite=True)
     assert swquant.verify(damaged) == []
-    assert [path.name for path in damaged.parent.iterdir()] == [damaged.name]
+    assert {path.name for path in damaged.parent.iterdir()} == {damaged.name, left_name(damaged).name}
 
 
 def test_overwrite_never_replaces_the_source(source: Path) -> None:
@@ -189,7 +209,11 @@ def test_a_folder_that_appears_meanwhile_is_not_replaced(bf16_llama: Planted, tm
     with open_checkpoint(bf16_llama.folder) as checkpoint, pytest.raises(swquant.SwquantError, match="exists"):
         compress_checkpoint(checkpoint, out, CompressOptions(prompt=PROMPT), progress=Intruder(out))
     assert [path.name for path in out.iterdir()] == ["theirs.txt"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out", left_name(out).name}
+    out.rename(tmp_path / "theirs")
+    swquant.compress(bf16_llama.folder, out, prompt=PROMPT)  # which has nothing to round any more
+    assert swquant.verify(out) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "theirs"}
 
 
 @pytest.mark.parametrize("name", ["no/such/folder/out", "x" * 240, "x" * 300], ids=["no parent", "long", "too long"])
@@ -219,19 +243,28 @@ def slow_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("written", [0, 5_000_000], ids=["at once", "midway"])
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["SIGINT", "SIGTERM", "SIGHUP"])
-def test_a_signal_leaves_nothing_and_exits_with_130(
+def test_a_signal_exits_with_130_and_the_same_command_goes_on(
     slow_source: Path, tmp_path: Path, sent: signal.Signals, written: int
 ) -> None:
     command = [*MAIN, "compress", str(slow_source), str(tmp_path / "out"), "--prompt", PROMPT, "--outliers", "0.05"]
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and sum(path.stat().st_size for path in tmp_path.glob(".out.partial-*/*")) <= written:
+    files = ".out.unfinished-*/*/model-*"
+    while process.poll() is None and sum(path.stat().st_size for path in tmp_path.glob(files)) <= written:
         time.sleep(0.001)
     assert process.poll() is None, "finished before it could be interrupted"
     process.send_signal(sent)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert list(tmp_path.iterdir()) == []
+    if not written and not list(tmp_path.iterdir()):
+        assert errors.endswith("interrupted; nothing half-written was left behind\n")
+        return
+    kept = re.search(r"interrupted; (\d+ of \d+ tensors) are kept: the same command goes on", errors)
+    assert kept, errors
+    again = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert f"Going on: {kept[1]} were there" in again.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert swquant.verify(tmp_path / "out") == []
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""SIGKILL at many moments: OUT is whole or the old one, and the next run removes what is left.
+"""SIGKILL at many moments: OUT is whole or the old one, and the next run goes on from what is left, or removes it.
 
 The slow test is long, so it ends after SWQUANT_KILLS_SECONDS (600) for each verb and says how far it came;
 SWQUANT_KILLS_FIRST=N goes on from there, SWQUANT_KILLS=N asks for other numbers than 1,000 and 100.
@@ -39,12 +39,14 @@ def check(found: dict[str, Any]) -> None:
     assert found["broken"] == []
     assert found["lost"] == []
     assert found["debris"] == []
+    assert found["other bytes"] == []
 
 
 def test_a_killed_compress_leaves_nothing_that_looks_whole(small: Path, tmp_path: Path) -> None:
     found = kill("compress", small, tmp_path, 0, 6, 120)
     check(found)
     assert found["kills"] + found["too late"] >= 4
+    assert found["taken up"] > 0
 
 
 @pytest.mark.slow
