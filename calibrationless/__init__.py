@@ -41,7 +41,7 @@ from calibrationless.patches import (
     parts_of,
     restore,
 )
-from calibrationless.pieces import for_pieces
+from calibrationless.pieces import for_pieces, one_thread_per_operation
 from calibrationless.probe import run_probe
 from calibrationless.quantized import (
     MAX_BITS,
@@ -116,6 +116,7 @@ __all__ = [
     "fit",
     "follow",
     "for_pieces",
+    "one_thread_per_operation",
     "from_blocks",
     "from_compact",
     "inverse_factor",

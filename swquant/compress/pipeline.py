@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from calibrationless import one_thread_per_operation
 from exporters.errors import SwquantError
 from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.schema import CheckpointManifest
@@ -48,6 +49,7 @@ class Compressed:
     manifest: CheckpointManifest
 
 
+@one_thread_per_operation()
 def prepare(
     checkpoint: Checkpoint, options: CompressOptions, *, low_memory: bool = False, progress: Progress = silent
 ) -> Prepared:
@@ -120,7 +122,7 @@ def written(prepared: Prepared, out: Path, *, fresh: bool, progress: Progress) -
     with writing(out, plan.nbytes), resumable(out, fresh=fresh) as hidden:
         folder = hidden / f"{checkpoint.name[:40]}{plan.options.suffix}"
         check_space(out, plan.nbytes - size_of(folder))
-        with closing(Journal(hidden / JOURNAL, head)) as journal:
+        with closing(Journal(hidden / JOURNAL, head)) as journal, one_thread_per_operation():
             manifest = write_all(prepared, journal, folder, progress)
         with progress.step("Verifying every byte"):
             problems = verify(folder)

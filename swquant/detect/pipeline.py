@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from calibrationless import Probe, Scalar, detect, run_probe
+from calibrationless import Probe, Scalar, detect, one_thread_per_operation, run_probe
 from exporters.errors import SwquantError, first_line
 from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.tokenizer import encode
@@ -91,6 +91,7 @@ def _text_alone(checkpoint: Checkpoint, model: PreTrainedModel) -> Iterator[None
         ) from None
 
 
+@one_thread_per_operation()
 def find_super_weights(
     checkpoint: Checkpoint,
     prompt: str = DEFAULT_PROMPT,
