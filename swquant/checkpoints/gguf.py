@@ -105,7 +105,7 @@ class GgufCheckpoint(Checkpoint):
         from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
-        from swquant.checkpoints.gguf_header import Header, parsed_by_transformers
+        from swquant.checkpoints.gguf_header import Header, config_by_transformers
 
         _check_beginning(self.path)
         reader = Header(self.path)
@@ -113,8 +113,8 @@ class GgufCheckpoint(Checkpoint):
         _check_layout(self.path, reader)
         self._encoded = {tensor.name: tensor for tensor in reader.tensors}
         self._has_vocabulary = "tokenizer.ggml.tokens" in reader.fields
-        self._parsed = parsed_by_transformers(self.path, reader)
-        parsed = dict(self._parsed["config"])
+        self._bytes, self._parsed = reader.mapped.data, config_by_transformers(self.path, reader)
+        parsed = dict(self._parsed)
         if (scaling := self._rope_scaling(reader.fields, parsed)) is not None:
             parsed["rope_scaling"] = scaling
         self.config = AutoConfig.for_model(**parsed)
@@ -150,14 +150,14 @@ class GgufCheckpoint(Checkpoint):
         self.fingerprint = digest.hexdigest()
 
     def _rope_scaling(self, fields: Mapping[str, Any], parsed: Mapping[str, Any]) -> dict[str, Any] | None:
-        from gguf import dequantize
+        from swquant.checkpoints.gguf_header import decoded
 
         if "rope_scaling" in parsed or "rope_parameters" in parsed:  # transformers read it
             return None
         prefix = f"{fields['general.architecture'].contents()}.rope."
         header = {key.removeprefix(prefix): field.contents() for key, field in fields.items() if key.startswith(prefix)}
         stored = self._encoded.get(_DERIVED)
-        factors = None if stored is None else dequantize(stored.data, stored.tensor_type).astype(np.float32).ravel()
+        factors = None if stored is None else decoded(stored).astype(np.float32).ravel()
         return rope_scaling(self.path.name, header, parsed, factors)
 
     @property
@@ -176,11 +176,11 @@ class GgufCheckpoint(Checkpoint):
         return torch.bfloat16  # nobody wants the decoded float32 on disk
 
     def read(self, name: str) -> torch.Tensor:
-        from gguf import dequantize
+        from swquant.checkpoints.gguf_header import decoded
 
         encoded = self._encoded[self._gguf_name[name]]
         try:
-            values = dequantize(encoded.data, encoded.tensor_type)
+            values = decoded(encoded)
             # The table of processors undoes what llama.cpp did to a tensor: permuted rows, norms stored plus one.
             values = self._processor.process(weights=values, name=encoded.name).weights
         except Exception as error:  # an encoding that the package does not know, a shape that lies
@@ -188,7 +188,7 @@ class GgufCheckpoint(Checkpoint):
                 f"{self.path.name}: {encoded.name} cannot be decoded from {encoded.tensor_type.name} "
                 f"({first_line(error)}); take a file in F16, Q8_0 or Q4_K"
             ) from None
-        tensor = torch.from_numpy(np.array(values, dtype=np.float32))
+        tensor = torch.from_numpy(np.require(values, np.float32, ["C", "W"]))  # a copy of what is the map still
         if tuple(tensor.shape) != self.tensors[name].shape:
             raise SwquantError(
                 f"{self.path.name}: {encoded.name} has the shape {list(tensor.shape)}, {name} needs "
@@ -205,7 +205,7 @@ class GgufCheckpoint(Checkpoint):
         from swquant.checkpoints.gguf_header import shared
 
         # A folder that holds nothing else, because transformers prefers what lies beside the file.
-        with temporary_folder("gguf") as folder, shared(self.path, self._parsed):
+        with temporary_folder("gguf") as folder, shared(self.path, self._bytes, self._parsed):
             (folder / "model.gguf").symlink_to(self.path.resolve())
             return AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf", trust_remote_code=False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -13,7 +14,7 @@ from support.tiny_gguf import KINDS, PROMPT, write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import swquant
-from swquant.checkpoints.gguf_header import Header
+from swquant.checkpoints.gguf_header import Header, decoded
 from swquant.checkpoints.open import open_checkpoint
 
 
@@ -122,20 +123,54 @@ def test_the_header_is_what_the_gguf_package_reads(f16: Path) -> None:
         assert np.array_equal(tensor.data, other.data)
 
 
-def test_a_header_is_read_once(f16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By us; transformers is handed what was read, and reads another file itself."""
-    opened: list[Path] = []
-    original = gguf.GGUFReader.__init__
+def test_odd_headers_are_what_the_gguf_package_reads(tmp_path: Path) -> None:
+    """Arrays of every kind, arrays of arrays, strings of no and of several bytes a letter."""
 
-    def count(self: gguf.GGUFReader, path: Path, *arguments: object) -> None:
-        opened.append(Path(path).resolve())
-        original(self, path, *arguments)
+    def odd(writer: gguf.GGUFWriter) -> None:
+        writer.add_array("odd.numbers", [1, -2, 3])
+        writer.add_array("odd.floats", [0.5, -1e30])
+        writer.add_array("odd.flags", [True, False, True])
+        writer.add_array("odd.words", ["", "\u00e9\u4e2d\U0001f600", "a" * 5000])
+        writer.add_array("odd.lists", [[1, 2], [3, 4]])
 
-    monkeypatch.setattr(gguf.GGUFReader, "__init__", count)
+    write_gguf(tmp_path / "m.gguf", header=odd)
+    ours, theirs = Header(tmp_path / "m.gguf"), gguf.GGUFReader(tmp_path / "m.gguf")
+    assert [(name, field.contents()) for name, field in ours.fields.items()] == [
+        (name, field.contents()) for name, field in theirs.fields.items()
+    ]
+    assert ours.data_offset == theirs.data_offset
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (3, 64), (7, 96), (576, 32), (1024, 256), (40, 8192)])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q6_K", "BF16"])
+def test_rows_are_decoded_together_as_alone(kind: str, shape: tuple[int, int]) -> None:
+    """Any bytes are weights of some value."""
+    encoding = gguf.GGMLQuantizationType[kind]
+    per_block, size = gguf.GGML_QUANT_SIZES[encoding]
+    width = -(-shape[1] // per_block) * size
+    data = np.random.default_rng(0).integers(0, 256, (shape[0], width), dtype=np.uint8)
+    data.reshape(-1, 2)[:, 1] &= 0xBF  # no NaN among the scales
+    tensor = SimpleNamespace(data=data, tensor_type=encoding)
+    expected = gguf.dequantize(data, encoding)
+    found = decoded(tensor)
+    assert found.shape == expected.shape
+    assert found.tobytes() == expected.tobytes()
+
+
+def test_a_header_is_read_once(f16: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One map of the file for us and for transformers, which maps another file itself."""
+    mapped: list[Path] = []
+    original = np.memmap.__new__
+
+    def count(kind: type, path: Path, *arguments: object, **options: object) -> np.memmap:
+        mapped.append(Path(path).resolve())
+        return original(kind, path, *arguments, **options)
+
+    monkeypatch.setattr(np.memmap, "__new__", count)
     with open_checkpoint(f16) as checkpoint:
         tokenizer = checkpoint.tokenizer()
         assert tokenizer is checkpoint.tokenizer()
-        assert opened == [f16.resolve()]
+        assert mapped == [f16.resolve()]
         plain = AutoTokenizer.from_pretrained(f16.parent, gguf_file=f16.name)
         assert tokenizer.get_vocab() == plain.get_vocab()
-    assert len(opened) > 1
+    assert len(mapped) > 1
