@@ -33,6 +33,7 @@ from calibrationless.cost import WeightError, measure, worst
 from calibrationless.feedback import Factor, damping_for, feed_back, inverse_factor, inverse_factor_
 from calibrationless.patches import (
     KINDS,
+    Blocks,
     Kind,
     Patch,
     Points,
@@ -66,6 +67,7 @@ __all__ = [
     "MIN_BITS",
     "RULES",
     "Block",
+    "Blocks",
     "Channel",
     "Clip",
     "Compact",

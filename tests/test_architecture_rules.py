@@ -26,7 +26,7 @@ LAYERS = (
     {"checkpoints", "declared", "drawing"},
     {"models", "output"},
     {"detect", "doctor", "evaluate", "ort"},
-    {"compress"},
+    {"compress", "training"},
     {"export", "study"},
     {"api", "terminal"},
     {"cli"},

@@ -1,6 +1,6 @@
 """A checkpoint that swquant wrote, read back as the dense model it stands for.
 
-`read` decodes a tensor and lays the sidecar over it, under the original's stored names: whatever can read the
+`read` decodes a tensor and lays the sidecar's patches over it, under the original's stored names: whatever can read the
 original (transformers, the probe, the evaluation) can read the compressed model the same way. `quantized` and `patches`
 give the parts, for exporters.
 """
@@ -31,7 +31,7 @@ __all__ = ["CompressedCheckpoint"]
 
 
 class CompressedCheckpoint(Checkpoint):
-    """Reads the folder that `compress` writes. restored: whether `read` lays the outliers back. unrounded: decode to
+    """Reads the folder that `compress` writes. restored: whether `read` lays the patches over. unrounded: decode to
     float32; otherwise every weight is rounded to the dtype of its scale, as stock loaders of the format do and runtimes
     do not."""
 
@@ -103,29 +103,41 @@ class CompressedCheckpoint(Checkpoint):
         """The tensors that are stored as codes."""
         return tuple(name for name, record in self._records.items() if "dense" not in record)
 
-    def quantized(self, name: str) -> QuantizedTensor:
-        """The codes, scales and zero points of a tensor. Raises SwquantError where they contradict each other."""
+    def packed(self, name: str) -> tuple[dict[str, torch.Tensor], int, tuple[int, int]]:
+        """Local name -> tensor of a rounded tensor as its file holds it, its bits and its shape: what
+        `exporters.layouts.from_tensors` takes. Raises SwquantError where a hash differs."""
         record, reader, module = self._records[name], self._reader(name), name.removesuffix(".weight")
         assert "dense" not in record
         tensors = {stored: reader.read(stored) for stored in record["sha256"]}
-        parts = {stored.removeprefix(f"{module}."): tensor for stored, tensor in tensors.items()}
         try:
-            quantized = layouts.from_tensors(parts, record["bits"], record["shape"])
             check_hashes(name, record, tensors)
-        except ValueError as error:
-            raise SwquantError(f"{self.name}: {name} is damaged ({error}); run swquant verify") from None
         except CheckpointError as error:
             raise SwquantError(f"{self.name}: {error}") from None
-        return quantized
+        rows, cols = record["shape"]
+        return (
+            {stored.removeprefix(f"{module}."): tensor for stored, tensor in tensors.items()},
+            record["bits"],
+            (rows, cols),
+        )
+
+    def quantized(self, name: str) -> QuantizedTensor:
+        """The codes, scales and zero points of a tensor. Raises SwquantError where they contradict each other."""
+        parts, bits, shape = self.packed(name)
+        try:
+            return layouts.from_tensors(parts, bits, shape)
+        except ValueError as error:
+            raise SwquantError(f"{self.name}: {name} is damaged ({error}); run swquant verify") from None
 
     def patches(self, name: str) -> tuple[Patch, ...]:
         """What is laid over a tensor, in order; nothing where patches are not to be restored. Raises SwquantError where
         a patch does not fit."""
         if self._sidecar is None or name not in self._sidecar.tensors:
             return ()
-        rows, cols = self._records[name]["shape"]
+        shape = self._records[name]["shape"]
+        if len(shape) != 2:
+            raise SwquantError(f"{self.name}: {name} has patches, but is no matrix; run swquant verify")
         try:
-            return self._sidecar.read_all(name, (rows, cols))
+            return self._sidecar.read_all(name, (shape[0], shape[1]))
         except CheckpointError as error:
             raise SwquantError(f"{error}; run swquant verify") from None
 
@@ -137,7 +149,8 @@ class CompressedCheckpoint(Checkpoint):
                 check_hashes(name, record, {name: tensor})
             except CheckpointError as error:
                 raise SwquantError(f"{self.name}: {error}") from None
-            return tensor
+            patches = self.patches(name)
+            return restore(tensor, *patches) if patches else tensor
         quantized = self.quantized(name)
         if self._unrounded:
             offset = None if quantized.offset is None else quantized.offset.to(torch.float32)

@@ -1,7 +1,8 @@
 """Which patches lie on a compressed checkpoint: the sets that its manifest counts, held against what its sidecar holds.
 
-A tensor's record counts the places of each set under the set's name (`"outliers": 41`). The sidecar must hold exactly
-those: a model without some of its patches is another model. Sets are laid over a weight in the sidecar's order.
+A tensor's record counts its `outliers` (`"outliers": 41`), and the blocks of every other set (`"blocks": {"tuned":
+3}`). The sidecar must hold exactly those: a model without some of its patches is another model. Sets are laid over a
+weight in the sidecar's order.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ __all__ = ["counted", "open_patches", "uncounted"]
 
 def counted(manifest: Manifest) -> dict[str, dict[str, int]]:
     """Set -> tensor -> number of its places in the sidecar, for sets and tensors that have any."""
-    counts = {
-        of_set: {
-            name: count for name, record in manifest["tensors"].items() if (count := cast(int, record.get(of_set, 0)))
-        }
-        for of_set in SETS
-    }
-    return {of_set: tensors for of_set, tensors in counts.items() if tensors}
+    counts: dict[str, dict[str, int]] = {}
+    for name, record in manifest["tensors"].items():
+        fixed = {of_set: cast(int, record.get(of_set, 0)) for of_set in SETS}
+        for of_set, count in {**fixed, **record.get("blocks", {})}.items():
+            if count:
+                counts.setdefault(of_set, {})[name] = count
+    return counts
 
 
 def uncounted(sidecar: SidecarReader, manifest: Manifest) -> str | None:

@@ -42,6 +42,8 @@ __all__ = [
     "SuperActivationRecord",
     "SuperWeightRecord",
     "TensorRecord",
+    "TuneOptionsRecord",
+    "TuningRecord",
 ]
 
 FORMAT: Literal["swquant-manifest"] = "swquant-manifest"
@@ -191,6 +193,7 @@ class _Stored(TypedDict):
     bytes: int
     sha256: dict[str, str]
     scaled: NotRequired[bool]
+    blocks: NotRequired[dict[str, int]]
 
 
 # Why a tensor stays dense that no loader looks at: a buffer of old, a layer of another class. It may hold NaN.
@@ -222,6 +225,40 @@ class RoundedRecord(_Stored):
 
 # `"dense" in record` tells which.
 TensorRecord = DenseRecord | RoundedRecord
+
+
+class TuneOptionsRecord(TypedDict):
+    """The fields of `TuneOptions`."""
+
+    budget: str
+    block: int
+    select: str | None
+    from_: str
+    warmup: int
+    steps: int
+    lr: str
+    batch: int
+    window: int
+    texts: int
+    precision: str
+    seed: int
+
+
+class TuningRecord(TypedDict):
+    """How a set of blocks was trained. Losses are nats per token, held-out ones those of text that no step saw."""
+
+    base: str
+    against: SourceRecord | None
+    data: str
+    options: TuneOptionsRecord
+    blocks: int
+    bytes: int
+    tokens: int
+    rate: float
+    tried: dict[str, float | None]
+    held_out_before: float
+    held_out_after: float
+    losses: list[float]
 
 
 class FileEntry(TypedDict):
@@ -307,6 +344,7 @@ class CheckpointContent(_Common):
     totals: CheckpointTotals
     notes: list[str]
     left_out: dict[str, str]
+    tuned: NotRequired[dict[str, TuningRecord]]
 
 
 class OnnxContent(_Common):

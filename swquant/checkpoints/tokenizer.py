@@ -23,12 +23,13 @@ def context_of(config: Any) -> int | None:
     return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or None
 
 
-def encode(checkpoint: ModelFolder, text: str, *, special: bool = True) -> list[int]:
+def encode(checkpoint: ModelFolder, text: str, *, special: bool = True, tokenizer: Any = None) -> list[int]:
     """Token ids of a text, each one that the model has an embedding for; none for a text without content.
 
-    special: with the tokens that the tokenizer adds by itself (a BOS in front). Raises SwquantError.
+    special: with the tokens that the tokenizer adds by itself (a BOS in front). tokenizer: the checkpoint's, where it
+    is loaded already. Raises SwquantError.
     """
-    tokenizer = checkpoint.tokenizer()
+    tokenizer = checkpoint.tokenizer() if tokenizer is None else tokenizer
     with failures_of(
         f"{checkpoint.name}: the tokenizer cannot read this text",
         "put the tokenizer.json of the original model beside config.json",

@@ -1,5 +1,6 @@
 """The sidecar: what goes in comes out, and what is not understood is refused."""
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from calibrationless import KINDS, Kind, Patch, Points, covered, parts_of, restore
+from calibrationless import KINDS, Blocks, Kind, Patch, Points, covered, parts_of, restore
 from exporters import sidecar
 from exporters.errors import CheckpointError
-from exporters.sidecar import OUTLIERS, PlannedPatch, SidecarReader, SidecarWriter
+from exporters.sidecar import OUTLIERS, PlannedPatch, SidecarReader, SidecarWriter, set_problem
 
 SETS = {"outliers": {"kind": "points", "mode": "replace"}}
 METADATA = {"format": "swquant-patches", "version": "1", "sets": json.dumps(SETS)}
@@ -101,7 +102,10 @@ def test_values_that_no_weight_has_are_refused(tmp_path, dtype):
 OTHER_SETS = {
     "none": "",
     "not JSON": "{",
-    "another set": json.dumps({**SETS, "tuned": {"kind": "blocks", "mode": "add"}}),
+    "another kind of set": json.dumps({**SETS, "tuned": {"kind": "channels", "mode": "add"}}),
+    "another mode of blocks": json.dumps({**SETS, "tuned": {"kind": "blocks", "mode": "multiply"}}),
+    "a name with a slash": json.dumps({**SETS, "tuned/x": {"kind": "blocks", "mode": "add"}}),
+    "an empty name": json.dumps({**SETS, "": {"kind": "blocks", "mode": "add"}}),
     "another mode": json.dumps({"outliers": {"kind": "points", "mode": "add"}}),
     "another kind": json.dumps({"outliers": {"kind": "blocks", "mode": "replace"}}),
     "a known kind under another name": json.dumps({**SETS, "tuned": {"kind": "points", "mode": "replace"}}),
@@ -217,10 +221,11 @@ def test_points_of_another_number_than_announced_are_refused(tmp_path):
 
 @dataclass(frozen=True)
 class Channels:
-    """A second kind, of which nothing but its row of the table is known: whole input channels."""
+    """Another kind, of which nothing but its row of the table is known: whole input channels."""
 
     cols: torch.Tensor
     values: torch.Tensor  # [out, n]
+    mode: str = "replace"
 
     def __len__(self) -> int:
         return self.cols.numel()
@@ -233,12 +238,30 @@ def channels(monkeypatch: pytest.MonkeyPatch) -> str:
     kind = Kind(
         make,
         "a channel",
-        lambda count, shape: {"cols": (count,), "values": (shape[0], count)},
-        lambda patch, rows: (torch.arange(rows).unsqueeze(1), patch.cols.to(torch.int64).unsqueeze(0)),
+        ("replace",),
+        lambda count, shape, side: {"cols": (count,), "values": (shape[0], count)},
+        lambda patch, shape: (
+            torch.arange(shape[0]).unsqueeze(1),
+            patch.cols.to(torch.int64).unsqueeze(0),
+            patch.values,
+        ),
     )
     monkeypatch.setitem(KINDS, "channels", kind)
-    monkeypatch.setitem(sidecar.SETS, "whole", "channels")
+    monkeypatch.setitem(sidecar.SETS, "whole", ("channels", "replace"))
     return "whole"
+
+
+def blocks(data: Any, shape: tuple[int, int], side: int, dtype: torch.dtype, mode: str) -> Blocks:
+    """Some blocks of a weight, those at the edge with zeros where they stick out."""
+    grid = [*itertools.product(range(-(-shape[0] // side)), range(-(-shape[1] // side)))]
+    chosen = sorted(data.draw(st.sets(st.sampled_from(grid), min_size=1)))
+    rows, cols = (torch.tensor(index, dtype=torch.int32) for index in zip(*chosen, strict=True))
+    values = torch.randn(len(rows), side, side, generator=torch.Generator().manual_seed(3)).to(dtype)
+    inner = torch.arange(side)
+    inside = (rows.view(-1, 1, 1) * side + inner.view(-1, 1) < shape[0]) & (
+        cols.view(-1, 1, 1) * side + inner < shape[1]
+    )
+    return Blocks(rows, cols, values * inside, mode)
 
 
 @given(
@@ -253,13 +276,16 @@ def test_every_kind_is_written_read_and_restored(tmp_path_factory, channels, sha
     weight = torch.randn(*shape, generator=torch.Generator().manual_seed(7)).to(dtype)
     cells = data.draw(st.sets(st.tuples(st.integers(0, shape[0] - 1), st.integers(0, shape[1] - 1)), min_size=1))
     cols = sorted(data.draw(st.sets(st.integers(0, shape[1] - 1), min_size=1)))
+    side, mode = data.draw(st.integers(1, 12)), data.draw(st.sampled_from(["add", "replace"]))
+    patched = blocks(data, shape, side, dtype, mode)
     patches: dict[str, Any] = {
         OUTLIERS: Points.at(weight, *torch.tensor(sorted(cells)).T),
         channels: Channels(torch.tensor(cols, dtype=torch.int32), 2 * weight[:, cols]),
+        "tuned": patched,
     }
     assert {type(patch) for patch in patches.values()} == {kind.patch for kind in KINDS.values()}
     written = dict(reversed(patches.items()))  # the order of the file is not that of the sets
-    planned = [PlannedPatch(of_set, "x", len(patch), shape, dtype) for of_set, patch in written.items()]
+    planned = [PlannedPatch(of_set, "x", len(patch), shape, dtype, side, mode) for of_set, patch in written.items()]
     writer = SidecarWriter(path, planned)
     for of_set, patch in written.items():
         writer.write(of_set, "x", patch)
@@ -267,16 +293,28 @@ def test_every_kind_is_written_read_and_restored(tmp_path_factory, channels, sha
     assert nbytes == 8 + int.from_bytes(path.read_bytes()[:8], "little") + sum(patch.nbytes for patch in planned)
     reader = SidecarReader(path)
     assert reader.counts == {of_set: {"x": len(patch)} for of_set, patch in patches.items()}
-    assert list(reader.counts) == [OUTLIERS, channels]
+    assert reader.forms["tuned"] == ("blocks", mode)
+    assert sorted(reader.counts) == sorted([OUTLIERS, channels, "tuned"])
+    assert list(reader.counts)[-1] == "tuned"
+    patches = {of_set: patches[of_set] for of_set in reader.counts}
     read = reader.read_all("x", shape)
     for before, after in zip(patches.values(), read, strict=True):
+        assert after.mode == before.mode
         for part, value in parts_of(before).items():
             assert torch.equal(getattr(after, part), value)
     expected, held = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=torch.bool)
-    for row, col in cells:
-        expected[row, col], held[row, col] = weight[row, col], True
-    for col in cols:
-        expected[:, col], held[:, col] = 2 * weight[:, col], True
+    for of_set in patches:
+        for row, col in cells if of_set == OUTLIERS else ():
+            expected[row, col], held[row, col] = weight[row, col], True
+        for col in cols if of_set == channels else ():
+            expected[:, col], held[:, col] = 2 * weight[:, col], True
+    for row_block, col_block, values in zip(patched.rows, patched.cols, patched.values, strict=True):
+        for i, j in itertools.product(range(side), repeat=2):
+            row, col = int(row_block) * side + i, int(col_block) * side + j
+            if row < shape[0] and col < shape[1]:
+                before = float(expected[row, col]) if mode == "add" else 0.0
+                expected[row, col] = torch.tensor(before, dtype=torch.float32) + values[i, j].float()
+                held[row, col] |= mode == "replace"
     assert torch.equal(restore(torch.zeros(shape, dtype=dtype), *read), expected)
     mask = covered(read, shape)
     assert mask is not None
@@ -305,6 +343,45 @@ def test_every_kind_is_checked(tmp_path, channels, changed, problem):
         SidecarReader(tmp_path / "file").read(channels, "x", SHAPE)
 
 
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"rows": torch.tensor([0, 4], dtype=torch.int32)}, "row is outside 0 .. 3"),
+        ({"cols": torch.tensor([-1, 0], dtype=torch.int32)}, "column is outside 0 .. 3"),
+        ({"cols": torch.tensor([1, 1], dtype=torch.int32), "rows": torch.tensor([2, 2], dtype=torch.int32)}, "twice"),
+        ({"values": torch.ones(2, 16, 15)}, "do not belong"),
+        ({"values": torch.ones(2, 16)}, "do not belong"),
+        ({"values": torch.ones(2, 0, 0)}, "do not belong"),
+        ({"values": torch.tensor(1.0)}, "do not belong"),
+        ({"values": torch.full((2, 16, 16), float("inf"))}, "NaN or infinite"),
+    ],
+    ids=range(8),
+)
+def test_blocks_are_checked(tmp_path, changed, problem):
+    index = torch.tensor([0, 3], dtype=torch.int32)
+    good = {"rows": index, "cols": index.clone(), "values": torch.ones(2, 16, 16)}
+    tensors = {f"tuned/x.{part}": value for part, value in {**good, **changed}.items()}
+    sets = {"tuned": {"kind": "blocks", "mode": "add"}}
+    safetensors.torch.save_file(tensors, tmp_path / "file", {**METADATA, "sets": json.dumps(sets)})
+    with pytest.raises(CheckpointError, match=rf"file.*a block of x.*{problem}"):
+        SidecarReader(tmp_path / "file").read("tuned", "x", SHAPE)
+
+
+@pytest.mark.parametrize("name", ["outliers", "", "a/b", "Tuned", "a" * 41, "-a"])
+def test_sets_of_blocks_have_plain_names(name):
+    assert set_problem(name)
+    assert set_problem("task-2") is None
+
+
+def test_blocks_on_a_finer_weight_are_added_in_float32():
+    """1 + 2^-9 is no bfloat16, but what rounds to one with it added is found."""
+    weight = torch.full((2, 2), 1.0, dtype=torch.bfloat16)
+    index = torch.zeros(1, dtype=torch.int32)
+    for _ in range(2):
+        restore(weight, Blocks(index, index, torch.full((1, 2, 2), 0.005, dtype=torch.bfloat16)))
+    assert torch.equal(weight, torch.full((2, 2), 1.015625, dtype=torch.bfloat16))
+
+
 def test_a_point_that_occurs_twice_is_refused(tmp_path):
     twice = parts(rows=torch.tensor([3, 3], dtype=torch.int32), cols=torch.tensor([4, 4], dtype=torch.int32))
     safetensors.torch.save_file(twice, tmp_path / "file", METADATA)
@@ -313,4 +390,5 @@ def test_a_point_that_occurs_twice_is_refused(tmp_path):
 
 
 def test_every_set_has_a_kind():
-    assert set(sidecar.SETS.values()) == set(KINDS)
+    assert {kind for kind, _ in sidecar.SETS.values()} | {"blocks"} == set(KINDS)
+    assert all(mode in KINDS[kind].modes for kind, mode in sidecar.SETS.values())

@@ -16,14 +16,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calibrationless import Group, dequantize, fit, massive_channels, quantize, quantize_affine, shape_of
+from calibrationless import Blocks, Group, dequantize, fit, massive_channels, quantize, quantize_affine, shape_of
 from exporters.errors import SwquantError
 from exporters.onnx.nodes import PackedWeight, pack_weight
+from exporters.sidecar import SETS
 from swquant.checkpoints.compressed import CompressedCheckpoint
+from swquant.checkpoints.patch_sets import counted
 from swquant.models.architecture import LinearKind, describe
 from swquant.models.rounded_inputs import kept_channels
 
-__all__ = ["at_level_4", "channels_of", "pack_head", "pack_weights", "unsupported", "watch_peaks"]
+__all__ = ["at_level_4", "channels_of", "check_patches", "pack_head", "pack_weights", "unsupported", "watch_peaks"]
 
 _HEAD_BLOCK = 32
 
@@ -34,6 +36,16 @@ def unsupported(model: str, name: str) -> SwquantError:
         f"{model}: {name} is no linear layer of its own (an expert, a Conv1D), which ONNX export does not support; serve the "
         "checkpoint with transformers or vLLM"
     )
+
+
+def check_patches(checkpoint: CompressedCheckpoint) -> None:
+    """Raise SwquantError where a checkpoint has patches that no node can hold: without them it is another model."""
+    sets = [name for name in counted(checkpoint.manifest) if name not in SETS]
+    if sets and checkpoint.restored:
+        raise SwquantError(
+            f"{checkpoint.name}: ONNX export does not know trained blocks (its set {sets[0]}) yet; bake them in first "
+            "(swquant merge), or export the checkpoint that was tuned"
+        )
 
 
 def pack_weights(
@@ -52,7 +64,8 @@ def pack_weights(
             raise unsupported(checkpoint.name, name)
         try:
             quantized = checkpoint.quantized(name)
-            (points,) = checkpoint.patches(name) or (None,)  # a node holds one set, of points
+            (points,) = checkpoint.patches(name) or (None,)  # a node holds one set, of points: see `check_patches`
+            assert not isinstance(points, Blocks)
             weights[linear.module] = pack_weight(quantized, points, dtype)
         except ValueError as error:
             raise SwquantError(f"{checkpoint.name}: {name}: {error}; use --precision fp32") from None

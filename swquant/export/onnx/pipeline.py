@@ -33,7 +33,15 @@ from swquant.export.onnx.builder import check_builder
 from swquant.export.onnx.check import Reference, check_export, make_long_reference, make_reference
 from swquant.export.onnx.graph import dynamo_graph, embedding_scale, genai_graph, save_for_builder
 from swquant.export.onnx.lengths import windows_of
-from swquant.export.onnx.linears import at_level_4, channels_of, pack_head, pack_weights, unsupported, watch_peaks
+from swquant.export.onnx.linears import (
+    at_level_4,
+    channels_of,
+    check_patches,
+    pack_head,
+    pack_weights,
+    unsupported,
+    watch_peaks,
+)
 from swquant.export.onnx.options import ExportOptions
 from swquant.models.architecture import Architecture, LinearKind, describe
 from swquant.models.loading import build_model
@@ -64,6 +72,7 @@ def export_checkpoint(
     """Export a checkpoint opened with unrounded=True. `out` appears whole or not at all. Raises SwquantError."""
     check_destination(out, overwrite, checkpoint)
     options = options.resolved(checkpoint.manifest["activations"] is not None)
+    check_patches(checkpoint)
     architecture = describe(checkpoint)
     _check_graph(checkpoint, architecture, options)
     _check_weights(checkpoint.name, checkpoint.quantized_names, architecture)

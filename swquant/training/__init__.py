@@ -1,0 +1,1 @@
+"""What all verbs that train share: text, losses, layers that train a part of themselves, the loop, the result."""

@@ -1,0 +1,99 @@
+"""A model that trains blocks: its layers replaced by patched ones, everything else frozen.
+
+    running = trainable_model(checkpoint)            the dense model in float32, nothing trainable yet
+    layers = lay(running, checkpoint, blocks)        stored name -> PatchedLinear, in place
+
+`linear_names` says which stored weights can be patched. Experts of a mixture and layers with a forward of their own are
+not among them: their products are not those of one linear layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from calibrationless import Blocks
+from exporters.errors import SwquantError
+from swquant.checkpoints.base import Checkpoint
+from swquant.checkpoints.compressed import CompressedCheckpoint
+from swquant.models.architecture import Architecture, LinearKind, LinearWeight
+from swquant.models.loading import build_model
+from swquant.training.data import Batch
+from swquant.training.patched_linear import DenseWeight, Frozen, PackedWeight, PatchedLinear
+
+__all__ = ["lay", "linear_names", "logits_of", "trainable_model"]
+
+
+def trainable_model(checkpoint: Checkpoint, device: str = "cpu") -> PreTrainedModel:
+    """The model in float32, patches laid, without a trainable parameter. Raises SwquantError where its inputs are
+    rounded: rounding has no gradient."""
+    if isinstance(checkpoint, CompressedCheckpoint) and checkpoint.manifest["activations"]:
+        raise SwquantError(
+            f"{checkpoint.name}: its activations are rounded to int8, which has no gradient; tune one with weights "
+            "rounded only, or the original"
+        )
+    model = build_model(checkpoint, torch.float32, device)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def linear_names(architecture: Architecture, model: PreTrainedModel) -> dict[str, LinearWeight]:
+    """Stored name -> linear weight that can be patched."""
+    kinds = (LinearKind.LINEAR, LinearKind.CONV1D)
+    return {
+        name: weight
+        for name, weight in architecture.weights.items()
+        if weight.kind in kinds and weight.parameter == "weight" and _shared(model, weight) == 1
+    }
+
+
+def _shared(model: PreTrainedModel, weight: LinearWeight) -> int:
+    """How many modules use a weight: one that is shared would be patched in one place only."""
+    held = getattr(model.get_submodule(weight.module), weight.parameter, None)
+    return sum(parameter is held for parameter in model.parameters())
+
+
+def lay(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    weights: Mapping[str, LinearWeight],
+    blocks: Mapping[str, Blocks],
+    *,
+    packed: bool = True,
+) -> dict[str, PatchedLinear]:
+    """Replace the layers that have blocks. weights: from `linear_names`; blocks: stored name -> blocks that are added.
+
+    packed: keep the codes of a compressed weight packed and decode them when they are needed, which takes a fifth of
+    the memory and a little time; False keeps the dense weight. Returns stored name -> layer.
+    """
+    layers = {}
+    for name, places in blocks.items():
+        weight = weights[name]
+        module: Any = model.get_submodule(weight.module)
+        frozen = _packed(checkpoint, name, weight.transposed) if packed else None
+        if frozen is None:
+            dense: Tensor = module.weight.detach()
+            frozen = DenseWeight(dense.T.contiguous() if weight.transposed else dense)
+        layer = PatchedLinear(frozen, module.bias, places, transposed=weight.transposed)
+        parent, _, leaf = weight.module.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer.to(module.weight.device))
+        layers[name] = layer
+    return layers
+
+
+def _packed(checkpoint: Checkpoint, name: str, transposed: bool) -> Frozen | None:
+    """A weight of a compressed checkpoint as its file holds it; None where it is stored dense."""
+    if not isinstance(checkpoint, CompressedCheckpoint) or name not in checkpoint.quantized_names:
+        return None
+    parts, bits, (rows, cols) = checkpoint.packed(name)
+    return PackedWeight(parts, bits, (rows, cols), checkpoint.patches(name), transposed)
+
+
+def logits_of(model: nn.Module, batch: Batch, device: str = "cpu") -> Tensor:
+    """[sequences, length - 1, vocabulary]: what is predicted for the tokens 1, 2, … of a batch."""
+    logits: Tensor = model(input_ids=batch.ids.to(device), use_cache=False).logits
+    return logits[:, :-1]
