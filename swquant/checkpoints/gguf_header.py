@@ -47,11 +47,11 @@ class Header(gguf.GGUFReader):
         return self.mapped[offset:end].view(dtype)[:count]
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[GGUFValueType]]:
-        """As the package's. Elements of an array: of numbers arrays of one, of strings the bytes without their length."""
+        """As the package's. Elements of an array: of numbers arrays of one, of strings bytes without their length."""
         if raw_type != GGUFValueType.ARRAY:
             return super()._get_field_parts(orig_offs, raw_type)
         start = orig_offs + 12
-        item, count = struct.unpack_from("<IQ", self.mapped, orig_offs)
+        item, count = struct.unpack_from("<IQ", self.mapped.data, orig_offs)
         head = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)]
         if item == GGUFValueType.STRING:
             size, parts = _strings(self.mapped.data, start, count)
@@ -94,7 +94,7 @@ def decoded(tensor: gguf.ReaderTensor) -> np.ndarray:
 
 def config_by_transformers(path: Path, header: Header) -> dict[str, Any]:
     """The configuration that transformers makes of the header, by its own table of names."""
-    one_by_one = theirs._gguf_parse_value
+    one_by_one = theirs._gguf_parse_value  # type: ignore[attr-defined]
 
     def value(part: Any, types: Any) -> Any:
         if len(types) != 2:  # not an element of an array
