@@ -70,6 +70,7 @@ class OptionsRecord(TypedDict):
     preset: str
     refine: str | None
     texts: int
+    text_from: NotRequired[str | None]
     clip: str
     restore: bool
     outliers: float | None

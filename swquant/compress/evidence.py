@@ -28,7 +28,14 @@ def text_of(
         return
     names = [tensor.name for tensor in plan.quantized if not tensor.transposed]
     with self_text(
-        checkpoint, found, names, texts=options.texts, low_memory=low_memory, seed=options.seed, progress=progress
+        checkpoint,
+        found,
+        names,
+        texts=options.texts,
+        text_from=options.text_from,
+        low_memory=low_memory,
+        seed=options.seed,
+        progress=progress,
     ) as text:
         yield text
 

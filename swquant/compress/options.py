@@ -73,6 +73,12 @@ class CompressOptions:
     texts: int = described(
         16, "Texts of 256 tokens that the model writes itself for --refine self.", group="rounding", metavar="N"
     )
+    text_from: str | None = described(
+        None,
+        "A model with the same tokenizer that writes them instead.",
+        group="rounding",
+        metavar="MODEL",
+    )
     clip: str = described(
         "none",
         "Cut each block's outliers, then round plainly: z=9, iqr=3, quantile=0.999 or none.",
@@ -164,6 +170,8 @@ class CompressOptions:
             raise SwquantError(
                 f"--texts {self.texts} is what the model writes for --refine self; add it, or --preset best"
             )
+        if self.text_from is not None and self.refinement != "self":
+            raise SwquantError(f"--text-from {self.text_from} writes text for --refine self; add it, or --preset best")
         if self.outliers is not None and not 0 <= self.outliers <= 0.1:
             raise SwquantError(f"outliers {self.outliers:g} is outside 0 to 0.1; 0.0005 keeps one weight in 2,000")
         if self.outliers and not self.restore:
@@ -310,6 +318,7 @@ class CompressKeywords(TypedDict, total=False):
     preset: str
     refine: str | None
     texts: int
+    text_from: str | None
     clip: str
     restore: bool
     outliers: float | None

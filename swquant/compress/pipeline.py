@@ -28,6 +28,7 @@ from swquant.compress.resuming import check_leftover, head_of
 from swquant.compress.writing import Prepared, write_all
 from swquant.detect.found import Found
 from swquant.detect.pipeline import find_super_weights
+from swquant.detect.texts import other_writer
 from swquant.models.architecture import Architecture, LinearKind
 from swquant.models.converted import as_built
 from swquant.output.contents import size_of
@@ -57,6 +58,9 @@ def prepare(
     if checkpoint.is_compressed:
         raise SwquantError(f"{checkpoint.name}: already compressed; start from the original model")
     checkpoint = as_built(checkpoint)
+    if options.text_from is not None:
+        with other_writer(options.text_from, checkpoint):
+            pass  # it can write: known before the work
     with progress.step(f"Probing {checkpoint.name} with one prompt"):
         found = find_super_weights(
             checkpoint, options.prompt, low_memory=low_memory, folds=options.refinement != "none"

@@ -24,8 +24,9 @@ from calibrationless import Factor, damping_for, inverse_factor_
 from swquant.checkpoints.base import Checkpoint
 from swquant.detect.found import Found
 from swquant.detect.pipeline import probed_model, watchable
-from swquant.detect.texts import length_for, start_token, write_text
+from swquant.detect.texts import length_for, other_writer, start_token, write_text
 from swquant.models.architecture import LinearKind
+from swquant.models.converted import as_built
 from swquant.models.layerwise import SideBySide, side_by_side
 from swquant.progress import Progress
 
@@ -161,16 +162,26 @@ def self_text(
     names: Sequence[str],
     *,
     texts: int,
+    text_from: str | None,
     low_memory: bool,
     seed: int,
     progress: Progress,
 ) -> Iterator[SelfText]:
-    """The model with its own text. names: the stored weights that will be asked for, in that order."""
+    """The model with its own text. names: the stored weights that will be asked for, in that order. text_from: the
+    model that writes the text instead."""
+
+    def written_by(writer: PreTrainedModel) -> Tensor:
+        start, length = start_token(checkpoint, found), length_for(checkpoint)
+        with watchable(writer):
+            return write_text(writer, start, seed, progress, texts=texts, length=length)
+
+    tokens: Tensor | None = None
+    if text_from is not None:
+        with other_writer(text_from, checkpoint) as other, probed_model(as_built(other), low_memory=False) as writer:
+            tokens = written_by(writer)
+        del writer  # it would live on beside the model
     with probed_model(checkpoint, low_memory) as model:
-        with watchable(model):
-            start = start_token(checkpoint, found)
-            tokens = write_text(model, start, seed, progress, texts=texts, length=length_for(checkpoint))
-        text = SelfText(model, found, tokens, names)
+        text = SelfText(model, found, tokens if tokens is not None else written_by(model), names)
         try:
             yield text
         finally:

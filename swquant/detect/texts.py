@@ -3,21 +3,27 @@ random token.
 
 Everything runs on one thread with a seeded generator, so the same model gives the same text. All texts are written side
 by side, a token of each at a time: a model whose weights stay in their files is read once per token, however many
-texts there are.
+texts there are. Another model may write them, too, if it has the same tokens: a smaller one of the family, or a
+compressed one.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from exporters.errors import SwquantError
 from swquant.checkpoints.base import Checkpoint
+from swquant.checkpoints.open import open_checkpoint
 from swquant.checkpoints.tokenizer import context_of
 from swquant.detect.found import Found
 from swquant.progress import Progress
 
-__all__ = ["LENGTH", "length_for", "start_token", "write_text"]
+__all__ = ["LENGTH", "length_for", "other_writer", "start_token", "write_text"]
 
 LENGTH = 256  # tokens of a text
 
@@ -25,6 +31,27 @@ LENGTH = 256  # tokens of a text
 def length_for(checkpoint: Checkpoint) -> int:
     """Tokens of a text: 256, or what the model takes if that is less."""
     return min(LENGTH, context_of(checkpoint.config) or LENGTH)
+
+
+@contextmanager
+def other_writer(name: str, checkpoint: Checkpoint) -> Iterator[Checkpoint]:
+    """The model of this name, which is to write text for `checkpoint`. Raises SwquantError where its tokens are not the
+    same, or it takes fewer of them."""
+    with open_checkpoint(name, trust_remote_code=checkpoint.trust_remote_code) as other:
+        theirs, ours = other.tokenizer().get_vocab(), checkpoint.tokenizer().get_vocab()
+        if theirs != ours:
+            differing = len(theirs.items() ^ ours.items())
+            raise SwquantError(
+                f"{name}: its tokenizer is not that of {checkpoint.name} ({differing} entries differ); "
+                "--text-from takes a model of the same family"
+            )
+        rows, known = (getattr(one.config.get_text_config(), "vocab_size", 0) for one in (other, checkpoint))
+        if rows > known or length_for(other) < length_for(checkpoint):
+            raise SwquantError(
+                f"{name}: writes {rows} tokens in texts of {length_for(other)}, {checkpoint.name} reads {known} in texts of "
+                f"{length_for(checkpoint)}; take another model for --text-from"
+            )
+        yield other
 
 
 def start_token(checkpoint: Checkpoint, found: Found) -> int | None:

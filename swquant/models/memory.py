@@ -78,7 +78,7 @@ def must_stay_on_disk(checkpoint: Checkpoint, limit: int, *, tokens: int = 0) ->
     stored = checkpoint.tensors
     layers: Counter[str] = Counter()
     for name, tensor in stored.items():
-        layer = _LAYER.match(name) if tokens else None
+        layer = _LAYER.match(name) if tokens and ".experts." not in name else None  # they are read one by one
         layers[layer[0] if layer else name] += tensor.nbytes
     least = _PROGRAM + 3 * max(layers.values()) + tokens * _bytes_per_token(checkpoint.config)
     whole = least + _bytes_as(checkpoint, torch.float32) + _bytes_as(checkpoint, None)

@@ -35,6 +35,7 @@ OPTIONS = {
     "--clip z=3": {"clip": "z=3"},
     "--preset fast": {"preset": "fast"},
     "--preset best --texts 8": {"preset": "best", "texts": 8},
+    "--preset best --texts 2 --text-from MODEL": {"preset": "best", "texts": 2, "text_from": "MODEL"},
     "--seed 7": {"seed": 7},
     "--refine none": {"refine": "none"},
     "--no-restore": {"restore": False},
@@ -54,9 +55,11 @@ OPTIONS = {
 
 @pytest.mark.parametrize("words", OPTIONS)
 def test_every_option_arrives(cli: Cli, planted_llama: Planted, tmp_path: Path, words: str) -> None:
-    given = ("compress", planted_llama.folder, tmp_path / "out", *words.split(), "--dry-run", "--json")
+    model = str(planted_llama.folder)
+    given = ("compress", model, tmp_path / "out", *words.replace("MODEL", model).split(), "--dry-run", "--json")
     default = {**asdict(CompressOptions()), "dense": [], "block": "128", "offsets": "none"}
-    assert document(cli(*given))["options"] == {**default, **OPTIONS[words]}
+    expected = {key: model if value == "MODEL" else value for key, value in OPTIONS[words].items()}
+    assert document(cli(*given))["options"] == {**default, **expected}
 
 
 def test_every_option_is_tried_above() -> None:

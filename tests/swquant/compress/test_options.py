@@ -15,7 +15,7 @@ from swquant.units import parse_bytes
 OTHER = {
     "bits": 3, "block": "64", "symmetric": False, "offsets": "byte", "clip": "z=9", "restore": False, "outliers": 0.01, "dense": ("q_proj",),
     "strict_block": True, "allow_dense": True, "dtype": "float16", "shard_size": "1GB", "prompt": "Hello.",
-    "preset": "fast", "refine": "none", "texts": 8, "seed": 1, "activations": "int8",
+    "preset": "fast", "refine": "none", "texts": 8, "text_from": "other", "seed": 1, "activations": "int8",
     "activation_scale": "per-tensor", "activation_range": "dynamic", "bits_budget": 5.0,
 }  # fmt: skip
 
@@ -39,7 +39,7 @@ def test_every_option_changes_the_fingerprint() -> None:
     prints = [CompressOptions().fingerprint("source"), CompressOptions().fingerprint("other source")]
     for key, value in OTHER.items():
         needed = {"activations": "int8", "block": "128"} if key.startswith("activation_") else {}
-        needed |= {"preset": "best"} if key == "texts" else {}
+        needed |= {"preset": "best"} if key in ("texts", "text_from") else {}
         prints.append(CompressOptions(**{**needed, key: value}).fingerprint("source"))
     assert len(set(prints)) == len(prints)
     assert prints[0] == CompressOptions().fingerprint("source")
@@ -50,6 +50,7 @@ def test_every_option_changes_the_fingerprint() -> None:
     [
         ({"texts": 0, "preset": "best"}, "texts 0 is outside 1 to 256"),
         ({"texts": 257, "refine": "self"}, "texts 257 is outside 1 to 256"),
+        ({"text_from": "other"}, "--text-from other writes text for --refine self; add it, or --preset best"),
         ({"texts": 64}, "is what the model writes for --refine self; add it, or --preset best"),
     ],
     ids=str,

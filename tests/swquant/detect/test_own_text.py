@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-from support.tiny_models import PROMPT, planted_model, save_model, tiny_model
+from support.tiny_models import PROMPT, planted_model, save_model, save_tokenizer, tiny_model
 
 import swquant
+from swquant.compress.pipeline import Compressed
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "mixtral"])
@@ -71,3 +72,41 @@ def test_text_is_no_longer_than_the_model_takes(tmp_path: Path) -> None:
     folder = save_model(tiny_model("opt", max_position_embeddings=40), tmp_path / "model")
     swquant.compress(folder, tmp_path / "best", prompt=PROMPT, preset="best", texts=2)
     assert swquant.verify(tmp_path / "best") == []
+
+
+def hashes(out: Compressed) -> dict[str, str]:
+    return {name: record["sha256"] for name, record in out.manifest["tensors"].items()}
+
+
+def test_another_model_may_write_the_text(tmp_path: Path) -> None:
+    folder = save_model(tiny_model("llama", num_hidden_layers=2), tmp_path / "model")
+    smaller = save_model(tiny_model("llama", num_hidden_layers=1), tmp_path / "smaller")
+    best = {"prompt": PROMPT, "preset": "best", "texts": 2}
+    own = swquant.compress(folder, tmp_path / "own", **best)
+    itself = swquant.compress(folder, tmp_path / "itself", text_from=str(folder), **best)
+    other = swquant.compress(folder, tmp_path / "other", text_from=str(smaller), **best)
+    assert hashes(itself) == hashes(own) != hashes(other)
+    assert swquant.inspect(other.path)["options"]["text_from"] == str(smaller)
+    fast = swquant.compress(folder, tmp_path / "fast", prompt=PROMPT, preset="fast").path
+    from_itself_compressed = swquant.compress(folder, tmp_path / "packed", text_from=str(fast), **best)
+    assert hashes(from_itself_compressed) != hashes(own)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "message"),
+    [
+        ({}, {"word": 5}, "its tokenizer is not that of model"),
+        ({"vocab_size": 130}, {}, "writes 130 tokens in texts of 128, model reads 128"),
+        ({"max_position_embeddings": 64}, {}, "in texts of 64"),
+    ],
+)
+def test_a_writer_that_does_not_fit_is_refused_before_the_work(
+    changes: dict, words: dict, message: str, tmp_path: Path
+) -> None:
+    folder = save_model(tiny_model("llama", num_hidden_layers=2), tmp_path / "model")
+    other = save_model(tiny_model("llama", num_hidden_layers=2, **changes), tmp_path / "other")
+    save_tokenizer(other, words)
+    with pytest.raises(swquant.SwquantError, match=message):
+        swquant.plan(folder, prompt=PROMPT, preset="best", text_from=str(other))
+    with pytest.raises(swquant.SwquantError, match="no such folder"):
+        swquant.plan(folder, prompt=PROMPT, preset="best", text_from=str(tmp_path / "nothing"))
