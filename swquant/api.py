@@ -173,19 +173,19 @@ def _planned(
             check_destination(target, to_overwrite, checkpoint)
             if not fresh:
                 check_leftover(target, identity(checkpoint, chosen))
-        low_memory = low_memory or _beyond(memory, checkpoint, tokens=chosen.own_tokens)
+        low_memory = low_memory or _beyond(memory, checkpoint, chosen.own_tokens, writes=chosen.text_from is None)
         prepared = prepare(checkpoint, chosen, low_memory=low_memory, progress=progress)
         row.check_plan(prepared, export_to)
         head = head_of(prepared.checkpoint, prepared.found, prepared.plan)
         yield Planned(prepared, target, row, export_to, leftover_sentence(target, head))
 
 
-def _beyond(memory: str | int | None, checkpoint: Checkpoint, tokens: int = 0) -> bool:
+def _beyond(memory: str | int | None, checkpoint: Checkpoint, tokens: int = 0, *, writes: bool = True) -> bool:
     """Whether the model's weights have to stay in their files for the limit that was given."""
     from swquant.models.memory import must_stay_on_disk
 
     limit = parse_bytes(memory) if isinstance(memory, str) else memory
-    return limit is not None and must_stay_on_disk(checkpoint, limit, tokens=tokens)
+    return limit is not None and must_stay_on_disk(checkpoint, limit, tokens=tokens, writes=writes)
 
 
 def export(

@@ -72,15 +72,16 @@ def check_memory(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> No
         )
 
 
-def must_stay_on_disk(checkpoint: Checkpoint, limit: int, *, tokens: int = 0) -> bool:
+def must_stay_on_disk(checkpoint: Checkpoint, limit: int, *, tokens: int = 0, writes: bool = True) -> bool:
     """Whether weights have to stay in their files for a run to take at most `limit` bytes. tokens: of the text that the
-    model writes itself and reads, 0 for none. Raises SwquantError where the limit is too small for either way."""
+    model reads, 0 for none. writes: whether it writes that text, too. Raises
+    SwquantError where the limit is too small for either way."""
     stored = checkpoint.tensors
     layers: Counter[str] = Counter()
     for name, tensor in stored.items():
         layer = _LAYER.match(name) if tokens and ".experts." not in name else None  # they are read one by one
         layers[layer[0] if layer else name] += tensor.nbytes
-    least = _PROGRAM + 3 * max(layers.values()) + tokens * _bytes_per_token(checkpoint.config)
+    least = _PROGRAM + 3 * max(layers.values()) + tokens * _bytes_per_token(checkpoint.config, writes)
     whole = least + _bytes_as(checkpoint, torch.float32) + _bytes_as(checkpoint, None)
     if limit >= whole:
         return False
@@ -93,11 +94,12 @@ def must_stay_on_disk(checkpoint: Checkpoint, limit: int, *, tokens: int = 0) ->
     raise SwquantError(f"{checkpoint.name}: needs {human_bytes(needed)}, --memory is {human_bytes(limit)}; {remedy}")
 
 
-def _bytes_per_token(config: Any) -> int:
-    """Of a token's keys and values, or of its hidden states between two layers, in float32, whichever is more."""
+def _bytes_per_token(config: Any, writes: bool) -> int:
+    """Of a token's hidden states between two layers in float32, or its keys and values while it is written."""
     text = config.get_text_config()
     hidden, layers = (getattr(text, key, 0) or 0 for key in ("hidden_size", "num_hidden_layers"))
     heads = getattr(text, "num_attention_heads", 0) or 1
     head = getattr(text, "head_dim", None) or hidden // heads
     kept = getattr(text, "num_key_value_heads", None) or heads
-    return int(max(2 * layers * kept * head, 4 * hidden) * torch.float32.itemsize)
+    key, value = (getattr(text, name, None) or head for name in ("qk_head_dim", "v_head_dim"))  # of DeepSeek
+    return int(max(layers * kept * (key + value) * writes, 4 * hidden) * torch.float32.itemsize)

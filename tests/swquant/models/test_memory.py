@@ -41,20 +41,22 @@ def test_without_one_the_machine_decides(tmp_path: Path, monkeypatch: pytest.Mon
 GIB = 1 << 30
 
 
-@pytest.mark.parametrize("tokens", [0, 256])
-def test_a_limit_decides_between_the_whole_model_and_its_files(planted_llama: Planted, tokens: int) -> None:
+@pytest.mark.parametrize(("tokens", "writes"), [(0, True), (256, True), (256, False)])
+def test_a_limit_decides_between_the_whole_model_and_its_files(
+    planted_llama: Planted, tokens: int, writes: bool
+) -> None:
     with open_checkpoint(planted_llama.folder) as checkpoint:
         tensors = checkpoint.tensors
         layer = sum(stored.nbytes for name, stored in tensors.items() if ".layers.0." in name)
         largest = layer if tokens else max(stored.nbytes for stored in tensors.values())
-        text = tokens * 4 * 2 * 6 * 2 * 16  # keys and values: 6 layers of 2 heads of 16 channels
+        text = tokens * 4 * (2 * 6 * 2 * 16 if writes else 4 * 64)  # keys and values of 6 layers, or hidden states
         least = GIB + 3 * largest + text
         whole = least + 2 * sum(stored.nbytes for stored in tensors.values())  # stored in float32, built in float32
-        assert not memory.must_stay_on_disk(checkpoint, whole, tokens=tokens)
-        assert memory.must_stay_on_disk(checkpoint, whole - 1, tokens=tokens)
-        assert memory.must_stay_on_disk(checkpoint, least, tokens=tokens)
+        assert not memory.must_stay_on_disk(checkpoint, whole, tokens=tokens, writes=writes)
+        assert memory.must_stay_on_disk(checkpoint, whole - 1, tokens=tokens, writes=writes)
+        assert memory.must_stay_on_disk(checkpoint, least, tokens=tokens, writes=writes)
         with pytest.raises(swquant.SwquantError, match=r"needs 1\.1 GB, --memory is 1\.1 GB"):
-            memory.must_stay_on_disk(checkpoint, least - 1, tokens=tokens)
+            memory.must_stay_on_disk(checkpoint, least - 1, tokens=tokens, writes=writes)
 
 
 def test_what_cannot_stay_on_disk_needs_the_whole_model(
