@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from exporters.errors import SwquantError
+from swquant.cluster.workers import Workers, team
 from swquant.compress.options import CompressKeywords, CompressOptions
 from swquant.declared import made_of
 from swquant.detect.prompt import DEFAULT_PROMPT
@@ -79,6 +80,8 @@ def compress(
     format: str = "checkpoint",
     overwrite: bool = False,
     fresh: bool = False,
+    workers: int | None = None,
+    ray: str | None = None,
     low_memory: bool = False,
     memory: str | int | None = None,
     trust_remote_code: bool = False,
@@ -91,7 +94,8 @@ def compress(
     out: the folder to create, `<name>-w4-b128` in the current folder by default. format: checkpoint or onnx.
     options and changes: a `CompressOptions`, or its fields as keywords (bits, block, symmetric, clip, restore,
     outliers, dense, …), and for onnx those of `export`. memory, low_memory: as for `detect`. on_plan: is shown the plan
-    before anything is written. A run that was interrupted is taken up by the same call; fresh: start over. Returns path
+    before anything is written. A run that was interrupted is taken up by the same call; fresh: start over. workers: so
+    many processes round tensors, with the same result; ray: those of the Ray cluster at this address do. Returns path
     and manifest. Raises SwquantError; then `out` does not exist.
     """
     with _planned(
@@ -102,6 +106,7 @@ def compress(
         changes,
         to_overwrite=overwrite,
         fresh=fresh,
+        workers=Workers(workers, ray),
         low_memory=low_memory,
         memory=memory,
         trust_remote_code=trust_remote_code,
@@ -149,6 +154,7 @@ def _planned(
     *,
     to_overwrite: bool | None = None,
     fresh: bool = False,
+    workers: Workers | None = None,
     low_memory: bool,
     memory: str | int | None,
     trust_remote_code: bool,
@@ -167,14 +173,17 @@ def _planned(
     from swquant.compress.resuming import check_leftover, head_of, identity, leftover_sentence
     from swquant.output.destination import check_destination
 
-    with open_checkpoint(model, trust_remote_code=trust_remote_code) as checkpoint:
+    workers = workers or Workers()
+    workers.check()
+    with open_checkpoint(model, trust_remote_code=trust_remote_code) as checkpoint, ExitStack() as stack:
         target = Path(out) if out is not None else Path(checkpoint.name + chosen.suffix + row.suffix)
         if to_overwrite is not None:
             check_destination(target, to_overwrite, checkpoint)
             if not fresh:
                 check_leftover(target, identity(checkpoint, chosen))
+        working = stack.enter_context(team(workers))
         low_memory = low_memory or _beyond(memory, checkpoint, chosen.own_tokens, writes=chosen.text_from is None)
-        prepared = prepare(checkpoint, chosen, low_memory=low_memory, progress=progress)
+        prepared = prepare(checkpoint, chosen, low_memory=low_memory, team=working, progress=progress)
         row.check_plan(prepared, export_to)
         head = head_of(prepared.checkpoint, prepared.found, prepared.plan)
         yield Planned(prepared, target, row, export_to, leftover_sentence(target, head))

@@ -24,7 +24,7 @@ MODULES = sorted(path for package in MAY_IMPORT_OF_OURS for path in (ROOT / pack
 LAYERS = (
     {"interrupts", "progress", "scratch", "units", "version"},
     {"checkpoints", "declared", "drawing"},
-    {"models", "output"},
+    {"cluster", "models", "output"},
     {"detect", "doctor", "evaluate", "ort"},
     {"compress", "training"},
     {"export", "study"},

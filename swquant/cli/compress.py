@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from swquant.cli.options import OUTPUT, takes
+from swquant.cli.options import OTHER, OUTPUT, takes
 from swquant.cli.shared import (
     JsonOption,
     LowMemoryOption,
@@ -42,6 +42,18 @@ FormatOption = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
+FreshOption = Annotated[
+    bool,
+    typer.Option("--fresh", help="Start over, where an interrupted run would be gone on with.", rich_help_panel=OUTPUT),
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option("--workers", metavar="N", help="Processes that round tensors, by Ray.", rich_help_panel=OTHER),
+]
+RayOption = Annotated[
+    str | None,
+    typer.Option("--ray", metavar="ADDRESS", help="A Ray cluster whose workers round tensors.", rich_help_panel=OTHER),
+]
 
 
 @takes(CompressOptions, FORMATS.values())
@@ -63,14 +75,9 @@ def compress(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it is a checkpoint already.", rich_help_panel=OUTPUT)
     ] = False,
-    fresh: Annotated[
-        bool,
-        typer.Option(
-            "--fresh",
-            help="Start over, where an interrupted run would be gone on with.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = False,
+    fresh: FreshOption = False,
+    workers: WorkersOption = None,
+    ray: RayOption = None,
     as_json: JsonOption = False,
     low_memory: LowMemoryOption = False,
     memory: MemoryOption = None,
@@ -101,5 +108,6 @@ def compress(
     if dry_run:
         show(plan(model, out_folder, options, **how))
     else:
-        result = compress_model(model, out_folder, options, overwrite=overwrite, fresh=fresh, on_plan=show, **how)
+        how |= {"overwrite": overwrite, "fresh": fresh, "workers": workers, "ray": ray, "on_plan": show}
+        result = compress_model(model, out_folder, options, **how)
         show_written(result, as_json)

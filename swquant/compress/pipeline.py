@@ -20,10 +20,12 @@ from calibrationless import one_thread_per_operation
 from exporters.errors import SwquantError
 from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.schema import CheckpointManifest
+from swquant.cluster.workers import Team
 from swquant.compress.budget import bits_within
 from swquant.compress.options import CompressOptions
 from swquant.compress.plan import Plan, make_plan, tied_copies
 from swquant.compress.rehearsal import rehearsed_plan
+from swquant.compress.remote import check_workers
 from swquant.compress.resuming import check_leftover, head_of
 from swquant.compress.writing import Prepared, write_all
 from swquant.detect.found import Found
@@ -52,15 +54,23 @@ class Compressed:
 
 @one_thread_per_operation()
 def prepare(
-    checkpoint: Checkpoint, options: CompressOptions, *, low_memory: bool = False, progress: Progress = silent
+    checkpoint: Checkpoint,
+    options: CompressOptions,
+    *,
+    low_memory: bool = False,
+    team: Team | None = None,
+    progress: Progress = silent,
 ) -> Prepared:
-    """Probe and plan; writes nothing."""
+    """Probe and plan; writes nothing. team: who will round."""
     if checkpoint.is_compressed:
         raise SwquantError(f"{checkpoint.name}: already compressed; start from the original model")
     checkpoint = as_built(checkpoint)
     if options.text_from is not None:
         with other_writer(options.text_from, checkpoint):
             pass  # it can write: known before the work
+    if team is not None:
+        with progress.step("Asking the workers whether they see the model"):
+            check_workers(team, checkpoint)
     with progress.step(f"Probing {checkpoint.name} with one prompt"):
         found = find_super_weights(
             checkpoint, options.prompt, low_memory=low_memory, folds=options.refinement != "none"
@@ -78,7 +88,7 @@ def prepare(
         bits = bits_within(checkpoint, found, options, plan_with, low_memory=low_memory, progress=progress)
     with progress.step("Rehearsing how stock transformers loads it"):
         plan = rehearsed_plan(checkpoint, known, partial(plan_with, bits), offsets=options.offset_kind)
-    return Prepared(checkpoint, found, plan, low_memory)
+    return Prepared(checkpoint, found, plan, low_memory, team)
 
 
 def _not_rounded_blindly(found: Found) -> dict[str, str]:

@@ -23,6 +23,7 @@ import torch
 
 from exporters.errors import CheckpointError, SwquantError
 from swquant.checkpoints.base import Checkpoint
+from swquant.cluster.workers import WorkersError
 from swquant.compress.options import CompressOptions
 from swquant.compress.plan import Plan
 from swquant.compress.weights import WeightFiles
@@ -33,7 +34,7 @@ from swquant.output.journal import Journal
 from swquant.output.resumable import leftover
 from swquant.version import __version__
 
-__all__ = ["Steps", "check_leftover", "head_of", "identity", "leftover_sentence"]
+__all__ = ["Steps", "check_leftover", "head_of", "identity", "leftover_sentence", "machine"]
 
 # What is lost at most beside the tensor that is being worked on. Waiting for the disk takes some 10 ms.
 _BYTES, _SECONDS = 64 << 20, 1.0
@@ -50,13 +51,13 @@ def identity(checkpoint: Checkpoint, options: CompressOptions) -> dict[str, Any]
         "source": {"name": checkpoint.name, "fingerprint": checkpoint.fingerprint, "files": files},
         "options": options.as_dict(),
         "device": "cpu",
-        "machine": _machine(),
+        "machine": machine(),
     }
     return json.loads(json.dumps(mine))  # as it is read again
 
 
 @cache
-def _machine() -> dict[str, str]:
+def machine() -> dict[str, str]:
     """What sums depend on beside their terms: in another order their last bit is another."""
     return {
         "processor": f"{platform.machine()} {llvmlite.binding.get_host_cpu_name()}",
@@ -165,7 +166,7 @@ class Steps:
             yield
         except BaseException as error:
             with uninterrupted(), suppress(OSError):
-                if isinstance(error, SwquantError) and not isinstance(error, CheckpointError):
+                if isinstance(error, SwquantError) and not isinstance(error, CheckpointError | WorkersError):
                     self._journal.forget()
                 else:
                     self.save()

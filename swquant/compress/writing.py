@@ -16,11 +16,13 @@ from exporters.safetensors_file import FileRecord
 from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.manifest import write_manifest
 from swquant.checkpoints.schema import CheckpointManifest, TensorRecord
+from swquant.cluster.workers import Team
 from swquant.compress.config import checkpoint_config
 from swquant.compress.evidence import evidence_for, text_of
 from swquant.compress.loaders import loader_table
 from swquant.compress.plan import Plan, TensorPlan
 from swquant.compress.records import activations_record, measured_record, tensor_record
+from swquant.compress.remote import round_there, source_of, task_bytes
 from swquant.compress.report import REPORT, checkpoint_report
 from swquant.compress.resuming import Steps
 from swquant.compress.tensor import RoundedTensor, round_tensor
@@ -39,12 +41,13 @@ __all__ = ["Prepared", "write_all"]
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is known before anything is written."""
+    """What is known before anything is written. team: who rounds the tensors; None: this process."""
 
     checkpoint: Checkpoint
     found: Found
     plan: Plan
     low_memory: bool = False
+    team: Team | None = None
 
 
 def write_all(prepared: Prepared, journal: Journal, folder: Path, progress: Progress) -> CheckpointManifest:
@@ -87,6 +90,13 @@ def _rounded(
 ) -> Iterator[tuple[TensorPlan, RoundedTensor]]:
     """Tensors in the order of the plan, one in memory at a time."""
     found, refinement = prepared.found, prepared.plan.options.refinement
+    if prepared.team is not None:
+        tasks = ((tensor, evidence_for(tensor, found, refinement, text)) for tensor in tensors)
+        made = prepared.team.in_order(round_there, source_of(prepared.checkpoint), tasks, task_bytes)
+        for (tensor, _), rounded in made:
+            bar.advance(tensor.name, tensor.source.nbytes)
+            yield tensor, rounded
+        return
     for tensor in tensors:
         bar.advance(tensor.name, tensor.source.nbytes)
         # No name for the weight: it would live on beside the next one.

@@ -44,6 +44,8 @@ OWN = {
         "dry_run",
         "overwrite",
         "fresh",
+        "workers",
+        "ray",
         "as_json",
         "low_memory",
         "memory",

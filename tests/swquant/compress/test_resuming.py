@@ -354,7 +354,7 @@ def test_they_are_found_before_the_prompt_is_run(
     ("name", "value", "words"),
     [
         ("__version__", "0.0.1", "swquant 0"),
-        ("_machine", lambda: {"processor": "abacus", "torch": "1", "numba": "1"}, "processor .*, now abacus"),
+        ("machine", lambda: {"processor": "abacus", "torch": "1", "numba": "1"}, "processor .*, now abacus"),
     ],
 )
 def test_another_version_or_processor(
