@@ -22,10 +22,11 @@ from swquant.version import __version__
 
 if TYPE_CHECKING:
     from exporters.errors import SwquantError
-    from swquant.api import compress, detect, evaluate, export, generate, inspect, load, plan, study, verify
+    from swquant.api import compress, detect, evaluate, export, generate, inspect, load, plan, study, tune, verify
     from swquant.compress.options import CompressOptions
     from swquant.export.onnx.options import ExportOptions
     from swquant.study.options import StudyOptions
+    from swquant.tune.options import TuneOptions
 
 # onnxruntime looks up a host for its telemetry when it is imported, so this has to stand before, and for sub-processes,
 # too. Who wants it sets the variable to 0.
@@ -41,10 +42,12 @@ _HOMES = {
     "load": "swquant.api",
     "plan": "swquant.api",
     "study": "swquant.api",
+    "tune": "swquant.api",
     "verify": "swquant.api",
     "CompressOptions": "swquant.compress.options",
     "ExportOptions": "swquant.export.onnx.options",
     "StudyOptions": "swquant.study.options",
+    "TuneOptions": "swquant.tune.options",
     "SwquantError": "exporters.errors",
 }
 
@@ -53,6 +56,7 @@ __all__ = [
     "ExportOptions",
     "StudyOptions",
     "SwquantError",
+    "TuneOptions",
     "__version__",
     "compress",
     "detect",
@@ -63,6 +67,7 @@ __all__ = [
     "load",
     "plan",
     "study",
+    "tune",
     "verify",
 ]
 

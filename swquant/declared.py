@@ -16,7 +16,7 @@ from exporters.errors import SwquantError
 __all__ = ["GROUPS", "check_choices", "described", "flag", "made_of"]
 
 # The panels of `--help`, from the top; a panel of options that go with one value of another comes before the last.
-GROUPS = ("basic", "rounding", "activations", "output", "other")
+GROUPS = ("basic", "rounding", "activations", "training", "output", "other")
 
 Options = TypeVar("Options")
 
@@ -72,5 +72,5 @@ def made_of(kind: type[Options], ready: Options | None, changes: Mapping[str, An
 
 
 def flag(name: str) -> str:
-    """A field's name as it is typed: `bits_budget` -> `--bits-budget`."""
-    return "--" + name.replace("_", "-")
+    """A field's name as it is typed: `bits_budget` -> `--bits-budget`, `from_` (a word of Python's) -> `--from`."""
+    return "--" + name.rstrip("_").replace("_", "-")

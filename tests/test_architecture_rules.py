@@ -27,7 +27,7 @@ LAYERS = (
     {"cluster", "models", "output"},
     {"detect", "doctor", "evaluate", "ort"},
     {"compress", "training"},
-    {"export", "study"},
+    {"export", "study", "tune"},
     {"api", "terminal"},
     {"cli"},
     {"__init__", "__main__"},

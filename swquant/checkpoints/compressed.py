@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from calibrationless import Patch, QuantizedTensor, dequantize, restore
+from calibrationless import Blocks, Patch, QuantizedTensor, dequantize, restore
 from exporters import layouts
 from exporters.errors import CheckpointError, SwquantError
 from exporters.json_file import read_json
@@ -128,20 +128,40 @@ class CompressedCheckpoint(Checkpoint):
         except ValueError as error:
             raise SwquantError(f"{self.name}: {name} is damaged ({error}); run swquant verify") from None
 
-    def patches(self, name: str) -> tuple[Patch, ...]:
-        """What is laid over a tensor, in order; nothing where patches are not to be restored. Raises SwquantError where
-        a patch does not fit."""
+    def patches(self, name: str, without: str | None = None) -> tuple[Patch, ...]:
+        """What is laid over a tensor, in order; nothing where patches are not to be restored. without: a set that is
+        left out. Raises SwquantError where a patch does not fit."""
         if self._sidecar is None or name not in self._sidecar.tensors:
             return ()
         shape = self._records[name]["shape"]
         if len(shape) != 2:
             raise SwquantError(f"{self.name}: {name} has patches, but is no matrix; run swquant verify")
         try:
-            return self._sidecar.read_all(name, (shape[0], shape[1]))
+            return self._sidecar.read_all(name, (shape[0], shape[1]), without)
         except CheckpointError as error:
             raise SwquantError(f"{error}; run swquant verify") from None
 
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """The sets of patches, in the order in which they are laid over a weight; none where they are not restored."""
+        return () if self._sidecar is None else tuple(self._sidecar.counts)
+
+    def blocks(self, of_set: str) -> dict[str, Blocks]:
+        """Stored name -> blocks of a set."""
+        assert self._sidecar is not None
+        found: dict[str, Blocks] = {}
+        for name in self._sidecar.counts[of_set]:
+            rows, cols = self._records[name]["shape"]
+            patch = self._sidecar.read(of_set, name, (rows, cols))
+            assert isinstance(patch, Blocks)
+            found[name] = patch
+        return found
+
     def read(self, name: str) -> torch.Tensor:
+        return self.read_without(name, None)
+
+    def read_without(self, name: str, of_set: str | None) -> torch.Tensor:
+        """`read` as if a set of patches were not there."""
         if "dense" in (record := self._records[name]):
             tensor = self._reader(name).read(name)
             try:
@@ -149,13 +169,13 @@ class CompressedCheckpoint(Checkpoint):
                 check_hashes(name, record, {name: tensor})
             except CheckpointError as error:
                 raise SwquantError(f"{self.name}: {error}") from None
-            patches = self.patches(name)
+            patches = self.patches(name, of_set)
             return restore(tensor, *patches) if patches else tensor
         quantized = self.quantized(name)
         if self._unrounded:
             offset = None if quantized.offset is None else quantized.offset.to(torch.float32)
             quantized = replace(quantized, scale=quantized.scale.to(torch.float32), offset=offset)
-        weight = restore(dequantize(quantized), *self.patches(name))
+        weight = restore(dequantize(quantized), *self.patches(name, of_set))
         try:
             check_decoded(name, weight)
         except CheckpointError as error:

@@ -24,6 +24,7 @@ from swquant.cli.inspect import inspect
 from swquant.cli.options import Grouped
 from swquant.cli.shared import err, out
 from swquant.cli.study import study
+from swquant.cli.tune import tune
 from swquant.cli.verify import verify
 from swquant.terminal.text import marked_sentence
 
@@ -38,7 +39,7 @@ app = typer.Typer(
     help="Compress large language models without calibration data: super weights are found with one prompt and kept.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (detect, compress, export, inspect, verify, evaluate, generate, study, doctor):
+for _command in (detect, compress, export, inspect, verify, evaluate, generate, tune, study, doctor):
     app.command(name="eval" if _command is evaluate else _command.__name__, cls=Grouped)(_command)
 
 

@@ -16,6 +16,7 @@ from swquant.compress.options import CompressOptions
 from swquant.declared import flag
 from swquant.terminal.table import make_table, short_name, show_table
 from swquant.terminal.text import marked, marked_sentence, sentence
+from swquant.terminal.tune import show_blocks
 from swquant.units import human_bytes
 
 __all__ = ["show_losses", "show_manifest", "show_schemes"]
@@ -59,11 +60,12 @@ def show_manifest(console: Console, path: Path, manifest: CheckpointManifest) ->
     )
     console.print(
         f"{human_bytes(totals['bytes'])} on disk; {totals['quantized_weights']:,} of {totals['weights']:,} weights quantized, "
-        f"{totals['bits_per_quantized_weight']:.3f} bits each with scales and outliers"
+        f"{totals['bits_per_quantized_weight']:.3f} bits each with scales, outliers{' and blocks' if manifest.get('tuned') else ''}"
     )
     console.print(f"Options: {_as_typed(options)}", markup=False)
     show_schemes(console, ((name, stored_as(tensor), tensor["bytes"]) for name, tensor in manifest["tensors"].items()))
     _show_outliers(console, manifest)
+    show_blocks(console, manifest)
     show_losses(console, manifest)
     table = make_table("Loaders", ("loader", "left"), ("loads it?", "left"))
     for loader, verdict in manifest["loaders"].items():

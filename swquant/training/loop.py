@@ -43,11 +43,13 @@ class DivergedError(SwquantError):
 
 @dataclass(frozen=True)
 class Schedule:
-    """steps of `parts` micro-batches each (gradient accumulation); rate: that of the first step, falling to zero."""
+    """steps of `parts` micro-batches each (gradient accumulation); rate: that of the first step, falling to zero.
+    tokens: of a step, about, for progress."""
 
     steps: int
     rate: float
     parts: int = 1
+    tokens: int = 1
 
     def rate_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -148,8 +150,7 @@ def train(
     losses, written = list(saved.losses), time.monotonic()
     with ExitStack() as stack:
         stack.enter_context(sigterm_interrupts())
-        bar = stack.enter_context(progress.tokens(label, schedule.steps))
-        bar.advance("", saved.step)
+        bar = stack.enter_context(progress.tokens(label, (schedule.steps - saved.step) * schedule.tokens))
         try:
             for step in range(saved.step, schedule.steps):
                 loss = _gradients(parameters, loss_of, schedule, step)
@@ -158,7 +159,7 @@ def train(
                         group["lr"] = schedule.rate_at(step)
                     optimizer.step()
                     losses.append(loss)
-                bar.advance(f"loss {loss:.4f}", 1)
+                bar.advance(f"loss {loss:.4f}", schedule.tokens)
                 if state is not None and time.monotonic() - written > _EVERY:
                     _take(state, parameters, optimizer, losses)
                     state.write()

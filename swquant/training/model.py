@@ -18,14 +18,15 @@ from transformers import PreTrainedModel
 
 from calibrationless import Blocks
 from exporters.errors import SwquantError
+from exporters.sidecar import OUTLIERS
 from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.compressed import CompressedCheckpoint
-from swquant.models.architecture import Architecture, LinearKind, LinearWeight
+from swquant.models.architecture import Architecture, LinearKind, LinearWeight, describe
 from swquant.models.loading import build_model
 from swquant.training.data import Batch
 from swquant.training.patched_linear import DenseWeight, Frozen, PackedWeight, PatchedLinear
 
-__all__ = ["lay", "linear_names", "logits_of", "trainable_model"]
+__all__ = ["lay", "linear_names", "load_trainable", "logits_of", "trainable_model"]
 
 
 def trainable_model(checkpoint: Checkpoint, device: str = "cpu") -> PreTrainedModel:
@@ -64,8 +65,10 @@ def lay(
     blocks: Mapping[str, Blocks],
     *,
     packed: bool = True,
+    over: str | None = None,
 ) -> dict[str, PatchedLinear]:
     """Replace the layers that have blocks. weights: from `linear_names`; blocks: stored name -> blocks that are added.
+    over: the set of the checkpoint that they are, which then is no part of the weight under them.
 
     packed: keep the codes of a compressed weight packed and decode them when they are needed, which takes a fifth of
     the memory and a little time; False keeps the dense weight. Returns stored name -> layer.
@@ -74,9 +77,11 @@ def lay(
     for name, places in blocks.items():
         weight = weights[name]
         module: Any = model.get_submodule(weight.module)
-        frozen = _packed(checkpoint, name, weight.transposed) if packed else None
+        frozen = _packed(checkpoint, name, weight.transposed, over) if packed else None
         if frozen is None:
             dense: Tensor = module.weight.detach()
+            if over is not None and isinstance(checkpoint, CompressedCheckpoint):
+                dense = checkpoint.read_without(name, over).to(dense)
             frozen = DenseWeight(dense.T.contiguous() if weight.transposed else dense)
         layer = PatchedLinear(frozen, module.bias, places, transposed=weight.transposed)
         parent, _, leaf = weight.module.rpartition(".")
@@ -85,12 +90,27 @@ def lay(
     return layers
 
 
-def _packed(checkpoint: Checkpoint, name: str, transposed: bool) -> Frozen | None:
+def load_trainable(checkpoint: Checkpoint, device: str = "cpu") -> PreTrainedModel:
+    """The model with the blocks of its last set as its only trainable parameters, its weights frozen and packed. Raises
+    SwquantError where it has none that are added."""
+    sets = checkpoint.sets if isinstance(checkpoint, CompressedCheckpoint) else ()
+    if not isinstance(checkpoint, CompressedCheckpoint) or sets[-1:] in ((), (OUTLIERS,)):
+        raise SwquantError(f"{checkpoint.name}: has no blocks to train; swquant tune makes them")
+    blocks = checkpoint.blocks(sets[-1])
+    model = trainable_model(checkpoint, device)
+    weights = linear_names(describe(checkpoint), model)
+    if odd := next((name for name, patch in blocks.items() if patch.mode != "add" or name not in weights), None):
+        raise SwquantError(f"{checkpoint.name}: the blocks of {odd} cannot be trained, they replace what they lie on")
+    lay(model, checkpoint, weights, blocks, over=sets[-1])
+    return model
+
+
+def _packed(checkpoint: Checkpoint, name: str, transposed: bool, over: str | None) -> Frozen | None:
     """A weight of a compressed checkpoint as its file holds it; None where it is stored dense."""
     if not isinstance(checkpoint, CompressedCheckpoint) or name not in checkpoint.quantized_names:
         return None
     parts, bits, (rows, cols) = checkpoint.packed(name)
-    return PackedWeight(parts, bits, (rows, cols), checkpoint.patches(name), transposed)
+    return PackedWeight(parts, bits, (rows, cols), checkpoint.patches(name, over), transposed)
 
 
 def logits_of(model: nn.Module, batch: Batch, device: str = "cpu") -> Tensor:

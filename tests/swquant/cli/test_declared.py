@@ -27,12 +27,19 @@ from swquant.progress import Progress
 from swquant.study import pipeline
 from swquant.study.options import StudyKeywords, StudyOptions
 from swquant.terminal.formats import VIEWS
+from swquant.tune.options import TuneKeywords, TuneOptions
 
-TAKEN: dict[str, type] = {"compress": CompressOptions, "export": ExportOptions, "study": StudyOptions}
+TAKEN: dict[str, type] = {
+    "compress": CompressOptions,
+    "export": ExportOptions,
+    "study": StudyOptions,
+    "tune": TuneOptions,
+}
 KEYWORDS: dict[type, type] = {
     CompressOptions: CompressKeywords,
     ExportOptions: ExportKeywords,
     StudyOptions: StudyKeywords,
+    TuneOptions: TuneKeywords,
 }
 FIELDS = [pytest.param(name, item, id=f"{name} {flag(item.name)}") for name, of in TAKEN.items() for item in fields(of)]
 # What is no field: where to read and write, and how to talk.
@@ -53,6 +60,18 @@ OWN = {
     },
     "export": {"checkpoint", "out_folder", "overwrite", "as_json", "trust_remote_code"},
     "study": {"model", "text", "out_folder", "as_json", "trust_remote_code"},
+    "tune": {
+        "checkpoint",
+        "out_folder",
+        "against",
+        "text",
+        "data",
+        "eval_text",
+        "dry_run",
+        "overwrite",
+        "as_json",
+        "trust_remote_code",
+    },
 }
 
 
@@ -111,7 +130,7 @@ def test_a_panel_fits_a_screen(cli: Cli, monkeypatch: pytest.MonkeyPatch, comman
     shown = panels(out)
     assert all(1 + lines <= 25 for lines in shown.values()), shown
     titles = list(shown)
-    known = ["Arguments", "Options", BASIC, "Rounding", "Activations", OUTPUT, "With --format onnx", OTHER]
+    known = ["Arguments", "Options", BASIC, "Rounding", "Activations", "Training", OUTPUT, "With --format onnx", OTHER]
     assert titles == [title for title in known if title in titles]
     assert "Options" not in titles or BASIC not in titles
 

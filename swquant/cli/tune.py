@@ -1,0 +1,105 @@
+"""`swquant tune`: train a few blocks of weights over a compressed checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from swquant.cli.options import BASIC, OUTPUT, takes
+from swquant.cli.shared import JsonOption, TrustOption, err, make_progress, out, print_json, text_of
+from swquant.tune.options import TuneOptions
+
+if TYPE_CHECKING:
+    from swquant.tune.pipeline import TunePlan
+
+__all__ = ["tune"]
+
+
+@takes(TuneOptions)
+def tune(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A folder made by `swquant compress`.", show_default=False)
+    ],
+    out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to create.", show_default=False)],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ORIGINAL",
+            help="Learn its predictions, on text that it writes unless there is another.",
+            show_default=False,
+            rich_help_panel=BASIC,
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Learn from this text, a UTF-8 file.", show_default=False, rich_help_panel=BASIC
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help="Learn the responses of prompts or messages, one conversation a line.",
+            show_default=False,
+            rich_help_panel=BASIC,
+        ),
+    ] = None,
+    eval_text: Annotated[
+        Path | None,
+        typer.Option(
+            "--eval-text",
+            metavar="FILE",
+            help="Measure on this text before and after, as swquant eval does.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show what would be trained; write nothing.", rich_help_panel=OUTPUT),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT if it is a checkpoint already.", rich_help_panel=OUTPUT)
+    ] = False,
+    as_json: JsonOption = False,
+    trust_remote_code: TrustOption = False,
+    *,
+    options: TuneOptions,
+) -> None:
+    """Train a few blocks of weights over CHECKPOINT, whose codes stay as they are; OUT holds both."""
+    from swquant.api import tune as tune_model
+    from swquant.terminal.text import sentence
+    from swquant.terminal.tune import show_tune_plan, show_tuned
+    from swquant.tune.records import plan_record
+
+    evaluated = None if eval_text is None else text_of(eval_text)
+
+    def show(plan: TunePlan) -> None:
+        if not as_json:
+            show_tune_plan(out, plan)
+        elif dry_run:
+            print_json(plan_record(plan))
+
+    given = None if text is None else text_of(text)
+    progress = make_progress(as_json)
+    try:
+        result = tune_model(
+            checkpoint, out_folder, options, against=against, text=given, data=data, eval_text=evaluated,
+            text_name="text" if text is None else text.name, overwrite=overwrite, dry_run=dry_run, on_plan=show,
+            trust_remote_code=trust_remote_code, progress=progress,
+        )  # fmt: skip
+    except BaseException as error:
+        for note in getattr(error, "__notes__", ()):
+            err.print(sentence(note), markup=False, soft_wrap=True)
+        raise
+    if result is None:
+        return
+    if as_json:
+        print_json(
+            {"path": str(result.path), "set": result.set, "evaluation": result.evaluation, "manifest": result.manifest}
+        )
+    else:
+        show_tuned(out, result)

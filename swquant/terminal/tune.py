@@ -1,0 +1,89 @@
+"""What a person sees of trained blocks: the plan, the result, and which blocks were chosen, by layer and by kind."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from swquant.terminal.table import make_table, show_table
+from swquant.terminal.text import marked, marked_sentence, sentence
+from swquant.units import human_bytes
+
+if TYPE_CHECKING:
+    from swquant.checkpoints.schema import CheckpointManifest
+    from swquant.tune.pipeline import Tuned, TunePlan
+
+__all__ = ["show_blocks", "show_tune_plan", "show_tuned"]
+
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+def show_tune_plan(console: Console, plan: TunePlan) -> None:
+    """What will be trained, on what, and what it takes."""
+    options = plan.options
+    goal = "the text itself" if plan.against is None else f"what {plan.against.name} predicts"
+    console.print(
+        sentence(
+            f"{plan.count:,} of {plan.of_blocks:,} blocks of {options.block} x {options.block} on {plan.checkpoint.name}: "
+            f"{human_bytes(plan.nbytes)}, {plan.more_bits:.3f} bits more per rounded weight"
+        ),
+        markup=False,
+    )
+    console.print(
+        sentence(
+            f"Chosen by {plan.select} from {len(plan.pool)} weights ({options.from_}); {options.steps} steps on {plan.data}, "
+            f"{plan.tokens:,} tokens, towards {goal}; weights take {human_bytes(plan.memory)} of memory"
+        ),
+        markup=False,
+    )
+    if plan.left_out:
+        reasons = Counter(plan.left_out.values())
+        for reason, count in reasons.items():
+            console.print(sentence(f"{count} rounded weights are not trained: {reason}"), markup=False)
+
+
+def show_tuned(console: Console, result: Tuned) -> None:
+    """What came of it."""
+    manifest = result.manifest
+    record = manifest["tuned"][result.set]
+    if record["tried"]:
+        tried = ", ".join(
+            f"{rate}: {'diverged' if loss is None else f'{loss:.4f}'}" for rate, loss in record["tried"].items()
+        )
+        console.print(sentence(f"Rates by held-out loss: {tried}; {record['rate']:g} was taken"), markup=False)
+    show_blocks(console, manifest)
+    console.print(
+        f"Held-out loss {record['held_out_before']:.4f} -> [bold]{record['held_out_after']:.4f}[/] with "
+        f"{human_bytes(record['bytes'])} of blocks; {manifest['totals']['bits_per_quantized_weight']:.3f} bits per rounded weight"
+    )
+    if result.evaluation:
+        table = make_table("On the text", ("", "left"), ("before", "right"), ("after", "right"))
+        for key, (before, after) in result.evaluation.items():
+            table.add_row(key, f"{before:.4f}", f"{after:.4f}")
+        show_table(console, table)
+    console.print(f"Written to [bold]{marked_sentence(str(result.path))}[/]", soft_wrap=True)
+
+
+def show_blocks(console: Console, manifest: CheckpointManifest) -> None:
+    """One row per set and kind of layer: how many blocks, and in which layers most."""
+    for of_set in manifest.get("tuned", {}):
+        kinds: dict[str, Counter[str]] = {}
+        for name, record in manifest["tensors"].items():
+            if count := record.get("blocks", {}).get(of_set, 0):
+                layer = match[1] if (match := _LAYER.search(name)) else "-"
+                kinds.setdefault(name.removesuffix(".weight").rpartition(".")[2], Counter())[layer] += count
+        total = sum(layers.total() for layers in kinds.values())
+        table = make_table(
+            f"Blocks of the set {marked(of_set)}",
+            ("layer", "left"),
+            ("blocks", "right"),
+            ("share", "right"),
+            ("most in layers", "left"),
+        )
+        for kind, layers in sorted(kinds.items(), key=lambda item: -item[1].total()):
+            most = ", ".join(f"{layer} ({count})" for layer, count in layers.most_common(4))
+            table.add_row(marked(kind), str(layers.total()), f"{layers.total() / total:.0%}", most)
+        show_table(console, table)

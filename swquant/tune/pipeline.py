@@ -1,0 +1,310 @@
+"""`tune`, from end to end: the only module that knows the order of things.
+
+    plan -> text -> choose blocks (selection) -> learning rate (rates) -> train (training.loop) -> write
+
+What an interrupted run has done is kept in the file OUT.tuning beside OUT: the text that was written, the blocks, the
+rate, the steps. The next run with the same checkpoint, text and options goes on from there, to the same bytes; when OUT
+is there, the file is gone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from calibrationless import Blocks
+from exporters.errors import SwquantError
+from swquant.checkpoints.base import Checkpoint
+from swquant.checkpoints.compressed import CompressedCheckpoint
+from swquant.checkpoints.schema import CheckpointManifest
+from swquant.checkpoints.tokenizer import context_of
+from swquant.detect.own_text import write_text
+from swquant.evaluate.pipeline import evaluate_model
+from swquant.models.architecture import describe
+from swquant.models.stock import empty_model
+from swquant.output.destination import check_destination
+from swquant.progress import Progress, silent
+from swquant.training.data import Corpus, begins_with, conversations, text_windows, token_windows
+from swquant.training.loop import Schedule, State, fingerprint_of, train
+from swquant.training.model import lay, linear_names, trainable_model
+from swquant.training.patched import free_name, write_patched
+from swquant.tune.options import TuneOptions
+from swquant.tune.rates import look
+from swquant.tune.records import nbytes_of, tuning_record
+from swquant.tune.selection import Candidate, candidates, chosen, scores
+from swquant.tune.session import Session
+
+__all__ = ["TunePlan", "Tuned", "make_plan", "tune_checkpoint"]
+
+
+@dataclass(frozen=True)
+class TunePlan:
+    """What will be done. given: the text that was given, None where the original writes it. data: what to call it.
+    count, of_blocks: how many blocks are trained, and of how many. left_out: weights that cannot be patched -> why."""
+
+    checkpoint: CompressedCheckpoint
+    against: Checkpoint | None
+    options: TuneOptions
+    given: Corpus | None
+    data: str
+    pool: Mapping[str, Candidate]
+    left_out: Mapping[str, str]
+    count: int
+    of_blocks: int
+
+    @property
+    def select(self) -> str:
+        """By what blocks are chosen."""
+        return self.options.select or ("recovery" if self.against is not None else "gradient")
+
+    @property
+    def nbytes(self) -> int:
+        """What the blocks take in the sidecar."""
+        return nbytes_of(self.count, self.options.block)
+
+    @property
+    def more_bits(self) -> float:
+        """The same per rounded weight."""
+        return 8 * self.nbytes / max(self.checkpoint.manifest["totals"]["quantized_weights"], 1)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the steps read."""
+        return self.options.steps * self.options.batch * self.options.window
+
+    @property
+    def memory(self) -> int:
+        """Bytes of weights in memory, activations aside: two models in float32, blocks with gradient and moments."""
+        weights = sum(stored.numel for stored in self.checkpoint.tensors.values())
+        return 4 * weights * (1 if self.against is None else 2) + 16 * self.count * self.options.block**2
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The finished checkpoint, its manifest, and the name of the set of blocks. evaluation: measure -> (before, after)
+    on a text to evaluate on, {} where there is none."""
+
+    path: Path
+    manifest: CheckpointManifest
+    set: str
+    evaluation: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    options: TuneOptions,
+    *,
+    against: Checkpoint | None = None,
+    text: tuple[str, str] | None = None,
+    data: Path | None = None,
+) -> TunePlan:
+    """Check everything that can be checked before any work. text: (name, content). data: a jsonl file. Raises
+    SwquantError."""
+    if not isinstance(checkpoint, CompressedCheckpoint):
+        raise SwquantError(
+            f"{checkpoint.name}: not a compressed checkpoint; blocks are laid over one: swquant compress MODEL OUT"
+        )
+    if text is not None and data is not None:
+        raise SwquantError("--text and --data are two texts to train on; give one of them")
+    if against is None and text is None and data is None:
+        raise SwquantError(
+            "there is nothing to learn from; name the original with --against, or a text with --text or --data"
+        )
+    if against is not None:
+        _check_vocabularies(checkpoint, against)
+    window = min(options.window, context_of(checkpoint.config) or options.window)
+    options = replace(options, window=window)
+    given = None
+    if text is not None:
+        given = text_windows(checkpoint, text[1], window, text[0])
+    elif data is not None:
+        given = conversations(checkpoint, data, window)
+    if given is not None:
+        given.split()  # refuses what is too short
+    pool, left_out, of_blocks, count = _blocks(checkpoint, options)
+    plan = TunePlan(
+        checkpoint, against, options, given, given.name if given else "own text", pool, left_out, count, of_blocks
+    )
+    if plan.select == "recovery" and against is None:
+        raise SwquantError("--select recovery weighs blocks by what rounding lost; name the original with --against")
+    return plan
+
+
+def _check_vocabularies(checkpoint: Checkpoint, against: Checkpoint) -> None:
+    ours, theirs = (model.config.get_text_config().vocab_size for model in (checkpoint, against))
+    if ours != theirs:
+        raise SwquantError(
+            f"{checkpoint.name} and {against.name} have different vocabularies ({ours} and {theirs} tokens); name the "
+            "original with --against"
+        )
+
+
+def _blocks(
+    checkpoint: CompressedCheckpoint, options: TuneOptions
+) -> tuple[dict[str, Candidate], dict[str, str], int, int]:
+    """Candidates, rounded weights that are none and why, how many blocks there are, and how many are trained."""
+    empty = empty_model(checkpoint)
+    architecture = describe(checkpoint, empty)
+    weights = linear_names(architecture, empty)
+    pool = candidates(checkpoint, weights, options.block, options.from_)
+    reason = "an expert, or a layer with a product of its own"
+    left_out = {name: reason for name in checkpoint.quantized_names if name not in weights}
+    if not pool:
+        raise SwquantError(
+            f"{checkpoint.name}: no linear layer to choose blocks from with --from {options.from_}; use all"
+        )
+    of_blocks = sum(math.prod(candidate.grid) for candidate in pool.values())
+    totals = checkpoint.manifest["totals"]
+    count = options.parsed_budget.blocks(options.block, totals["weights"], totals["quantized_weights"])
+    if count < 1:
+        raise SwquantError(
+            f"--budget {options.budget} holds no block of {options.block} x {options.block} ({nbytes_of(1, options.block):,} "
+            "bytes); give more, or a smaller --block"
+        )
+    return pool, left_out, of_blocks, min(count, of_blocks)
+
+
+def tune_checkpoint(
+    plan: TunePlan,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress = silent,
+    name: str = "tuned",
+    eval_text: str | None = None,
+) -> Tuned:
+    """Carry out a plan. `out` appears whole or not at all. name: of the set of blocks; a number is added where it is
+    taken. eval_text: to measure on, before and after. Raises SwquantError."""
+    check_destination(out, overwrite, plan.checkpoint)
+    state = State.at(out.with_name(out.name + ".tuning"), _fingerprint(plan))
+    of_set = free_name(plan.checkpoint.manifest, name)
+    with progress.step(f"Loading {plan.checkpoint.name}"):
+        model = trainable_model(plan.checkpoint)
+        teacher = None if plan.against is None else trainable_model(plan.against)
+    corpus, held = (plan.given or _own_text(plan, teacher, state, progress)).split()
+    session = Session(model, teacher, corpus, held, plan.options)
+    places = _places(plan, session, state, progress)
+    layers = lay(model, plan.checkpoint, {name: plan.pool[name].weight for name in places}, places)
+    values = {name: layer.values for name, layer in layers.items()}
+    schedule = Schedule(plan.options.steps, 0.0, tokens=plan.tokens // plan.options.steps)
+    facts = state.saved.facts
+    if "rate" not in facts:
+        _settle_rate(session, values, schedule, state, progress)
+    trained = train(values, session.loss_of, replace(schedule, rate=facts["rate"]), state=state, progress=progress)
+    blocks = {name: layer.trained(torch.bfloat16) for name, layer in layers.items()}
+    for layer in layers.values():  # what is measured is what is stored
+        layer.values.data.copy_(layer.values.to(torch.bfloat16))
+    with progress.step("Measuring held-out text"):
+        after = session.held_out()
+    if not after < facts["before"]:
+        progress.note(
+            f"Held-out loss did not fall ({facts['before']:.4f} before, {after:.4f} after): more text, more steps or "
+            "another --lr may help"
+        )
+    record = tuning_record(plan, blocks, facts, trained.losses, after)
+    manifest = write_patched(plan.checkpoint, out, of_set, blocks, record, overwrite=overwrite, progress=progress)
+    state.remove()
+    evaluation = {} if eval_text is None else _evaluated(plan, out, eval_text, progress)
+    return Tuned(out, manifest, of_set, evaluation)
+
+
+def _evaluated(plan: TunePlan, out: Path, text: str, progress: Progress) -> dict[str, tuple[float, float]]:
+    """What `evaluate` says of the checkpoint and of OUT, in windows of 512 tokens at most."""
+    with CompressedCheckpoint(out, trust_remote_code=plan.checkpoint.trust_remote_code) as tuned:
+        before, after = (
+            asdict(evaluate_model(model, text, plan.against, window=512, progress=progress))
+            for model in (plan.checkpoint, tuned)
+        )
+    names = ("perplexity", "kl", "top1")
+    return {name: (before[name], after[name]) for name in names if before[name] is not None}
+
+
+def _settle_rate(
+    session: Session,
+    values: Mapping[str, torch.nn.Parameter],
+    schedule: Schedule,
+    state: State,
+    progress: Progress,
+) -> None:
+    """Put the learning rate into the state, with what else the record needs of the time before the first step."""
+    facts, options = state.saved.facts, session.options
+    with progress.step("Measuring held-out text"):
+        facts["before"] = session.held_out()
+    rate, tried = options.rate, {}
+    if rate is None:
+        tried = look(values, session.loss_of, session.held_out, schedule, progress)
+        rate = _best(tried)
+    facts |= {"rate": rate, "tried": {f"{each:g}": loss for each, loss in tried.items()}}
+    facts["tokens"] = sum(session.batch_of(step).tokens for step in range(options.steps))
+    state.write()
+
+
+def _fingerprint(plan: TunePlan) -> str:
+    """Of all that the result depends on."""
+    digest = hashlib.sha256()
+    for ids, counted in () if plan.given is None else plan.given.sequences:
+        digest.update(ids.numpy().tobytes() + counted.numpy().tobytes())
+    against = None if plan.against is None else plan.against.fingerprint
+    return fingerprint_of(plan.checkpoint.fingerprint, against, digest.hexdigest(), dict(plan.options.as_dict()))
+
+
+def _own_text(plan: TunePlan, teacher: PreTrainedModel | None, state: State, progress: Progress) -> Corpus:
+    """What the original writes at temperature 1."""
+    assert plan.against is not None
+    assert teacher is not None
+    if "text" not in state.saved.tensors:
+        options, start = plan.options, begins_with(plan.against)
+        state.saved.tensors["text"] = write_text(
+            teacher, start, options.seed, progress, texts=options.texts, length=options.window
+        )
+        state.write()
+    return token_windows(state.saved.tensors["text"], plan.data)
+
+
+def _places(plan: TunePlan, session: Session, state: State, progress: Progress) -> dict[str, Blocks]:
+    """The blocks to train, as zeros."""
+    side, saved = plan.options.block, state.saved.tensors
+    if not any(name.startswith("rows/") for name in saved):
+        found = scores(
+            plan.select,
+            plan.pool,
+            session.model,
+            _shown(session.warmup(), plan.options.batch * plan.options.window, progress),
+            checkpoint=plan.checkpoint,
+            against=plan.against,
+            seed=plan.options.seed,
+        )
+        for name, blocks in chosen(found, plan.pool, plan.count).items():
+            saved |= {f"rows/{name}": blocks.rows, f"cols/{name}": blocks.cols}
+        state.write()
+    names = [name for name in plan.pool if f"rows/{name}" in saved]
+    return {
+        name: Blocks(rows := saved[f"rows/{name}"], saved[f"cols/{name}"], torch.zeros(len(rows), side, side))
+        for name in names
+    }
+
+
+def _shown(
+    losses: list[Callable[[], torch.Tensor]], tokens: int, progress: Progress
+) -> Iterator[Callable[[], torch.Tensor]]:
+    """The losses of the warm-up, one after the other, with progress. tokens: of each."""
+    with progress.tokens("Choosing blocks", len(losses) * tokens) as bar:
+        for loss in losses:
+            yield loss
+            bar.advance("", tokens)
+
+
+def _best(tried: Mapping[float, float]) -> float:
+    """The rate with the least held-out loss, the smaller one of equals. Raises SwquantError where all diverged."""
+    rate = min(sorted(tried), key=tried.__getitem__)
+    if not math.isfinite(tried[rate]):
+        raise SwquantError(
+            f"the loss diverged at every learning rate from {min(tried):g} to {max(tried):g}; is the text sound?"
+        )
+    return rate

@@ -1,0 +1,68 @@
+"""What runs while blocks are chosen and trained: the model, its teacher, and the loss of a batch.
+
+With a teacher the loss is the divergence from its predictions, without one the cross entropy with the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swquant.training.data import Batch, Corpus
+from swquant.training.losses import cross_entropy, divergence
+from swquant.training.model import logits_of
+from swquant.tune.options import TuneOptions
+
+__all__ = ["Session"]
+
+
+@dataclass(frozen=True)
+class Session:
+    """model: what is trained. teacher: the original, or None. corpus: to train on; held: text that no step sees."""
+
+    model: Any
+    teacher: Any
+    corpus: Corpus
+    held: Corpus
+    options: TuneOptions
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Of a batch, in nats per token that counts."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.options.precision == "bfloat16"):
+            logits = logits_of(self.model, batch)
+            if self.teacher is None:
+                return cross_entropy(logits, batch.ids[:, 1:], batch.counted)
+            with torch.no_grad():
+                goal = logits_of(self.teacher, batch)
+        return divergence(logits, goal, batch.counted)
+
+    def batch_of(self, step: int) -> Batch:
+        """What a step sees."""
+        return self.corpus.drawn(step, self.options.batch, self.options.seed)
+
+    def loss_of(self, step: int, part: int) -> Tensor:
+        """For `training.train`: a step is one batch."""
+        return self.loss(self.batch_of(step))
+
+    def held_out(self) -> float:
+        """The loss on held-out text, a mean over its tokens."""
+        total, tokens = 0.0, 0
+        with torch.no_grad():
+            for batch in self.held.batches(self.options.batch):
+                total += float(self.loss(batch)) * batch.tokens
+                tokens += batch.tokens
+        return total / tokens
+
+    def warmup(self) -> list[Callable[[], Tensor]]:
+        """The losses of the batches that choose the blocks: others than those of the first steps, where there are
+        enough."""
+        first = self.options.steps
+
+        def of(number: int) -> Callable[[], Tensor]:
+            return lambda: self.loss(self.batch_of(number))
+
+        return [of(first + number) for number in range(self.options.warmup)]
