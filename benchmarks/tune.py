@@ -37,7 +37,7 @@ from swquant.training.data import begins_with, text_windows, token_windows
 from swquant.training.loop import DivergedError, Schedule, train
 from swquant.training.model import lay, trainable_model
 from swquant.tune.options import TuneOptions
-from swquant.tune.pipeline import TunePlan, make_plan
+from swquant.tune.plan import TunePlan, make_plan
 from swquant.tune.selection import chosen, scores
 from swquant.tune.session import Session
 

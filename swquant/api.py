@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from swquant.evaluate.pipeline import Evaluation
     from swquant.export.onnx.pipeline import Exported
     from swquant.study.pipeline import Study
-    from swquant.tune.pipeline import Tuned, TunePlan
+    from swquant.tune.pipeline import Tuned
+    from swquant.tune.plan import TunePlan
 
 __all__ = ["compress", "detect", "evaluate", "export", "generate", "inspect", "load", "plan", "study", "tune", "verify"]
 
@@ -417,7 +418,7 @@ def _tune_plan(
     from contextlib import ExitStack
 
     from swquant.checkpoints.open import open_checkpoint
-    from swquant.tune.pipeline import make_plan
+    from swquant.tune.plan import make_plan
 
     with ExitStack() as stack:
         opened = stack.enter_context(open_checkpoint(checkpoint, trust_remote_code=trust_remote_code))

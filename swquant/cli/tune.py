@@ -12,9 +12,43 @@ from swquant.cli.shared import JsonOption, TrustOption, err, make_progress, out,
 from swquant.tune.options import TuneOptions
 
 if TYPE_CHECKING:
-    from swquant.tune.pipeline import TunePlan
+    from swquant.tune.plan import TunePlan
 
 __all__ = ["tune"]
+
+
+AgainstOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ORIGINAL",
+        help="Learn its predictions, on text that it writes unless there is another.",
+        show_default=False,
+        rich_help_panel=BASIC,
+    ),
+]
+TextOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Learn from this text, a UTF-8 file.", show_default=False, rich_help_panel=BASIC),
+]
+DataOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.jsonl",
+        help="Learn the responses of prompts or messages, one conversation a line.",
+        show_default=False,
+        rich_help_panel=BASIC,
+    ),
+]
+EvalOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--eval-text",
+        metavar="FILE",
+        help="Measure on this text before and after, as swquant eval does.",
+        show_default=False,
+        rich_help_panel=OUTPUT,
+    ),
+]
 
 
 @takes(TuneOptions)
@@ -23,43 +57,12 @@ def tune(
         Path, typer.Argument(metavar="CHECKPOINT", help="A folder made by `swquant compress`.", show_default=False)
     ],
     out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to create.", show_default=False)],
-    against: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ORIGINAL",
-            help="Learn its predictions, on text that it writes unless there is another.",
-            show_default=False,
-            rich_help_panel=BASIC,
-        ),
-    ] = None,
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Learn from this text, a UTF-8 file.", show_default=False, rich_help_panel=BASIC
-        ),
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE.jsonl",
-            help="Learn the responses of prompts or messages, one conversation a line.",
-            show_default=False,
-            rich_help_panel=BASIC,
-        ),
-    ] = None,
-    eval_text: Annotated[
-        Path | None,
-        typer.Option(
-            "--eval-text",
-            metavar="FILE",
-            help="Measure on this text before and after, as swquant eval does.",
-            show_default=False,
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None,
+    against: AgainstOption = None,
+    text: TextOption = None,
+    data: DataOption = None,
+    eval_text: EvalOption = None,
     dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Show what would be trained; write nothing.", rich_help_panel=OUTPUT),
+        bool, typer.Option("--dry-run", help="Show what would be trained; write nothing.", rich_help_panel=OUTPUT)
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it is a checkpoint already.", rich_help_panel=OUTPUT)

@@ -14,7 +14,8 @@ from swquant.units import human_bytes
 
 if TYPE_CHECKING:
     from swquant.checkpoints.schema import CheckpointManifest
-    from swquant.tune.pipeline import Tuned, TunePlan
+    from swquant.tune.pipeline import Tuned
+    from swquant.tune.plan import TunePlan
 
 __all__ = ["show_blocks", "show_tune_plan", "show_tuned"]
 

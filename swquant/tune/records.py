@@ -5,21 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from calibrationless import Blocks
 from swquant.checkpoints.schema import SourceRecord, TuningRecord
+from swquant.tune.plan import TunePlan, nbytes_of
 from swquant.units import short
 
-if TYPE_CHECKING:
-    from swquant.tune.pipeline import TunePlan
-
-__all__ = ["nbytes_of", "plan_record", "tuning_record"]
-
-
-def nbytes_of(count: int, side: int) -> int:
-    """What so many blocks take in the sidecar: bfloat16 values and two indices each."""
-    return count * (2 * side**2 + 8)
+__all__ = ["plan_record", "tuning_record"]
 
 
 def plan_record(plan: TunePlan) -> dict[str, Any]:

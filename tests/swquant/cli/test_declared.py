@@ -136,8 +136,10 @@ def test_a_panel_fits_a_screen(cli: Cli, monkeypatch: pytest.MonkeyPatch, comman
 
 
 def test_the_groups_are_the_panels(cli: Cli) -> None:
-    titles = panels(cli("compress", "--help").out)
-    assert [group.capitalize() for group in GROUPS] == [title for title in titles if "onnx" not in title][1:]
+    of = {command: [title for title in panels(cli(command, "--help").out)][1:] for command in ("compress", "tune")}
+    known = [group.capitalize() for group in GROUPS]
+    assert [title for title in of["compress"] if "onnx" not in title] == [name for name in known if name != "Training"]
+    assert of["tune"] == [name for name in known if name not in ("Rounding", "Activations")]
 
 
 def test_help_is_part_of_the_last_panel(cli: Cli) -> None:
