@@ -43,8 +43,8 @@ def check_patches(checkpoint: CompressedCheckpoint) -> None:
     sets = [name for name in counted(checkpoint.manifest) if name not in SETS]
     if sets and checkpoint.restored:
         raise SwquantError(
-            f"{checkpoint.name}: ONNX export does not know trained blocks (its set {sets[0]}) yet; bake them in first "
-            "(swquant merge), or export the checkpoint that was tuned"
+            f"{checkpoint.name}: ONNX export does not know trained blocks (its set {sets[0]}); export the checkpoint "
+            "that was tuned, or serve this one with swquant.load"
         )
 
 
