@@ -33,7 +33,7 @@ test-gpu:
 	$(PYTHON) -m venv $(VENV)-gpu
 	SWQUANT_CUDA=on $(VENV)-gpu/bin/python -m pip install --quiet -c constraints.txt -e ".[gpu]" pytest hypothesis
 	SWQUANT_CUDA=on $(VENV)-gpu/bin/python -m exporters.ops.build
-	$(VENV)-gpu/bin/python -m pytest -m gpu tests/exporters/ops tests/swquant/export/onnx/test_gpu.py
+	$(VENV)-gpu/bin/python -m pytest -m gpu tests/calibrationless/test_batched.py tests/exporters/ops tests/swquant/export/onnx/test_gpu.py
 
 # In an environment of its own: vLLM's pins exclude ours. Compresses two real models, then vLLM reads them: half an hour.
 test-vllm: $(VENV)/test $(VENV)-vllm/installed $(SMOLLM2) $(GEMMA)

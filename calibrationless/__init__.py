@@ -31,6 +31,7 @@ from calibrationless.blocks import (
 from calibrationless.clipping import RULES, Clip, clip_threshold, parse_clip
 from calibrationless.cost import WeightError, measure, worst
 from calibrationless.feedback import Factor, damping_for, feed_back, inverse_factor, inverse_factor_
+from calibrationless.moving import moved
 from calibrationless.patches import (
     KINDS,
     Blocks,
@@ -124,6 +125,7 @@ __all__ = [
     "inverse_factor_",
     "massive_channels",
     "measure",
+    "moved",
     "one_thread_per_operation",
     "parse_block",
     "parse_clip",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from calibrationless.blocks import Block, Tile, from_blocks, scale_shape, shape_of, to_blocks
+from calibrationless.loops import run_loop
 from calibrationless.pieces import for_pieces
 from calibrationless.quantized import OCTAVE, Compact, QuantizedTensor, check_bits, compact_steps
 from calibrationless.search import block_importance
@@ -48,7 +49,9 @@ def quantize_affine(
     blocks = to_blocks(weight.detach(), block)
     if storage is None and (isinstance(block, Tile) or shape[1] % blocks.shape[1]):
         raise ValueError(f"block {block} reaches over rows, and a byte per scale is relative to its row; use a group")
-    pattern = block_importance(torch.ones(shape[1]) if importance is None else importance, block, shape)
+    pattern = block_importance(
+        torch.ones(shape[1], device=blocks.device) if importance is None else importance, block, shape
+    )
     scale, offset = _lines(blocks, pattern, bits, keep_extreme)
     form, compact = scale_shape(block, shape), None
     if storage is None:
@@ -71,7 +74,7 @@ def quantize_affine(
 
 def _lines(blocks: Tensor, pattern: Tensor, bits: int, keep_extreme: Tensor | None) -> tuple[Tensor, Tensor]:
     """Scale and offset of every block, float32 [blocks]."""
-    scale, offset = (torch.empty(len(blocks)) for _ in range(2))
+    scale, offset = (torch.empty(len(blocks), device=blocks.device) for _ in range(2))
 
     def search(piece: slice) -> None:
         part = blocks[piece].to(torch.float32).contiguous()
@@ -83,28 +86,25 @@ def _lines(blocks: Tensor, pattern: Tensor, bits: int, keep_extreme: Tensor | No
             scale[piece] = torch.where(keep_extreme[piece], (high - low) / ((1 << bits) - 1), scale[piece])
             offset[piece] = torch.where(keep_extreme[piece], low, offset[piece])
 
-    for_pieces(search, *blocks.shape)
+    for_pieces(search, *blocks.shape, device=blocks.device)
     return scale, offset
 
 
 def _cut(blocks: Tensor, bits: int, scale: Tensor, offset: Tensor) -> Tensor:
     """uint8 codes like blocks: the nearest on every block's line."""
-    codes = torch.empty(blocks.shape, dtype=torch.uint8)
+    codes = torch.empty(blocks.shape, dtype=torch.uint8, device=blocks.device)
 
     def cut(piece: slice) -> None:
         found = blocks[piece].to(torch.float32).sub(offset[piece].unsqueeze(1)).div_(scale[piece].unsqueeze(1)).round_()
         codes[piece] = found.clamp_(0, (1 << bits) - 1).to(torch.int16).to(torch.uint8)
 
-    for_pieces(cut, *blocks.shape)
+    for_pieces(cut, *blocks.shape, device=blocks.device)
     return codes
 
 
 def _search(part: Tensor, pattern: Tensor, first: int, bits: int, scale: Tensor, offset: Tensor) -> None:
-    from calibrationless.kernels import search_lines  # here: numba takes a second to import
-
-    stretches, shifts = torch.tensor(STRETCHES), torch.tensor(SHIFTS)
-    arrays = (stretches.numpy(), shifts.numpy())
-    search_lines(part.numpy(), pattern.numpy(), first, *arrays, 1 << bits, _REFITS, scale.numpy(), offset.numpy())
+    candidates = (torch.tensor(STRETCHES), torch.tensor(SHIFTS))
+    run_loop("search_lines", part.device, part, pattern, first, *candidates, 1 << bits, _REFITS, scale, offset)
 
 
 def _settled_in(dtype: torch.dtype, scale: Tensor, offset: Tensor) -> None:
@@ -127,21 +127,20 @@ def _reach_zero(scale: Tensor, offset: Tensor, top: float) -> None:
 
 def _settled_in_bytes(blocks: Tensor, pattern: Tensor, bits: int, rows: int, scale: Tensor, offset: Tensor) -> Compact:
     """Both in place, and the bytes that stand for them."""
-    from calibrationless.kernels import settle_lines
-
     per_row = len(blocks) // rows
     _reach_zero(scale, offset, float((1 << bits) - 1))
     largest = scale.view(rows, per_row).amax(dim=1)
     of_rows = largest.to(torch.float16)
     if odd := largest[~torch.isfinite(of_rows) | ((of_rows == 0) & (largest > 0))].tolist():
         raise ValueError(f"a scale of {odd[0]:.3g} does not fit float16")
-    exponents, zeros = (torch.empty(len(blocks), dtype=torch.uint8) for _ in range(2))
-    steps, wide = compact_steps().numpy(), of_rows.to(torch.float32).numpy()
+    exponents, zeros = (torch.empty(len(blocks), dtype=torch.uint8, device=blocks.device) for _ in range(2))
+    steps, wide = compact_steps().to(blocks.device), of_rows.to(torch.float32)
 
     def settle(piece: slice) -> None:
-        part = blocks[piece].to(torch.float32).contiguous().numpy()
-        out = (values[piece].numpy() for values in (scale, offset, exponents, zeros))
-        settle_lines(part, pattern.numpy(), piece.start, 1 << bits, _AROUND, OCTAVE, steps, wide, per_row, *out)
+        part = blocks[piece].to(torch.float32).contiguous()
+        out = (values[piece] for values in (scale, offset, exponents, zeros))
+        numbers = (piece.start, 1 << bits, _AROUND, OCTAVE)
+        run_loop("settle_lines", part.device, part, pattern, *numbers, steps, wide, per_row, *out)
 
-    for_pieces(settle, *blocks.shape)
+    for_pieces(settle, *blocks.shape, device=blocks.device)
     return Compact(of_rows, exponents, zeros)

@@ -54,7 +54,7 @@ def measure(
             difference.masked_fill_(exact[piece], 0.0)
         largest = difference.abs_().max().double()
         error = _sum(difference.square_())
-        weighted = [torch.zeros((), dtype=torch.float64)] * 2
+        weighted = [torch.zeros((), dtype=torch.float64, device=error.device)] * 2
         if pattern is not None:
             weighted[0] = _sum(difference.mul_(_rows(pattern, piece)))
         weights = torch.square(original[piece].to(torch.float32), out=difference)  # fresh memory costs more than this
@@ -63,7 +63,7 @@ def measure(
             weighted[1] = _sum(weights.mul_(_rows(pattern, piece)))
         return torch.stack([error, total, largest, *weighted])
 
-    parts = torch.stack(for_pieces(work, *original.shape))
+    parts = torch.stack(for_pieces(work, *original.shape, device=original.device))
     error, total, _, weighted_error, weighted_total = parts.sum(dim=0).tolist()
     return WeightError(
         relative=_ratio(error, total),
@@ -80,7 +80,7 @@ def _rows(pattern: Tensor, piece: slice) -> Tensor:
     """Importance [blocks of the piece, elements] from one period of it; a view where one row serves all."""
     if pattern.shape[0] == 1:
         return pattern
-    return pattern[torch.arange(piece.start, piece.stop) % pattern.shape[0]]
+    return pattern[torch.arange(piece.start, piece.stop, device=pattern.device) % pattern.shape[0]]
 
 
 def _sum(matrix: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def worst(
     count = max(0, min(count, weight.numel()))
     first = None
     if always:
-        mask = torch.zeros(quantized.shape, dtype=torch.bool)
+        mask = torch.zeros(quantized.shape, dtype=torch.bool, device=weight.device)
         mask[tuple(torch.tensor(always).T)] = True
         first = to_blocks(mask, quantized.block)
     pattern = None if importance is None else block_importance(importance, quantized.block, quantized.shape).sqrt_()
@@ -122,7 +122,13 @@ def worst(
     def histogram(piece: slice) -> Tensor:
         return torch.bincount(_bucket(errors(piece)), minlength=_BUCKETS)
 
-    at_least = torch.stack(for_pieces(histogram, *original.shape)).sum(dim=0).flip(0).cumsum(dim=0).flip(0)
+    at_least = (
+        torch.stack(for_pieces(histogram, *original.shape, device=original.device))
+        .sum(dim=0)
+        .flip(0)
+        .cumsum(dim=0)
+        .flip(0)
+    )
     lowest = int((at_least >= count).sum()) - 1  # the highest bucket with `count` errors in it and above
 
     def candidates(piece: slice) -> tuple[Tensor, Tensor]:
@@ -130,7 +136,7 @@ def worst(
         index = torch.nonzero(_bucket(found) >= lowest).flatten()
         return found[index], index + piece.start * original.shape[1]
 
-    values, indices = map(torch.cat, zip(*for_pieces(candidates, *original.shape), strict=True))
+    values, indices = map(torch.cat, zip(*for_pieces(candidates, *original.shape, device=original.device), strict=True))
     rows, cols = element_position(indices, quantized.block, quantized.shape)
     order = torch.argsort(rows * weight.shape[1] + cols)
     order = order[torch.argsort(values[order], descending=True, stable=True)][:count]

@@ -102,7 +102,7 @@ def feed_back(weight: Tensor, quantized: QuantizedTensor, factor: Factor, *kept:
     if quantized.offset is not None:  # a zero point between two codes
         zero = expand(-quantized.offset.to(torch.float32), quantized.block, quantized.shape) / scale
     held = covered(kept, quantized.shape)
-    exact = torch.zeros(quantized.shape, dtype=torch.bool) if held is None else held
+    exact = torch.zeros(quantized.shape, dtype=torch.bool, device=weight.device) if held is None else held
     codes = quantized.codes.clone()
     top = float((1 << quantized.bits) - 1)
 
@@ -117,7 +117,7 @@ def feed_back(weight: Tensor, quantized: QuantizedTensor, factor: Factor, *kept:
         steps = scale[piece][:, order].T.contiguous()
         zeros = torch.full_like(steps, middle) if zero is None else zero[piece][:, order].T.to(torch.float32)
         found = torch.empty_like(w)
-        errors = torch.empty(_LAZY, w.shape[1])
+        errors = torch.empty(_LAZY, w.shape[1], device=w.device)
         for start in range(0, len(order), _LAZY):
             stop = min(start + _LAZY, len(order))
             for j in range(start, stop):
@@ -134,5 +134,5 @@ def feed_back(weight: Tensor, quantized: QuantizedTensor, factor: Factor, *kept:
         found = torch.where(is_exact, cut(original, steps, zeros), found)
         codes[piece] = codes[piece].index_copy(1, order, found.T.to(torch.int16).to(torch.uint8))
 
-    for_pieces(work, *quantized.shape)
+    for_pieces(work, *quantized.shape, device=weight.device)
     return replace(quantized, codes=codes)

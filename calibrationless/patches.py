@@ -201,7 +201,7 @@ def covered(patches: Iterable[Patch], shape: tuple[int, int]) -> Tensor | None:
     held = [patch for patch in patches if len(patch) and patch.mode == "replace"]
     if not held:
         return None
-    mask = torch.zeros(shape, dtype=torch.bool)
+    mask = torch.zeros(shape, dtype=torch.bool, device=held[0].values.device)
     for patch in held:
         rows, cols, _ = kind_of(patch).entries(patch, shape)
         mask[rows, cols] = True

@@ -97,7 +97,10 @@ def compact_steps() -> Tensor:
 
 def from_compact(codes: Tensor, compact: Compact, block: Block, bits: int) -> QuantizedTensor:
     """The weight that codes and the bytes of their blocks stand for; scale and offset are float32."""
-    scale = compact.rows.to(torch.float32).unsqueeze(1) * compact_steps()[compact.exponents.to(torch.int64)]
+    scale = (
+        compact.rows.to(torch.float32).unsqueeze(1)
+        * compact_steps().to(codes.device)[compact.exponents.to(torch.int64)]
+    )
     offset = -scale * (compact.zeros.to(torch.float32) * ((1 << bits) / 256))
     return QuantizedTensor(codes, scale, None, block, bits, offset, compact)
 
@@ -129,10 +132,10 @@ def dequantize(quantized: QuantizedTensor, dtype: torch.dtype | None = None) -> 
     `dtype` casts the result.
     """
     codes = to_blocks(quantized.codes, quantized.block)
-    weight = torch.empty(codes.shape, dtype=dtype or quantized.scale.dtype)
+    weight = torch.empty(codes.shape, dtype=dtype or quantized.scale.dtype, device=codes.device)
 
     def work(piece: slice) -> None:
         weight[piece] = decode_blocks(quantized, codes[piece], piece)
 
-    for_pieces(work, *codes.shape)
+    for_pieces(work, *codes.shape, device=codes.device)
     return from_blocks(weight, quantized.block, quantized.shape)

@@ -123,7 +123,7 @@ def _blocks_of_super_weights(recipe: Recipe, weight: Tensor) -> Tensor | None:
     if recipe.hold_out or not recipe.super_weights:
         return None
     shape = shape_of(weight)
-    keep = torch.zeros(weight.numel() // block_elements(recipe.block, shape), dtype=torch.bool)
+    keep = torch.zeros(weight.numel() // block_elements(recipe.block, shape), dtype=torch.bool, device=weight.device)
     keep[block_index(*_places(recipe), recipe.block, shape)] = True
     return keep
 

@@ -124,7 +124,7 @@ def quantize(
     shape = shape_of(weight)
     dtype = scale_dtype or weight.dtype
     blocks = to_blocks(weight.detach(), block)
-    codes = torch.empty(blocks.shape, dtype=torch.uint8)
+    codes = torch.empty(blocks.shape, dtype=torch.uint8, device=blocks.device)
     pattern = None if importance is None else block_importance(importance, block, shape)
 
     def work(piece: slice) -> tuple[Tensor, Tensor | None]:
@@ -148,7 +148,7 @@ def quantize(
         round_to_codes(part, scale, zero_point, bits, out=codes[piece])
         return scale, zero_point
 
-    scales, zero_points = zip(*for_pieces(work, *blocks.shape), strict=True)
+    scales, zero_points = zip(*for_pieces(work, *blocks.shape, device=blocks.device), strict=True)
     stored = scale_shape(block, shape)
     return QuantizedTensor(
         codes=from_blocks(codes, block, shape) if isinstance(block, Tile) else codes.view(shape),

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from calibrationless.blocks import Block, Tile, block_elements, to_blocks
+from calibrationless.loops import run_loop
 
 __all__ = ["STRETCHES", "block_importance", "search_scale"]
 
@@ -55,24 +56,22 @@ def search_scale(
     blocks: float32 [blocks, elements], finite. importance: from `block_importance`. first: index of blocks[0] among all
     blocks of the weight. A block of zeros gets scale 0.
     """
-    from calibrationless.kernels import (
-        search_blocks,
-    )  # here: numba takes a second to import, and plain rounding needs none
-
     count = blocks.shape[0]
     if importance.shape[1] != blocks.shape[1]:
         raise ValueError(f"importance has {importance.shape[1]} weights for blocks of {blocks.shape[1]}")
-    scale, zero_point = torch.empty(count, 1), torch.empty(count, 1)
-    search_blocks(
-        blocks.contiguous().numpy(),
-        importance.numpy(),
+    scale, zero_point = (torch.empty(count, 1, device=blocks.device) for _ in range(2))
+    run_loop(
+        "search_blocks",
+        blocks.device,
+        blocks.contiguous(),
+        importance,
         first,
-        torch.tensor(STRETCHES, dtype=torch.float32).numpy(),
+        torch.tensor(STRETCHES, dtype=torch.float32),
         1 << bits,
         _SHIFTS,
         symmetric,
         _REFITS,
-        scale.numpy()[:, 0],
-        zero_point.numpy()[:, 0],
+        scale[:, 0],
+        zero_point[:, 0],
     )
     return scale, None if symmetric else zero_point

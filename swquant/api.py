@@ -21,8 +21,8 @@ from swquant.export.formats import Planned, format_named, option_names
 from swquant.export.onnx.options import ExportKeywords, ExportOptions
 from swquant.progress import Progress, silent
 from swquant.study.options import StudyKeywords, StudyOptions
-from swquant.units import parse_bytes
 from swquant.tune.options import TuneKeywords, TuneOptions
+from swquant.units import parse_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +53,7 @@ def detect(
     *,
     low_memory: bool = False,
     memory: str | int | None = None,
+    device: str = "auto",
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Found:
@@ -64,15 +65,18 @@ def detect(
 
     "The Super Weight in Large Language Models", https://arxiv.org/abs/2411.07191
     """
+    import torch
+
     from swquant.checkpoints.open import open_checkpoint
     from swquant.detect.pipeline import find_super_weights
+    from swquant.models.devices import device_for, place_for
 
-    with (
-        open_checkpoint(model, trust_remote_code=trust_remote_code) as checkpoint,
-        progress.step(f"Probing {checkpoint.name} with one prompt"),
-    ):
-        low_memory = low_memory or _beyond(memory, checkpoint)
-        return find_super_weights(checkpoint, prompt, low_memory=low_memory)
+    chosen = device_for(device)
+    with open_checkpoint(model, trust_remote_code=trust_remote_code) as checkpoint:
+        place, said = place_for(checkpoint, torch.float32, chosen)
+        with progress.step(f"Probing {checkpoint.name} with one prompt{said}"):
+            low_memory = low_memory or _beyond(memory, checkpoint)
+            return find_super_weights(checkpoint, prompt, low_memory=low_memory, device=place)
 
 
 def compress(
@@ -87,6 +91,7 @@ def compress(
     ray: str | None = None,
     low_memory: bool = False,
     memory: str | int | None = None,
+    device: str = "auto",
     trust_remote_code: bool = False,
     on_plan: Callable[[Planned], None] | None = None,
     progress: Progress = silent,
@@ -112,6 +117,7 @@ def compress(
         workers=Workers(workers, ray),
         low_memory=low_memory,
         memory=memory,
+        device=device,
         trust_remote_code=trust_remote_code,
         progress=progress,
     ) as planned:
@@ -128,6 +134,7 @@ def plan(
     format: str = "checkpoint",
     low_memory: bool = False,
     memory: str | int | None = None,
+    device: str = "auto",
     trust_remote_code: bool = False,
     progress: Progress = silent,
     **changes: Unpack[Keywords],
@@ -141,6 +148,7 @@ def plan(
         changes,
         low_memory=low_memory,
         memory=memory,
+        device=device,
         trust_remote_code=trust_remote_code,
         progress=progress,
     ) as planned:
@@ -160,6 +168,7 @@ def _planned(
     workers: Workers | None = None,
     low_memory: bool,
     memory: str | int | None,
+    device: str,
     trust_remote_code: bool,
     progress: Progress,
 ) -> Iterator[Planned]:
@@ -174,21 +183,25 @@ def _planned(
     from swquant.checkpoints.open import open_checkpoint
     from swquant.compress.pipeline import prepare
     from swquant.compress.resuming import check_leftover, head_of, identity, leftover_sentence
+    from swquant.models.devices import device_for
     from swquant.output.destination import check_destination
 
     workers = workers or Workers()
     workers.check()
+    if not workers.here and device not in ("auto", "cpu"):
+        raise SwquantError(f"--device {device}: workers round on the CPU; leave out one of the two")
+    place = device_for(device if workers.here else "cpu")
     with open_checkpoint(model, trust_remote_code=trust_remote_code) as checkpoint, ExitStack() as stack:
         target = Path(out) if out is not None else Path(checkpoint.name + chosen.suffix + row.suffix)
         if to_overwrite is not None:
             check_destination(target, to_overwrite, checkpoint)
             if not fresh:
-                check_leftover(target, identity(checkpoint, chosen))
+                check_leftover(target, identity(checkpoint, chosen, place.type))
         working = stack.enter_context(team(workers))
         low_memory = low_memory or _beyond(memory, checkpoint, chosen.own_tokens, writes=chosen.text_from is None)
-        prepared = prepare(checkpoint, chosen, low_memory=low_memory, team=working, progress=progress)
+        prepared = prepare(checkpoint, chosen, low_memory=low_memory, team=working, device=place, progress=progress)
         row.check_plan(prepared, export_to)
-        head = head_of(prepared.checkpoint, prepared.found, prepared.plan)
+        head = head_of(prepared.checkpoint, prepared.found, prepared.plan, place.type)
         yield Planned(prepared, target, row, export_to, leftover_sentence(target, head))
 
 
@@ -290,6 +303,7 @@ def evaluate(
     window: int = 2048,
     limit: int | None = None,
     restore: bool = True,
+    device: str = "auto",
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Evaluation:
@@ -301,12 +315,14 @@ def evaluate(
     """
     from swquant.checkpoints.open import open_model
     from swquant.evaluate.pipeline import evaluate_model
+    from swquant.models.devices import device_for
 
+    how: dict[str, Any] = {"window": window, "limit": limit, "device": device_for(device), "progress": progress}
     with open_model(model, restored=restore, trust_remote_code=trust_remote_code) as checkpoint:
         if against is None:
-            return evaluate_model(checkpoint, text, window=window, limit=limit, progress=progress)
+            return evaluate_model(checkpoint, text, **how)
         with open_model(against, trust_remote_code=trust_remote_code) as original:
-            return evaluate_model(checkpoint, text, original, window=window, limit=limit, progress=progress)
+            return evaluate_model(checkpoint, text, original, **how)
 
 
 def generate(
@@ -315,18 +331,21 @@ def generate(
     *,
     tokens: int = 40,
     restore: bool = True,
+    device: str = "auto",
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> str:
     """Continue a prompt greedily. Returns the prompt and what follows. Raises SwquantError."""
     from swquant.checkpoints.open import open_model
     from swquant.evaluate.pipeline import generate_text
+    from swquant.models.devices import device_for
 
+    place = device_for(device)
     with (
         progress.step("Generating"),
         open_model(model, restored=restore, trust_remote_code=trust_remote_code) as checkpoint,
     ):
-        return generate_text(checkpoint, prompt, tokens=tokens)
+        return generate_text(checkpoint, prompt, tokens=tokens, device=place)
 
 
 def study(

@@ -47,14 +47,14 @@ class Header(gguf.GGUFReader):
         return self.mapped[offset:end].view(dtype)[:count]
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[GGUFValueType]]:
-        """As the package's. Elements of an array: of numbers arrays of one, of strings bytes without their length."""
+        """As the package's. Elements of an array: of numbers arrays of one, of strings their bytes without the length."""
         if raw_type != GGUFValueType.ARRAY:
             return super()._get_field_parts(orig_offs, raw_type)
         start = orig_offs + 12
         item, count = struct.unpack_from("<IQ", self.mapped.data, orig_offs)
         head = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)]
         if item == GGUFValueType.STRING:
-            size, parts = _strings(self.mapped.data, start, count)
+            size, parts = _strings(self.mapped, start, count)
         elif (number := self.gguf_scalar_to_np.get(item)) is not None:
             size = np.dtype(number).itemsize * count
             if start + size > len(self.data):
@@ -66,11 +66,12 @@ class Header(gguf.GGUFReader):
         return 12 + size, [*head, *parts], list(range(2, 2 + count)), types
 
 
-def _strings(data: memoryview, start: int, count: int) -> tuple[int, list[memoryview]]:
-    """(bytes that they take, `count` strings, each behind its length)."""
-    parts, at, end = [], start, len(data)
+def _strings(data: np.ndarray, start: int, count: int) -> tuple[int, list[np.ndarray]]:
+    """(bytes that they take, `count` strings, each behind its length). data: uint8. Slices of a memoryview would be
+    objects for the garbage collector to walk over: four times the time."""
+    view, parts, at, end = data.data, [], start, len(data)
     for _ in range(count):  # whatever a file claims, the end of the map comes first
-        (length,) = struct.unpack_from("<Q", data, at)
+        (length,) = struct.unpack_from("<Q", view, at)
         at += 8 + length
         if at > end:
             raise ValueError(f"a string of {length} bytes, more than there are behind it")
@@ -94,12 +95,12 @@ def decoded(tensor: gguf.ReaderTensor) -> np.ndarray:
 
 def config_by_transformers(path: Path, header: Header) -> dict[str, Any]:
     """The configuration that transformers makes of the header, by its own table of names."""
-    one_by_one = theirs._gguf_parse_value  # type: ignore[attr-defined]
+    one_by_one = vars(theirs)["_gguf_parse_value"]
 
     def value(part: Any, types: Any) -> Any:
         if len(types) != 2:  # not an element of an array
             return one_by_one(part, types)
-        return str(part, "utf-8") if isinstance(part, memoryview) else part.item()
+        return str(part, "utf-8") if types[1] is GGUFValueType.STRING else part.item()
 
     with _replaced(gguf, "GGUFReader", lambda *_: header), _replaced(theirs, "_gguf_parse_value", value):
         config: dict[str, Any] = theirs.load_gguf_checkpoint(str(path))["config"]

@@ -340,6 +340,7 @@ class CheckpointContent(_Common):
 
     options: OptionsRecord
     fingerprint: str
+    device: NotRequired[str]
     activations: ActivationsRecord | None
     loaders: dict[str, str]
     totals: CheckpointTotals

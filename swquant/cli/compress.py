@@ -10,6 +10,7 @@ import typer
 
 from swquant.cli.options import OTHER, OUTPUT, takes
 from swquant.cli.shared import (
+    DeviceOption,
     JsonOption,
     LowMemoryOption,
     MemoryOption,
@@ -81,6 +82,7 @@ def compress(
     as_json: JsonOption = False,
     low_memory: LowMemoryOption = False,
     memory: MemoryOption = None,
+    device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
     *,
     options: CompressOptions,
@@ -101,6 +103,7 @@ def compress(
         "format": form,
         "low_memory": low_memory,
         "memory": memory,
+        "device": device,
         "trust_remote_code": trust_remote_code,
         "progress": make_progress(as_json),
         **given,

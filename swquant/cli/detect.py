@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from swquant.cli.shared import (
+    DeviceOption,
     JsonOption,
     LowMemoryOption,
     MemoryOption,
@@ -39,6 +40,7 @@ def detect(
     as_json: JsonOption = False,
     low_memory: LowMemoryOption = False,
     memory: MemoryOption = None,
+    device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Find super weights and super activations with one prompt, and show the evidence."""
@@ -54,6 +56,7 @@ def detect(
         prompt,
         low_memory=low_memory,
         memory=memory,
+        device=device,
         trust_remote_code=trust_remote_code,
         progress=make_progress(as_json),
     )

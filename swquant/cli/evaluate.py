@@ -11,6 +11,7 @@ import typer
 
 from exporters.errors import SwquantError
 from swquant.cli.shared import (
+    DeviceOption,
     JsonOption,
     ModelArgument,
     RestoreOption,
@@ -54,6 +55,7 @@ def evaluate(
         float | None,
         typer.Option(metavar="X", help="Exit with 1 above this KL divergence (with --against).", show_default=False),
     ] = None,
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
@@ -63,8 +65,8 @@ def evaluate(
     if max_kl is not None and against is None:
         raise SwquantError("--max-kl needs an original to compare with; add --against ORIGINAL")
     result = evaluate_model(
-        model, text_of(text), against, window=window, limit=limit, restore=restore, trust_remote_code=trust_remote_code,
-        progress=make_progress(as_json),
+        model, text_of(text), against, window=window, limit=limit, restore=restore, device=device,
+        trust_remote_code=trust_remote_code, progress=make_progress(as_json),
     )  # fmt: skip
     _show(result, model, against, as_json)
     _check("perplexity", result.perplexity, max_perplexity)

@@ -6,7 +6,15 @@ from typing import Annotated
 
 import typer
 
-from swquant.cli.shared import JsonOption, ModelArgument, RestoreOption, TrustOption, make_progress, print_json
+from swquant.cli.shared import (
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    RestoreOption,
+    TrustOption,
+    make_progress,
+    print_json,
+)
 from swquant.terminal.text import written
 
 __all__ = ["generate"]
@@ -17,6 +25,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.", show_default=False)],
     tokens: Annotated[int, typer.Option(metavar="N", help="At most so many new tokens.")] = 40,
     restore: RestoreOption = True,
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
@@ -28,6 +37,7 @@ def generate(
         prompt,
         tokens=tokens,
         restore=restore,
+        device=device,
         trust_remote_code=trust_remote_code,
         progress=make_progress(as_json),
     )

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointArgument",
+    "DeviceOption",
     "JsonOption",
     "LowMemoryOption",
     "MemoryOption",
@@ -68,6 +69,15 @@ MemoryOption = Annotated[
         metavar="SIZE",
         help="Stay under SIZE of memory (12GB): weights are left in their files where they must be.",
         show_default=False,
+        rich_help_panel=OTHER,
+    ),
+]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="cpu, cuda or cuda:1; auto takes a GPU where there is one.",
         rich_help_panel=OTHER,
     ),
 ]

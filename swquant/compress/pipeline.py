@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from calibrationless import one_thread_per_operation
 from exporters.errors import SwquantError
 from swquant.checkpoints.base import Checkpoint
@@ -33,6 +35,7 @@ from swquant.detect.pipeline import find_super_weights
 from swquant.detect.texts import other_writer
 from swquant.models.architecture import Architecture, LinearKind
 from swquant.models.converted import as_built
+from swquant.models.devices import place_for
 from swquant.output.contents import size_of
 from swquant.output.destination import check_destination, check_space, replace, writing
 from swquant.output.hidden import JOURNAL
@@ -42,6 +45,8 @@ from swquant.output.verification import verify
 from swquant.progress import Progress, silent
 
 __all__ = ["Compressed", "compress_checkpoint", "prepare", "write", "written"]
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -58,10 +63,12 @@ def prepare(
     options: CompressOptions,
     *,
     low_memory: bool = False,
+    device: torch.device = _CPU,
     team: Team | None = None,
     progress: Progress = silent,
 ) -> Prepared:
-    """Probe and plan; writes nothing. team: who will round."""
+    """Probe and plan; writes nothing. device: where the model is run, if it fits there, and weights are rounded. team:
+    who will round."""
     if checkpoint.is_compressed:
         raise SwquantError(f"{checkpoint.name}: already compressed; start from the original model")
     checkpoint = as_built(checkpoint)
@@ -71,9 +78,10 @@ def prepare(
     if team is not None:
         with progress.step("Asking the workers whether they see the model"):
             check_workers(team, checkpoint)
-    with progress.step(f"Probing {checkpoint.name} with one prompt"):
+    place, said = place_for(checkpoint, torch.float32, device)
+    with progress.step(f"Probing {checkpoint.name} with one prompt{said}"):
         found = find_super_weights(
-            checkpoint, options.prompt, low_memory=low_memory, folds=options.refinement != "none"
+            checkpoint, options.prompt, low_memory=low_memory, folds=options.refinement != "none", device=place
         )
 
     known = found.architecture.without(_not_rounded_blindly(found))
@@ -88,7 +96,7 @@ def prepare(
         bits = bits_within(checkpoint, found, options, plan_with, low_memory=low_memory, progress=progress)
     with progress.step("Rehearsing how stock transformers loads it"):
         plan = rehearsed_plan(checkpoint, known, partial(plan_with, bits), offsets=options.offset_kind)
-    return Prepared(checkpoint, found, plan, low_memory, team)
+    return Prepared(checkpoint, found, plan, low_memory, device, team)
 
 
 def _not_rounded_blindly(found: Found) -> dict[str, str]:
@@ -107,11 +115,12 @@ def compress_checkpoint(
     overwrite: bool = False,
     fresh: bool = False,
     low_memory: bool = False,
+    device: torch.device = _CPU,
     progress: Progress = silent,
 ) -> Compressed:
     """Probe, plan and write. Raises SwquantError for everything the user can mend."""
     check_destination(out, overwrite, checkpoint)
-    prepared = prepare(checkpoint, options, low_memory=low_memory, progress=progress)
+    prepared = prepare(checkpoint, options, low_memory=low_memory, device=device, progress=progress)
     return write(prepared, out, overwrite=overwrite, fresh=fresh, progress=progress)
 
 
@@ -130,7 +139,7 @@ def written(prepared: Prepared, out: Path, *, fresh: bool, progress: Progress) -
     """The finished checkpoint, verified, in a hidden folder beside `out` that does not outlive the block; what an
     interrupted run left there is taken up, unless `fresh`."""
     checkpoint, plan = prepared.checkpoint, prepared.plan
-    head = head_of(checkpoint, prepared.found, plan)
+    head = head_of(checkpoint, prepared.found, plan, prepared.device.type)
     if not fresh:
         check_leftover(out, head)
     with writing(out, plan.nbytes), resumable(out, fresh=fresh) as hidden:

@@ -40,8 +40,8 @@ __all__ = ["Steps", "check_leftover", "head_of", "identity", "leftover_sentence"
 _BYTES, _SECONDS = 64 << 20, 1.0
 
 
-def identity(checkpoint: Checkpoint, options: CompressOptions) -> dict[str, Any]:
-    """What of the head is known before the prompt is run."""
+def identity(checkpoint: Checkpoint, options: CompressOptions, device: str) -> dict[str, Any]:
+    """What of the head is known before the prompt is run. device: the kind that rounds, `cpu` or `cuda`."""
     files = {}
     for path in checkpoint.files:
         status = path.stat()
@@ -50,7 +50,7 @@ def identity(checkpoint: Checkpoint, options: CompressOptions) -> dict[str, Any]
         "version": __version__,
         "source": {"name": checkpoint.name, "fingerprint": checkpoint.fingerprint, "files": files},
         "options": options.as_dict(),
-        "device": "cpu",
+        "device": device,
         "machine": machine(),
     }
     return json.loads(json.dumps(mine))  # as it is read again
@@ -66,7 +66,7 @@ def machine() -> dict[str, str]:
     }
 
 
-def head_of(checkpoint: Checkpoint, found: Found, plan: Plan) -> dict[str, Any]:
+def head_of(checkpoint: Checkpoint, found: Found, plan: Plan, device: str) -> dict[str, Any]:
     """The first entry of the journal."""
     digest = hashlib.sha256(repr([len(shard) for shard in plan.shards]).encode())
     for tensor in plan.tensors:
@@ -77,7 +77,7 @@ def head_of(checkpoint: Checkpoint, found: Found, plan: Plan) -> dict[str, Any]:
         digest.update(repr(words).encode() + exponents)
         if energy is not None:
             digest.update(energy.contiguous().numpy().tobytes())
-    return {**identity(checkpoint, plan.options), "plan": digest.hexdigest(), "tensors": len(plan.tensors)}
+    return {**identity(checkpoint, plan.options, device), "plan": digest.hexdigest(), "tensors": len(plan.tensors)}
 
 
 def check_leftover(out: Path, mine: Mapping[str, Any]) -> None:

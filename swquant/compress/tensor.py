@@ -11,14 +11,17 @@ from dataclasses import dataclass
 
 import torch
 
-from calibrationless import Evidence, Patch, Rounded, WeightError, dequantize, follow, for_pieces
+from calibrationless import Evidence, Patch, Rounded, WeightError, dequantize, follow, moved
 from exporters import layouts
 from exporters.errors import SwquantError
 from swquant.checkpoints.schema import UNUSED
+from swquant.checkpoints.stored import all_finite
 from swquant.compress.plan import TensorPlan
 from swquant.detect.folds import fold_columns, fold_gain
 
 __all__ = ["RoundedTensor", "SuperWeightCode", "round_tensor"]
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,17 @@ class RoundedTensor:
     super_weights: tuple[SuperWeightCode, ...] = ()
 
 
-def round_tensor(plan: TensorPlan, weight: torch.Tensor, evidence: Evidence) -> RoundedTensor:
-    """Carry out the plan of one tensor. Raises SwquantError for NaN, infinity, and values that a dtype cannot hold."""
+def round_tensor(
+    plan: TensorPlan, weight: torch.Tensor, evidence: Evidence, device: torch.device = _CPU
+) -> RoundedTensor:
+    """Carry out the plan of one tensor. device: where it is rounded; the result is on the CPU. Raises SwquantError for
+    NaN, infinity, and values that a dtype cannot hold."""
     if plan.recipe is None:
         return _dense(plan, weight)
     if plan.fold is not None:
         weight = fold_columns(weight, plan.fold)
     try:
-        rounded = follow(plan.recipe, weight, evidence)
+        rounded = moved(follow(plan.recipe, weight.to(device), moved(evidence, device)), _CPU)
     except ValueError as error:
         _check_finite(plan.name, weight)
         raise SwquantError(f"{plan.name}: {error}; use --dtype bfloat16") from None
@@ -84,23 +90,12 @@ def _dense(plan: TensorPlan, weight: torch.Tensor) -> RoundedTensor:
     if plan.fold is not None:
         weight = fold_gain(weight, plan.fold, is_bias=plan.name == plan.fold.bias)
     cast = weight.to(dtype)
-    if dtype is not weight.dtype and not _all_finite(cast):
+    if dtype is not weight.dtype and not all_finite(cast):
         kind = str(dtype).removeprefix("torch.")
         raise SwquantError(f"{name}: a value of {weight.abs().max():.3g} does not fit {kind}; use --dtype bfloat16")
     return RoundedTensor(plan.name, {name: cast}, {})
 
 
-def _all_finite(weight: torch.Tensor) -> bool:
-    if not weight.is_floating_point():
-        return True
-    values = weight.flatten()
-
-    def finite(piece: slice) -> bool:  # of a whole embedding, the temporaries would take five times its bytes
-        return bool(torch.isfinite(values[piece].to(torch.float32)).all())
-
-    return all(for_pieces(finite, values.numel(), 1))
-
-
 def _check_finite(name: str, weight: torch.Tensor) -> None:
-    if not _all_finite(weight):
+    if not all_finite(weight):
         raise SwquantError(f"{name}: holds a NaN or infinite value; the source is damaged, fetch it again")

@@ -11,6 +11,8 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from exporters.json_file import write_json
 from exporters.safetensors_file import FileRecord
 from swquant.checkpoints.base import Checkpoint
@@ -38,6 +40,8 @@ from swquant.version import __version__
 
 __all__ = ["Prepared", "write_all"]
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -47,6 +51,7 @@ class Prepared:
     found: Found
     plan: Plan
     low_memory: bool = False
+    device: torch.device = _CPU
     team: Team | None = None
 
 
@@ -67,6 +72,7 @@ def write_all(prepared: Prepared, journal: Journal, folder: Path, progress: Prog
             "source": {"name": checkpoint.name, "kind": checkpoint.kind, "fingerprint": checkpoint.fingerprint},
             "options": plan.options.as_dict(),
             "fingerprint": plan.options.fingerprint(checkpoint.fingerprint),
+            "device": prepared.device.type,
             "detection": detection_record(prepared.found),
             "activations": activations_record(plan.options, declared=plan.int8_inputs),
             "loaders": loader_table(plan),
@@ -102,7 +108,12 @@ def _rounded(
         # No name for the weight: it would live on beside the next one.
         yield (
             tensor,
-            round_tensor(tensor, prepared.checkpoint.read(tensor.name), evidence_for(tensor, found, refinement, text)),
+            round_tensor(
+                tensor,
+                prepared.checkpoint.read(tensor.name),
+                evidence_for(tensor, found, refinement, text),
+                prepared.device,
+            ),
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from calibrationless import Probe, Scalar, detect, one_thread_per_operation, run_probe
+from calibrationless import Probe, Scalar, detect, moved, one_thread_per_operation, run_probe
 from exporters.errors import SwquantError, first_line
 from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.tokenizer import encode
@@ -24,11 +24,14 @@ from swquant.detect.prompt import DEFAULT_PROMPT
 from swquant.detect.published import published_for
 from swquant.models.architecture import Architecture, describe
 from swquant.models.converted import as_built
+from swquant.models.devices import place_for
 from swquant.models.loading import build_model, offloaded_model, quiet
 from swquant.models.memory import fits_in_memory
 from swquant.models.stock import empty_model
 
 __all__ = ["find_super_weights", "probed_model", "prompt_tokens", "run_text", "watchable"]
+
+_CPU = torch.device("cpu")
 
 # Evidence needs one short prompt; a longer one costs memory and finds the same.
 MAX_PROMPT_TOKENS = 512
@@ -45,8 +48,12 @@ def prompt_tokens(checkpoint: Checkpoint, prompt: str) -> tuple[int, ...]:
 
 
 @contextmanager
-def probed_model(checkpoint: Checkpoint, low_memory: bool) -> Iterator[PreTrainedModel]:
-    """The model in float32, its weights left in their files where memory is too small or `low_memory` asks for it."""
+def probed_model(checkpoint: Checkpoint, low_memory: bool, device: torch.device = _CPU) -> Iterator[PreTrainedModel]:
+    """The model in float32, its weights left in their files where memory is too small or `low_memory` asks for it. On a
+    GPU where `place_for` finds room for it, which is then no question of memory."""
+    if not low_memory and (place := place_for(checkpoint, torch.float32, device)[0]).type != "cpu":
+        yield build_model(checkpoint, torch.float32, place)
+        return
     if low_memory or (checkpoint.can_stay_on_disk and not fits_in_memory(checkpoint, torch.float32)):
         with offloaded_model(checkpoint, torch.float32) as model:
             yield model
@@ -69,14 +76,17 @@ def watchable(model: PreTrainedModel) -> Iterator[None]:
 
 
 def run_text(model: PreTrainedModel, architecture: Architecture, tokens: torch.Tensor, **options: Any) -> Probe:
-    """One pass of int64 [texts, tokens]. options: those of `run_probe`. Its logits are [texts, tokens, vocabulary]."""
-    return run_probe(
+    """One pass of int64 [texts, tokens]. options: those of `run_probe`. Its logits are [texts, tokens, vocabulary]. The
+    model may be on any device; what was seen is on the CPU."""
+    device = _CPU if model.device.type == "meta" else model.device  # of a model whose weights stay in their files
+    probe = run_probe(
         model,
-        lambda: model(input_ids=tokens, use_cache=False).logits,
+        lambda: model(input_ids=tokens.to(device), use_cache=False).logits,
         architecture.watches,
         architecture.layers,
-        **options,
+        **moved(options, device),
     )
+    return moved(probe, _CPU)
 
 
 @contextmanager
@@ -99,12 +109,13 @@ def find_super_weights(
     low_memory: bool = False,
     model: PreTrainedModel | None = None,
     folds: bool = False,
+    device: torch.device = _CPU,
 ) -> Found:
     """Find the super weights of a checkpoint with forward passes of one prompt.
 
     low_memory: keep one module's weights in memory at a time (chosen by itself for models that take more than half of
     the free memory in float32). model: the checkpoint's model in float32, where it is in memory anyway. folds: also
-    find out which norms can take over a scaling of weights.
+    find out which norms can take over a scaling of weights. device: where the passes run, if the model fits there.
     Raises SwquantError where the prompt, the tokenizer or the weights are unusable, or no down projection was seen.
     """
     ids = prompt_tokens(checkpoint, prompt)
@@ -114,7 +125,7 @@ def find_super_weights(
     tokens = torch.tensor(ids)
     with ExitStack() as stack:
         if model is None:
-            model = stack.enter_context(probed_model(checkpoint, low_memory))
+            model = stack.enter_context(probed_model(checkpoint, low_memory, device))
         probed = model
         stack.enter_context(watchable(probed))
 
@@ -129,15 +140,12 @@ def find_super_weights(
             detection, probe = detect(run, architecture.downs, tokens)
         except ValueError as error:
             raise SwquantError(f"{checkpoint.name}: {error}; check the weights (NaN, Inf) and the prompt") from None
-        if not any(name in probe.linears for name in architecture.downs):
-            raise SwquantError(
-                f"{checkpoint.name}: swquant saw no product of a down projection (it looked for {len(architecture.downs)}); "
-                f"{type(probed).__name__} multiplies in a way that swquant does not know, serve the original"
-            )
+        _check_seen(checkpoint, architecture, probe, type(probed).__name__)
         foldable = (
             find_folds(checkpoint, architecture, probe, lambda scales: run(scales=scales).logits) if folds else ()
         )
     words = tuple(checkpoint.tokenizer().convert_ids_to_tokens(list(ids)))
+    unseen = (_unseen(architecture, probe), _unseen_layers(architecture, probe))
     return Found(
         detection,
         probe,
@@ -148,9 +156,16 @@ def find_super_weights(
         foldable,
         published_for(checkpoint),
         checkpoint.name,
-        _unseen(architecture, probe),
-        _unseen_layers(architecture, probe),
+        *unseen,
     )
+
+
+def _check_seen(checkpoint: Checkpoint, architecture: Architecture, probe: Probe, model: str) -> None:
+    if not any(name in probe.linears for name in architecture.downs):
+        raise SwquantError(
+            f"{checkpoint.name}: swquant saw no product of a down projection (it looked for {len(architecture.downs)}); "
+            f"{model} multiplies in a way that swquant does not know, serve the original"
+        )
 
 
 def _unseen(architecture: Architecture, probe: Probe) -> tuple[str, ...]:

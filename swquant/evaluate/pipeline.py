@@ -30,6 +30,7 @@ from swquant.checkpoints.base import Checkpoint, ModelFolder
 from swquant.checkpoints.guard import failures_of
 from swquant.checkpoints.onnx import OnnxFolder
 from swquant.checkpoints.tokenizer import context_of, encode
+from swquant.models.devices import place_for
 from swquant.models.loading import quiet, running_model
 from swquant.models.onnx_model import OnnxModel
 from swquant.progress import Progress, silent
@@ -47,6 +48,8 @@ __all__ = [
     "score_window",
     "window_logits",
 ]
+
+_CPU = torch.device("cpu")
 
 # Rows of logits whose log-softmax is held at a time: 128 rows of 262,144 words take 134 MB, up to three times.
 _ROWS = 128
@@ -109,17 +112,25 @@ def fit_window(checkpoint: ModelFolder, window: int) -> int:
     return window if context is None else min(window, context - 1)
 
 
-def runnable_model(checkpoint: ModelFolder) -> PreTrainedModel | OnnxModel:
-    """The model in float32; an ONNX graph in what it was exported for."""
+def runnable_model(checkpoint: ModelFolder, device: torch.device = _CPU) -> PreTrainedModel | OnnxModel:
+    """The model in float32, on `device` if it fits there; an ONNX graph in what it was exported for, where ONNX Runtime
+    runs it."""
     if isinstance(checkpoint, OnnxFolder):
         return OnnxModel.open(checkpoint.graph, checkpoint.config, checkpoint.end_tokens)
     assert isinstance(checkpoint, Checkpoint)
-    return running_model(checkpoint, torch.float32)
+    return running_model(checkpoint, torch.float32, place_for(checkpoint, torch.float32, device)[0])
+
+
+def said_of(checkpoint: ModelFolder, device: torch.device) -> str:
+    """For a line of progress: where the model runs, "" on the CPU."""
+    return place_for(checkpoint, torch.float32, device)[1] if isinstance(checkpoint, Checkpoint) else ""
 
 
 def window_logits(model: PreTrainedModel | OnnxModel, ids: Tensor, bos: int | None) -> tuple[Tensor, Tensor]:
-    """(logits [n, vocabulary], targets int64 [n]) of one window."""
+    """(logits [n, vocabulary], targets int64 [n]) of one window, on the model's device."""
     inputs = ids if bos is None else torch.cat([torch.tensor([bos]), ids])
+    if isinstance(model, PreTrainedModel):
+        inputs = inputs.to(model.device)
     logits = model(input_ids=inputs.unsqueeze(0), use_cache=False).logits[0, :-1]
     return logits, inputs[1:]
 
@@ -176,6 +187,7 @@ def evaluate_model(
     *,
     window: int = 2048,
     limit: int | None = None,
+    device: torch.device = _CPU,
     progress: Progress = silent,
 ) -> Evaluation:
     """Evaluate a checkpoint on a text. Raises SwquantError where text, tokenizer or vocabulary do not fit.
@@ -193,12 +205,12 @@ def evaluate_model(
     scores: list[Score] = []
     originals: list[Score] = []
     with ExitStack() as stack, torch.no_grad():
-        with progress.step(f"Loading {checkpoint.name}"):
-            model = runnable_model(checkpoint)
+        with progress.step(f"Loading {checkpoint.name}{said_of(checkpoint, device)}"):
+            model = runnable_model(checkpoint, device)
         original: PreTrainedModel | OnnxModel | None = None
         if against is not None:
-            with progress.step(f"Loading {against.name}"):
-                original = runnable_model(against)
+            with progress.step(f"Loading {against.name}{said_of(against, device)}"):
+                original = runnable_model(against, device)
             if original.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
                 raise SwquantError(
                     f"{checkpoint.name} and {against.name} have different vocabularies; compare with the original"
@@ -208,7 +220,7 @@ def evaluate_model(
             logits, targets = window_logits(model, ids, windows.bos)
             reference = None
             if original is not None:
-                reference, _ = window_logits(original, ids, windows.bos)
+                reference = window_logits(original, ids, windows.bos)[0].to(logits.device)
                 originals.append(score_window(reference, targets))
             scores.append(score_window(logits, targets, reference))
             bar.advance("", len(targets))
@@ -234,7 +246,7 @@ def perplexity_of(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def generate_text(checkpoint: ModelFolder, prompt: str, *, tokens: int = 40) -> str:
+def generate_text(checkpoint: ModelFolder, prompt: str, *, tokens: int = 40, device: torch.device = _CPU) -> str:
     """Continue a prompt greedily by at most `tokens` tokens. Returns prompt and continuation."""
     if tokens < 1:
         raise SwquantError(f"{tokens} tokens are nothing to generate; give 1 or more")
@@ -250,8 +262,8 @@ def generate_text(checkpoint: ModelFolder, prompt: str, *, tokens: int = 40) -> 
             )
         tokenizer = checkpoint.tokenizer()
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        model: Any = runnable_model(checkpoint)
-        inputs = torch.tensor([ids])
+        model: Any = runnable_model(checkpoint, device)
+        inputs = torch.tensor([ids], device=model.device if isinstance(model, PreTrainedModel) else None)
         try:
             output = model.generate(
                 input_ids=inputs,

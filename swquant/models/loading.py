@@ -6,6 +6,7 @@ transformers' own, and a weight that is missing is an error, never a random numb
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -59,7 +60,11 @@ def _load(checkpoint: Checkpoint, folder: str | None, **options: Any) -> PreTrai
     )  # its configuration is the text part of a composite one where its class wants that
     try:
         model, info = type(empty).from_pretrained(
-            folder, config=empty.config, **options, output_loading_info=True, ignore_mismatched_sizes=True
+            folder,
+            config=copy.deepcopy(empty.config),
+            **options,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     except Exception as error:  # transformers raises nearly everything here
         raise SwquantError(
@@ -73,7 +78,9 @@ def _load(checkpoint: Checkpoint, folder: str | None, **options: Any) -> PreTrai
     return model.eval()
 
 
-def build_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: str = "cpu") -> PreTrainedModel:
+def build_model(
+    checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
     """The model with all weights in memory, as `dtype` (its own if None). Raises SwquantError if some are missing,
     or no numbers."""
     check_memory(checkpoint, dtype)
@@ -88,7 +95,9 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device
     return model.to(device)
 
 
-def running_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: str = "cpu") -> PreTrainedModel:
+def running_model(
+    checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
     """The model as it is to be run: `build_model` with the settings of generation_config.json, and with activations
     rounded where the checkpoint says so."""
     model = build_model(checkpoint, dtype, device)

@@ -21,7 +21,7 @@ from exporters.errors import SwquantError
 from swquant.checkpoints.base import Checkpoint
 from swquant.units import human_bytes
 
-__all__ = ["available_memory", "check_memory", "fits_in_memory", "must_stay_on_disk"]
+__all__ = ["available_memory", "bytes_as", "check_memory", "fits_in_memory", "must_stay_on_disk"]
 
 _GROUP = Path("/sys/fs/cgroup")
 _PROGRAM = 1 << 30
@@ -50,13 +50,14 @@ def available_memory() -> int:
     return free if left is None else min(free, left)
 
 
-def _bytes_as(checkpoint: Checkpoint, dtype: torch.dtype | None) -> int:
+def bytes_as(checkpoint: Checkpoint, dtype: torch.dtype | None) -> int:
+    """Of the dense model, as `dtype` (its own if None)."""
     return sum(stored.numel * (dtype or stored.dtype).itemsize for stored in checkpoint.tensors.values())
 
 
 def fits_in_memory(checkpoint: Checkpoint, dtype: torch.dtype) -> bool:
     """Whether the dense model takes at most half of the memory that is free."""
-    return _bytes_as(checkpoint, dtype) * 2 <= available_memory()
+    return bytes_as(checkpoint, dtype) * 2 <= available_memory()
 
 
 def check_memory(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> None:
@@ -64,7 +65,7 @@ def check_memory(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> No
     reading, and before the system ends the program without a word."""
     import psutil
 
-    needed, free = _bytes_as(checkpoint, dtype), available_memory() + int(psutil.swap_memory().free)
+    needed, free = bytes_as(checkpoint, dtype), available_memory() + int(psutil.swap_memory().free)
     if needed > free:
         raise SwquantError(
             f"{checkpoint.name}: takes {human_bytes(needed)} of memory, {human_bytes(free)} are free; "
@@ -82,7 +83,7 @@ def must_stay_on_disk(checkpoint: Checkpoint, limit: int, *, tokens: int = 0, wr
         layer = _LAYER.match(name) if tokens and ".experts." not in name else None  # they are read one by one
         layers[layer[0] if layer else name] += tensor.nbytes
     least = _PROGRAM + 3 * max(layers.values()) + tokens * _bytes_per_token(checkpoint.config, writes)
-    whole = least + _bytes_as(checkpoint, torch.float32) + _bytes_as(checkpoint, None)
+    whole = least + bytes_as(checkpoint, torch.float32) + bytes_as(checkpoint, None)
     if limit >= whole:
         return False
     if checkpoint.can_stay_on_disk and limit >= least:

@@ -7,6 +7,7 @@ part where the configuration is composite; failing that, the image-text model.
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
@@ -20,6 +21,9 @@ __all__ = ["auto_class", "empty_model"]
 # In the order in which they are asked.
 _AUTO_CLASSES: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText)
 
+# What was built already: architecture, conversions, probe and the own text all ask for it.
+_BUILT: WeakKeyDictionary[Checkpoint, PreTrainedModel] = WeakKeyDictionary()
+
 
 def auto_class(config: Any) -> Any:
     """The Auto class that knows a configuration, the first where none does: its error says why."""
@@ -29,8 +33,11 @@ def auto_class(config: Any) -> Any:
 
 
 def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model without memory for its weights. Raises SwquantError where transformers has no language model for it, or
-    where the configuration claims so many weights that making room for them could bring down the machine."""
+    """The model without memory for its weights, to be looked at and never changed: all who ask get the same one. Raises
+    SwquantError where transformers has no language model for it, or where the configuration claims so many weights that
+    making room for them could bring down the machine."""
+    if (built := _BUILT.get(checkpoint)) is not None:
+        return built
     check_depth(checkpoint.name, checkpoint.config, len(checkpoint.tensors))
     model = _build(checkpoint)
     stored = sum(tensor.numel for tensor in checkpoint.tensors.values())
@@ -39,6 +46,7 @@ def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
             f"{checkpoint.name}: the configuration claims {model.num_parameters():,} weights, but there are only "
             f"{stored:,}; it belongs to another model"
         )
+    _BUILT[checkpoint] = model
     return model
 
 

@@ -241,7 +241,7 @@ def test_without_any_of_its_keys_it_is_refused(manifest: dict[str, Any], folder:
             assert not message or place[-1] == "dense" or where[:90] in message
             # An item of a list, a tensor, a file, …: nothing says how many there have to be.
             counted = {"tensors", "files", "loaders", "left_out", "providers", "operators", "weights", "sha256"}
-            assert message or isinstance(place[-1], int) or place[-2] in counted or place[-1] in OPTIONAL
+            assert message or isinstance(place[-1], int) or place[-1] in OPTIONAL or place[-2] in counted
 
 
 def test_with_another_type_anywhere_it_is_refused(manifest: dict[str, Any], folder: Path) -> None:

@@ -56,6 +56,7 @@ OWN = {
         "as_json",
         "low_memory",
         "memory",
+        "device",
         "trust_remote_code",
     },
     "export": {"checkpoint", "out_folder", "overwrite", "as_json", "trust_remote_code"},

@@ -1,0 +1,59 @@
+"""Where a model runs and weights are rounded: `--device auto|cpu|cuda|cuda:1`, decided before anything else is done.
+
+What goes to a GPU comes back: detection decides on the CPU, from tensors on the CPU, and so does whoever writes.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from exporters.errors import SwquantError
+from swquant.checkpoints.base import Checkpoint
+from swquant.models.memory import bytes_as
+from swquant.units import human_bytes
+
+__all__ = ["device_for", "named", "place_for"]
+
+_FORM = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+def device_for(name: str) -> torch.device:
+    """The device that a user asked for; of `auto` the first GPU, where there is one. Raises SwquantError for what is no
+    device, and for a GPU that is not there."""
+    if not _FORM.fullmatch(name):
+        raise SwquantError(f"device {name!r} is not one of: auto, cpu, cuda, cuda:1 (or another number)")
+    if name == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda", 0) if count else torch.device("cpu")
+    if not count:
+        reason = "sees no GPU" if torch.version.cuda else "is a build without CUDA"
+        raise SwquantError(
+            f"--device {name}: PyTorch {torch.__version__} {reason}; take --device cpu, or install PyTorch for CUDA "
+            "(swquant doctor shows what is there)"
+        )
+    index = int(name.partition(":")[2] or 0)
+    if index >= count:
+        last = f"cuda:0 to cuda:{count - 1}" if count > 1 else "cuda:0 alone"
+        raise SwquantError(f"--device {name}: there is no such GPU, but {last}")
+    return torch.device("cuda", index)
+
+
+def named(device: torch.device) -> str:
+    """For a line of progress: "" on the CPU, " on cuda:0 (NVIDIA H200)" elsewhere."""
+    return "" if device.type == "cpu" else f" on {device} ({torch.cuda.get_device_name(device)})"
+
+
+def place_for(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> tuple[torch.device, str]:
+    """Where a model can run that was asked to run on `device`, and what to say of it. A GPU without room for the weights
+    and a fifth more, for what runs through them, leaves the model to the CPU, which may read it layer by layer;
+    tensors, rounded one at a time, go to the GPU all the same."""
+    if device.type == "cpu":
+        return device, ""
+    needed, (free, _) = bytes_as(checkpoint, dtype) * 6 // 5, torch.cuda.mem_get_info(device)
+    if needed <= free:
+        return device, named(device)
+    return torch.device("cpu"), f" on the CPU: it takes {human_bytes(needed)}, {device} has {human_bytes(free)} free"
