@@ -2,8 +2,8 @@
 
 Both take the same arguments and write their results into the tensors that they are given: see `kernels`, which says
 what each does. They do the same arithmetic in float32 and differ in the order of sums alone. Of a million random
-weights in 4 bits with the energy of a few channels far above the others' 0.3 to 0.5 % of the codes came out otherwise (0.02 %
-with offsets), and the error of the output was the same to six digits.
+weights in 4 bits, with the energy of a few channels far above the others', 0.3 to 0.5 % of the codes came out
+otherwise (0.02 % with offsets), and the error of the output was the same to six digits.
 """
 
 from __future__ import annotations
