@@ -47,7 +47,7 @@ class Header(gguf.GGUFReader):
         return self.mapped[offset:end].view(dtype)[:count]
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[GGUFValueType]]:
-        """As the package's. Elements of an array: of numbers arrays of one, of strings their bytes without the length."""
+        """As the package's. Elements of an array: of numbers arrays of one, of strings bytes without their length."""
         if raw_type != GGUFValueType.ARRAY:
             return super()._get_field_parts(orig_offs, raw_type)
         start = orig_offs + 12

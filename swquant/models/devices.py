@@ -48,9 +48,9 @@ def named(device: torch.device) -> str:
 
 
 def place_for(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> tuple[torch.device, str]:
-    """Where a model can run that was asked to run on `device`, and what to say of it. A GPU without room for the weights
-    and a fifth more, for what runs through them, leaves the model to the CPU, which may read it layer by layer;
-    tensors, rounded one at a time, go to the GPU all the same."""
+    """Where a model can run that is to run on `device`, and what to say of it. A GPU without room for its weights
+    and a fifth more, for what runs through them, leaves it to the CPU, which may read it layer by layer; tensors,
+    rounded one at a time, go to the GPU all the same."""
     if device.type == "cpu":
         return device, ""
     needed, (free, _) = bytes_as(checkpoint, dtype) * 6 // 5, torch.cuda.mem_get_info(device)
