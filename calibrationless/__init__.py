@@ -50,6 +50,7 @@ from calibrationless.quantized import (
     MIN_BITS,
     Compact,
     QuantizedTensor,
+    SuperBlocks,
     check_bits,
     compact_steps,
     dequantize,
@@ -60,6 +61,7 @@ from calibrationless.records import Contribution, LinearRecord, Peak, Probe, Res
 from calibrationless.rounding import choose_scale, quantize, round_to_codes
 from calibrationless.scaling import scaling_exponents
 from calibrationless.search import block_importance, search_scale
+from calibrationless.super_blocks import SUPER_BLOCK, SUPER_KINDS, quantize_super_blocks
 from calibrationless.super_weights import Detection, LayerSpike, SuperActivation, SuperWeight, detect
 
 __all__ = [
@@ -67,6 +69,8 @@ __all__ = [
     "MAX_BITS",
     "MIN_BITS",
     "RULES",
+    "SUPER_BLOCK",
+    "SUPER_KINDS",
     "Block",
     "Blocks",
     "Channel",
@@ -92,6 +96,7 @@ __all__ = [
     "Scalar",
     "Spike",
     "SuperActivation",
+    "SuperBlocks",
     "SuperWeight",
     "Tile",
     "Watch",
@@ -132,6 +137,7 @@ __all__ = [
     "parts_of",
     "quantize",
     "quantize_affine",
+    "quantize_super_blocks",
     "restore",
     "round_activations",
     "round_to_codes",

@@ -20,7 +20,7 @@ from calibrationless.pieces import for_pieces
 from calibrationless.quantized import OCTAVE, Compact, QuantizedTensor, check_bits, compact_steps
 from calibrationless.search import block_importance
 
-__all__ = ["quantize_affine"]
+__all__ = ["quantize_affine", "search_affine"]
 
 STRETCHES = tuple(0.9 + 0.06 * i for i in range(10))
 SHIFTS = (-0.33, 0.0, 0.33)
@@ -100,6 +100,17 @@ def _cut(blocks: Tensor, bits: int, scale: Tensor, offset: Tensor) -> Tensor:
 
     for_pieces(cut, *blocks.shape, device=blocks.device)
     return codes
+
+
+def search_affine(blocks: Tensor, importance: Tensor, first: int, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and offset float32 [blocks] of least weighted error, not yet brought to what is stored.
+
+    blocks: float32 [blocks, elements], contiguous and finite. importance: from `block_importance`. first: index of
+    blocks[0] among all blocks of the weight.
+    """
+    scale, offset = (torch.empty(len(blocks)) for _ in range(2))
+    _search(blocks, importance, first, bits, scale, offset)
+    return scale, offset
 
 
 def _search(part: Tensor, pattern: Tensor, first: int, bits: int, scale: Tensor, offset: Tensor) -> None:

@@ -20,7 +20,16 @@ from torch import Tensor
 from calibrationless.blocks import Block, from_blocks, scale_shape, to_blocks
 from calibrationless.pieces import for_pieces
 
-__all__ = ["MAX_BITS", "MIN_BITS", "Compact", "QuantizedTensor", "check_bits", "dequantize", "from_compact"]
+__all__ = [
+    "MAX_BITS",
+    "MIN_BITS",
+    "Compact",
+    "QuantizedTensor",
+    "SuperBlocks",
+    "check_bits",
+    "dequantize",
+    "from_compact",
+]
 
 MIN_BITS, MAX_BITS = 2, 8
 OCTAVE = 24  # values of a compact scale from one power of two to the next
@@ -47,6 +56,22 @@ class Compact:
 
 
 @dataclass(frozen=True)
+class SuperBlocks:
+    """Scales and offsets of blocks as integers, counted in two floats that 256 neighbours share (GGUF's k-quants).
+
+        scale  = steps[super] * scales[block]      offset = -lows[super] * mins[block]
+
+    steps, lows: float16 [out, in / 256]. scales: int16 in 0 .. 63, or -127 .. 127 where there are no offsets; mins:
+    uint8 in 0 .. 63; both shaped like the scale of the tensor. lows, mins: None where there are no offsets.
+    """
+
+    steps: Tensor
+    scales: Tensor
+    lows: Tensor | None = None
+    mins: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class QuantizedTensor:
     """A [out, in] weight rounded to `bits`.
 
@@ -54,7 +79,8 @@ class QuantizedTensor:
     scale: float, `scale_shape(block, shape)`; negative where a block's largest magnitude is positive.
     zero_point: uint8 like scale, or None for symmetric schemes (then it is 2^(bits-1) everywhere).
     offset: float like scale, what the code 0 stands for, or None where there is a zero point. compact: scale and offset
-    as two bytes each, where they are stored so.
+    as two bytes each, where they are stored so. super_blocks: both as integers, where they are stored so; scale and
+    offset are then float32.
     """
 
     codes: Tensor
@@ -64,6 +90,7 @@ class QuantizedTensor:
     bits: int
     offset: Tensor | None = None
     compact: Compact | None = None
+    super_blocks: SuperBlocks | None = None
 
     def __post_init__(self) -> None:
         check_bits(self.bits)

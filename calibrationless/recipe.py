@@ -22,6 +22,7 @@ from calibrationless.feedback import Factor, feed_back
 from calibrationless.patches import Patch, Points
 from calibrationless.quantized import QuantizedTensor
 from calibrationless.rounding import quantize
+from calibrationless.super_blocks import quantize_super_blocks
 
 __all__ = ["Evidence", "Recipe", "Rounded", "follow"]
 
@@ -30,7 +31,8 @@ __all__ = ["Evidence", "Recipe", "Rounded", "follow"]
 class Recipe:
     """How a [out, in] weight is rounded.
 
-    offsets: none, or how the real offsets of `affine` are stored: float (in scale_dtype, like the scales) or byte.
+    offsets: none, or how the real offsets of `affine` are stored: float (in scale_dtype, like the scales) or byte;
+    super for what GGUF's k-quants have, where the bits say the block and whether there are offsets at all.
     scale_dtype: what scales are stored in.
     super_weights: (row, col) of those that detection found. outliers: how many weights a patch keeps exactly, super
     weights included (0: no patch).
@@ -89,6 +91,10 @@ def follow(recipe: Recipe, weight: Tensor, evidence: Evidence = Evidence()) -> R
 def _quantized(recipe: Recipe, weight: Tensor, importance: Tensor | None) -> QuantizedTensor:
     part, keep = _without_super_weights(recipe, weight), _blocks_of_super_weights(recipe, weight)
     block, bits, dtype = recipe.block, recipe.bits, recipe.scale_dtype
+    if recipe.offsets == "super":
+        return quantize_super_blocks(
+            part, bits, importance=importance, super_weights=() if keep is None else recipe.super_weights
+        )
     if recipe.offsets != "none":
         storage = (dtype or weight.dtype) if recipe.offsets == "float" else None
         return quantize_affine(part, block, bits, importance=importance, keep_extreme=keep, storage=storage)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from exporters.errors import SwquantError
     from swquant.api import compress, detect, evaluate, export, generate, inspect, load, plan, study, tune, verify
     from swquant.compress.options import CompressOptions
+    from swquant.export.gguf.options import GgufOptions
     from swquant.export.onnx.options import ExportOptions
     from swquant.study.options import StudyOptions
     from swquant.tune.options import TuneOptions
@@ -46,6 +47,7 @@ _HOMES = {
     "verify": "swquant.api",
     "CompressOptions": "swquant.compress.options",
     "ExportOptions": "swquant.export.onnx.options",
+    "GgufOptions": "swquant.export.gguf.options",
     "StudyOptions": "swquant.study.options",
     "TuneOptions": "swquant.tune.options",
     "SwquantError": "exporters.errors",
@@ -54,6 +56,7 @@ _HOMES = {
 __all__ = [
     "CompressOptions",
     "ExportOptions",
+    "GgufOptions",
     "StudyOptions",
     "SwquantError",
     "TuneOptions",

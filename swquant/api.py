@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -17,7 +18,8 @@ from swquant.cluster.workers import Workers, team
 from swquant.compress.options import CompressKeywords, CompressOptions
 from swquant.declared import made_of
 from swquant.detect.prompt import DEFAULT_PROMPT
-from swquant.export.formats import Planned, format_named, option_names
+from swquant.export.formats import Planned, export_format, format_named, option_names
+from swquant.export.gguf.options import GgufKeywords, GgufOptions
 from swquant.export.onnx.options import ExportKeywords, ExportOptions
 from swquant.progress import Progress, silent
 from swquant.study.options import StudyKeywords, StudyOptions
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from swquant.compress.pipeline import Compressed
     from swquant.detect.found import Found
     from swquant.evaluate.pipeline import Evaluation
+    from swquant.export.gguf.pipeline import Written
     from swquant.export.onnx.pipeline import Exported
     from swquant.study.pipeline import Study
     from swquant.tune.pipeline import Tuned
@@ -43,7 +46,11 @@ __all__ = ["compress", "detect", "evaluate", "export", "generate", "inspect", "l
 Model = str | os.PathLike[str]
 
 
-class Keywords(CompressKeywords, ExportKeywords, total=False):
+class ExportWords(ExportKeywords, GgufKeywords, total=False):
+    """Every option of `export`: those of the formats."""
+
+
+class Keywords(CompressKeywords, ExportWords, total=False):
     """Every option of `compress`: its own, and those of the formats."""
 
 
@@ -96,13 +103,14 @@ def compress(
     on_plan: Callable[[Planned], None] | None = None,
     progress: Progress = silent,
     **changes: Unpack[Keywords],
-) -> Compressed | Exported:
-    """Compress a model into a checkpoint that stock transformers and vLLM load, or at once into an ONNX folder.
+) -> Compressed | Exported | Written:
+    """Compress a model into a checkpoint that stock transformers and vLLM load, or at once into an ONNX folder or a
+    GGUF file.
 
-    out: the folder to create, `<name>-w4-b128` in the current folder by default. format: checkpoint or onnx.
+    out: what to create, `<name>-w4-b128` in the current folder by default. format: checkpoint, onnx or gguf.
     options and changes: a `CompressOptions`, or its fields as keywords (bits, block, symmetric, clip, restore,
-    outliers, dense, …), and for onnx those of `export`. memory, low_memory: as for `detect`. on_plan: is shown the plan
-    before anything is written. A run that was interrupted is taken up by the same call; fresh: start over. workers: so
+    outliers, dense, …), and for onnx and gguf those of `export`. memory, low_memory: as for `detect`. on_plan: is
+    shown the plan before anything is written. A run that was interrupted is taken up by the same call; fresh: start over. workers: so
     many processes round tensors, with the same result; ray: those of the Ray cluster at this address do. Returns path
     and manifest. Raises SwquantError; then `out` does not exist.
     """
@@ -177,14 +185,13 @@ def _planned(
     own = {name: value for name, value in changes.items() if name not in of_formats}
     given = {name: value for name, value in changes.items() if name in of_formats and value is not None}
     chosen = made_of(CompressOptions, options, own)
-    chosen = row.suited(chosen)
     export_to = row.chosen(given, int8=chosen.activations == "int8")
+    chosen = row.suited(chosen, export_to)
     row.require()
     from swquant.checkpoints.open import open_checkpoint
     from swquant.compress.pipeline import prepare
     from swquant.compress.resuming import check_leftover, head_of, identity, leftover_sentence
     from swquant.models.devices import device_for
-    from swquant.output.destination import check_destination
 
     workers = workers or Workers()
     workers.check()
@@ -194,15 +201,24 @@ def _planned(
     with open_checkpoint(model, trust_remote_code=trust_remote_code) as checkpoint, ExitStack() as stack:
         target = Path(out) if out is not None else Path(checkpoint.name + chosen.suffix + row.suffix)
         if to_overwrite is not None:
-            check_destination(target, to_overwrite, checkpoint)
-            if not fresh:
+            row.check_out(target, to_overwrite, checkpoint)
+            if row.stock and not fresh:
                 check_leftover(target, identity(checkpoint, chosen, place.type))
         working = stack.enter_context(team(workers))
         low_memory = low_memory or _beyond(memory, checkpoint, chosen.own_tokens, writes=chosen.text_from is None)
-        prepared = prepare(checkpoint, chosen, low_memory=low_memory, team=working, device=place, progress=progress)
-        row.check_plan(prepared, export_to)
-        head = head_of(prepared.checkpoint, prepared.found, prepared.plan, place.type)
-        yield Planned(prepared, target, row, export_to, leftover_sentence(target, head))
+        prepared = prepare(
+            checkpoint,
+            chosen,
+            low_memory=low_memory,
+            stock=row.stock,
+            team=working,
+            device=place,
+            progress=progress,
+        )
+        left = ""
+        if row.stock:  # what a checkpoint left on its way; a file is written again from its beginning
+            left = leftover_sentence(target, head_of(prepared.checkpoint, prepared.found, prepared.plan, place.type))
+        yield Planned(row.fitted(prepared, export_to), target, row, export_to, left)
 
 
 def _beyond(memory: str | int | None, checkpoint: Checkpoint, tokens: int = 0, *, writes: bool = True) -> bool:
@@ -216,32 +232,38 @@ def _beyond(memory: str | int | None, checkpoint: Checkpoint, tokens: int = 0, *
 def export(
     checkpoint: Model,
     out: Model,
-    options: ExportOptions | None = None,
+    options: ExportOptions | GgufOptions | None = None,
     *,
+    format: str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = silent,
-    **changes: Unpack[ExportKeywords],
-) -> Exported:
-    """Export a compressed checkpoint to an ONNX folder, and check that it gives the same answers.
+    **changes: Unpack[ExportWords],
+) -> Exported | Written:
+    """Export a compressed checkpoint: to an ONNX folder, checked to give the same answers, or to a GGUF file.
 
-    out: the folder to create. options and changes: an `ExportOptions`, or its fields as keywords (graph, precision,
-    accuracy_level, …). Returns path and manifest. Raises SwquantError; then `out` does not exist. Needs the extra `cpu`
-    or `gpu`.
+    out: what to create. format: onnx or gguf; by default gguf where `out` ends in .gguf. options and changes: an
+    `ExportOptions` or `GgufOptions`, or its fields as keywords (graph, precision, accuracy_level, …; type, …). Returns
+    path and manifest. Raises SwquantError; then `out` does not exist. ONNX needs the extra `cpu` or `gpu`.
     """
-    chosen, path = made_of(ExportOptions, options, changes), Path(checkpoint)
-    format_named("onnx").require()
+    row, path = export_format(Path(out), format), Path(checkpoint)
+    assert row.options is not None
+    if options is not None and not isinstance(options, row.options):
+        raise SwquantError(f"{type(options).__name__} say nothing of format {row.name}; give {row.options.__name__}")
+    ready = {} if options is None else asdict(options)
+    chosen = row.chosen({**ready, **changes}, int8=False, resolve=False)
+    row.require()
     from swquant.checkpoints.compressed import CompressedCheckpoint
     from swquant.checkpoints.manifest import MANIFEST
     from swquant.checkpoints.open import is_onnx_folder
-    from swquant.export.onnx.pipeline import export_checkpoint
 
     if is_onnx_folder(path):
         raise SwquantError(f"{path}: already exported; give the checkpoint that it was made from")
     if not (path / MANIFEST).is_file():
         raise SwquantError(f"{path}: not a compressed checkpoint; make one first: swquant compress MODEL OUT")
     with CompressedCheckpoint(path, unrounded=True, trust_remote_code=trust_remote_code) as opened:
-        return export_checkpoint(opened, Path(out), chosen, overwrite=overwrite, progress=progress)
+        assert row.export is not None
+        return row.export(opened, Path(out), chosen, overwrite, progress)
 
 
 def load(

@@ -62,7 +62,7 @@ def compress(
     model: SourceArgument,
     out_folder: Annotated[
         Path | None,
-        typer.Argument(metavar="OUT", help="The folder to create; <name>-w4-b128 by default.", show_default=False),
+        typer.Argument(metavar="OUT", help="What to create; <name>-w4-b128 by default.", show_default=False),
     ] = None,
     form: FormatOption = "checkpoint",
     dry_run: Annotated[
@@ -88,7 +88,7 @@ def compress(
     options: CompressOptions,
     given: Mapping[str, Any],
 ) -> None:
-    """Compress MODEL into OUT, a checkpoint that stock transformers and vLLM load, or at once into an ONNX folder."""
+    """Compress MODEL into OUT, a checkpoint for transformers and vLLM, or at once an ONNX folder or a GGUF file."""
     from swquant.api import compress as compress_model
     from swquant.api import plan
     from swquant.terminal.plan import plan_record, show_plan

@@ -1,40 +1,56 @@
-"""`swquant export`: from a compressed checkpoint to an ONNX folder."""
+"""`swquant export`: from a compressed checkpoint to an ONNX folder or a GGUF file."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from swquant.cli.options import OUTPUT, takes
 from swquant.cli.shared import CheckpointArgument, JsonOption, TrustOption, make_progress, show_written
-from swquant.export.onnx.options import ExportOptions
+from swquant.export.formats import EXPORTS
 
 __all__ = ["export"]
 
+FormatOption = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="|".join(EXPORTS),
+        help="gguf where TARGET ends in .gguf, else onnx.",
+        show_default=False,
+        rich_help_panel=OUTPUT,
+    ),
+]
 
-@takes(ExportOptions)
+
+@takes(None, EXPORTS.values())
 def export(
     checkpoint: CheckpointArgument,
-    out_folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to create.", show_default=False)],
+    target: Annotated[
+        Path, typer.Argument(metavar="TARGET", help="The folder, or the .gguf file, to create.", show_default=False)
+    ],
+    form: FormatOption = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace FOLDER if swquant made it.", rich_help_panel=OUTPUT)
+        bool, typer.Option("--overwrite", help="Replace TARGET if swquant made it.", rich_help_panel=OUTPUT)
     ] = False,
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
     *,
-    options: ExportOptions,
+    given: Mapping[str, Any],
 ) -> None:
-    """Export a compressed checkpoint to ONNX, and check that it gives the same answers."""
+    """Export a compressed checkpoint to ONNX, checked to give the same answers, or to a GGUF file for llama.cpp."""
     from swquant.api import export as export_checkpoint
 
     result = export_checkpoint(
         checkpoint,
-        out_folder,
-        options,
+        target,
+        format=form,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
         progress=make_progress(as_json),
+        **given,
     )
     show_written(result, as_json)

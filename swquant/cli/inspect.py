@@ -16,4 +16,6 @@ def inspect(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None
     if as_json:
         print_json(manifest)
     else:
-        view_of(manifest).inspected(out, checkpoint, manifest)
+        show = view_of(manifest).inspected
+        assert show is not None, "only what has a folder has a manifest"
+        show(out, checkpoint, manifest)

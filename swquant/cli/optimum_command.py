@@ -18,6 +18,7 @@ from optimum.commands.export.base import ExportCommand
 
 from swquant.checkpoints.manifest import MANIFEST
 from swquant.cli import app, main
+from swquant.export.formats import FORMATS, option_names
 
 __all__ = ["REGISTER_COMMANDS", "SwquantExportCommand"]
 
@@ -25,7 +26,8 @@ __all__ = ["REGISTER_COMMANDS", "SwquantExportCommand"]
 def _options(command: str) -> Iterator[Any]:
     """The options of a swquant command, as typer knows them."""
     parameters = typer.main.get_command(app).commands[command].params  # type: ignore[attr-defined]
-    return (item for item in parameters if item.param_type_name == "option" and item.name != "form")
+    others = {"form", *option_names(row for row in FORMATS.values() if row.name != "onnx")}
+    return (item for item in parameters if item.param_type_name == "option" and item.name not in others)
 
 
 class _Words(argparse.Action):

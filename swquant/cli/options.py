@@ -47,13 +47,15 @@ class Grouped(TyperCommand):
         return parameters
 
 
-def takes(kind: type[Any], formats: Collection[Format] = ()) -> Callable[[Command], Command]:
-    """Give a command parameters for the fields of an options class and of the formats."""
+def takes(kind: type[Any] | None, formats: Collection[Format] = ()) -> Callable[[Command], Command]:
+    """Give a command parameters for the fields of an options class, if any, and of the formats."""
 
     def decorate(command: Command) -> Command:
         @wraps(command)
         def run(**typed: Any) -> None:
-            made = {"options": kind(**{item.name: _value(item, typed.pop(item.name)) for item in fields(kind)})}
+            made: dict[str, Any] = {}
+            if kind is not None:
+                made["options"] = kind(**{item.name: _value(item, typed.pop(item.name)) for item in fields(kind)})
             if formats:
                 given = {name: typed.pop(name) for name in option_names(formats)}
                 made["given"] = {name: value for name, value in given.items() if value is not None}
@@ -67,11 +69,11 @@ def takes(kind: type[Any], formats: Collection[Format] = ()) -> Callable[[Comman
     return decorate
 
 
-def _signature(command: Command, kind: type[Any], formats: Collection[Format]) -> inspect.Signature:
+def _signature(command: Command, kind: type[Any] | None, formats: Collection[Format]) -> inspect.Signature:
     """The command's own parameters and those of the fields, panel by panel."""
     own = inspect.signature(command, eval_str=True).parameters.values()
     parameters = [item.replace(kind=item.KEYWORD_ONLY) for item in own if item.name not in ("options", "given")]
-    parameters += _parameters(kind)
+    parameters += _parameters(kind) if kind is not None else ()
     panels = [None, BASIC, *_BETWEEN, OUTPUT]  # arguments are in none
     for row in formats:
         if row.options is not None:

@@ -63,12 +63,13 @@ def prepare(
     options: CompressOptions,
     *,
     low_memory: bool = False,
+    stock: bool = True,
     device: torch.device = _CPU,
     team: Team | None = None,
     progress: Progress = silent,
 ) -> Prepared:
-    """Probe and plan; writes nothing. device: where the model is run, if it fits there, and weights are rounded. team:
-    who will round."""
+    """Probe and plan; writes nothing. stock: whether stock transformers is to load what comes of the plan. device:
+    where the model is run, if it fits there, and weights are rounded. team: who will round."""
     if checkpoint.is_compressed:
         raise SwquantError(f"{checkpoint.name}: already compressed; start from the original model")
     checkpoint = as_built(checkpoint)
@@ -95,7 +96,7 @@ def prepare(
     if options.bits_budget is not None:
         bits = bits_within(checkpoint, found, options, plan_with, low_memory=low_memory, progress=progress)
     with progress.step("Rehearsing how stock transformers loads it"):
-        plan = rehearsed_plan(checkpoint, known, partial(plan_with, bits), offsets=options.offset_kind)
+        plan = rehearsed_plan(checkpoint, known, partial(plan_with, bits), offsets=options.offset_kind, stock=stock)
     return Prepared(checkpoint, found, plan, low_memory, device, team)
 
 

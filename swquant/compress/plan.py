@@ -45,7 +45,8 @@ class TensorPlan:
     layout: stored name -> (dtype, shape) of what is written for it. patches: what the sidecar will hold of it.
     super_weights: (row, col) of those that the detection found in it. fold: the scaling that it takes part in, as a
     norm's gain or bias or as a weight that reads the norm. int8_inputs: whether it is stored for integer products.
-    transposed: stored [in, out] (Conv1D), so that its blocks run along the outputs of one input.
+    transposed: stored [in, out] (Conv1D), so that its blocks run along the outputs of one input. stored_as: the type of
+    its blocks, where the format has names for them (GGUF).
     """
 
     name: str
@@ -58,6 +59,7 @@ class TensorPlan:
     fold: Fold | None = None
     int8_inputs: bool = False
     transposed: bool = False
+    stored_as: str = ""
 
     @property
     def module(self) -> str:

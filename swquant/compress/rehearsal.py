@@ -32,13 +32,18 @@ class Planner(Protocol):
 
 
 def rehearsed_plan(
-    checkpoint: Checkpoint, architecture: Architecture, plan_with: Planner, *, offsets: str = "none"
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    plan_with: Planner,
+    *,
+    offsets: str = "none",
+    stock: bool = True,
 ) -> Plan:
     """The plan, with whatever must stay dense for stock transformers; codes in its modules if they can hold them,
     decoded while loading where they cannot, and with float offsets, which no module holds. With offsets of a byte,
-    which go into an ONNX file, there is nothing to rehearse. Raises SwquantError where neither packs half of the linear
-    weights."""
-    if offsets == "byte":
+    which go into an ONNX file, and where it is not for stock transformers, there is nothing to rehearse. Raises
+    SwquantError where neither packs half of the linear weights."""
+    if offsets == "byte" or not stock:
         plan = plan_with(architecture)
         _check_share(checkpoint, plan, architecture)
         return plan

@@ -13,16 +13,20 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from exporters.errors import SwquantError
 from swquant.declared import flag
+from swquant.export.gguf.options import GgufOptions
 from swquant.export.onnx.options import ExportOptions
 from swquant.progress import Progress
 
 if TYPE_CHECKING:
+    from swquant.checkpoints.base import Checkpoint
+    from swquant.checkpoints.compressed import CompressedCheckpoint
     from swquant.compress.options import CompressOptions
     from swquant.compress.pipeline import Compressed
     from swquant.compress.writing import Prepared
+    from swquant.export.gguf.pipeline import Written
     from swquant.export.onnx.pipeline import Exported
 
-__all__ = ["FORMATS", "Format", "Planned", "format_named", "option_names"]
+__all__ = ["EXPORTS", "FORMATS", "Format", "Planned", "export_format", "format_named", "option_names"]
 
 
 class Carrying(TypedDict):
@@ -37,40 +41,35 @@ class Carrying(TypedDict):
 class Format:
     """What can be written. text: what it is, for `--help`. suffix: what the default name of OUT ends in.
 
-    offsets: the kind that it holds best, see `CompressOptions.suiting`; holds: all kinds that it can hold. options: the
-    class of those that only this format has. require: raises SwquantError where something that it needs is
-    not installed. check_plan: raises SwquantError for a plan that it cannot express with these options of it, before
-    hours are spent on it. run: carries out a plan; OUT appears whole or not at all.
+    options: the class of those that only this format has. suited: the options of `compress` as it holds them best, with
+    its own; raises SwquantError for what it cannot hold. require: raises SwquantError where something that it needs is
+    not installed. check_out: raises SwquantError for an OUT that cannot be created or replaced. fitted: the plan as it
+    is written with these options of it; raises SwquantError for one that it cannot express, before hours are spent on
+    it. run: carries out a plan; OUT appears whole or not at all. export: does so with a compressed checkpoint, None
+    where it is one. stock: whether stock transformers loads it, or the checkpoint that is written on the way.
     """
 
     name: str
     text: str
     suffix: str
-    offsets: str
-    holds: tuple[str, ...]
     options: type[Any] | None
+    suited: Callable[[CompressOptions, Any], CompressOptions]
     require: Callable[[], None]
-    check_plan: Callable[[Prepared, Any], None]
-    run: Callable[[Planned, Carrying], Compressed | Exported]
+    check_out: Callable[[Path, bool, Checkpoint], None]
+    fitted: Callable[[Prepared, Any], Prepared]
+    run: Callable[[Planned, Carrying], Compressed | Exported | Written]
+    export: Callable[[CompressedCheckpoint, Path, Any, bool, Progress], Exported | Written] | None = None
+    stock: bool = True
 
-    def suited(self, options: CompressOptions) -> CompressOptions:
-        """The options with the offsets that it holds best, unless they were chosen. Raises SwquantError for a kind that
-        it cannot hold."""
-        suited = options.suiting(self.offsets)
-        if suited.offset_kind not in self.holds:
-            raise SwquantError(
-                f"--offsets {suited.offset_kind}: format {self.name} holds {' or '.join(self.holds)}; use one of these"
-            )
-        return suited
-
-    def chosen(self, given: Mapping[str, Any], *, int8: bool) -> Any:
+    def chosen(self, given: Mapping[str, Any], *, int8: bool, resolve: bool = True) -> Any:
         """Its options from those that were given for any format, None where it has none. int8: whether activations are
-        rounded. Raises SwquantError for one of another format."""
-        own = option_names([self])
-        if foreign := next((name for name in given if name not in own), None):
+        rounded; resolve: whether that is known yet. Raises SwquantError for one of another format."""
+        own, known = option_names([self]), option_names()
+        if foreign := next((name for name in given if name in known and name not in own), None):
             owner = next(row.name for row in FORMATS.values() if foreign in option_names([row]))
             raise SwquantError(f"{flag(foreign)} is an option of the export; add --format {owner}")
-        return self.options(**given).resolved(int8) if self.options is not None else None
+        made = self.options(**given) if self.options is not None else None
+        return made.resolved(int8) if made is not None and resolve else made
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Planned:
     export: Any
     left: str = ""
 
-    def run(self, *, overwrite: bool, fresh: bool = False, progress: Progress) -> Compressed | Exported:
+    def run(self, *, overwrite: bool, fresh: bool = False, progress: Progress) -> Compressed | Exported | Written:
         """Carry it out. overwrite: OUT may be replaced. fresh: what an interrupted run left is not taken up."""
         return self.format.run(self, {"overwrite": overwrite, "fresh": fresh, "progress": progress})
 
@@ -102,8 +101,43 @@ def format_named(name: str) -> Format:
     return FORMATS[name]
 
 
-def _nothing(*_: object) -> None:
-    """Nothing to require, nothing that cannot be expressed."""
+def export_format(out: Path, name: str | None) -> Format:
+    """The row of an export: the one named, otherwise by what OUT ends in. Raises SwquantError for an unknown name."""
+    if name is not None:
+        if name not in EXPORTS:
+            raise SwquantError(f"format {name!r} is not one of: {', '.join(EXPORTS)}")
+        return EXPORTS[name]
+    return FORMATS["gguf" if out.suffix == ".gguf" else "onnx"]
+
+
+def _nothing() -> None:
+    """Nothing to require."""
+
+
+def _as_planned(prepared: Prepared, _: Any) -> Prepared:
+    """Nothing that cannot be expressed."""
+    return prepared
+
+
+def _with_offsets(name: str, offsets: str, holds: tuple[str, ...]) -> Callable[[CompressOptions, Any], CompressOptions]:
+    """The offsets that format `name` holds best, unless they were chosen; see `CompressOptions.suiting`. holds: all
+    kinds that it can hold."""
+
+    def suited(options: CompressOptions, _: Any) -> CompressOptions:
+        options = options.suiting(offsets)
+        if options.offset_kind not in holds:
+            raise SwquantError(
+                f"--offsets {options.offset_kind}: format {name} holds {' or '.join(holds)}; use one of these"
+            )
+        return options
+
+    return suited
+
+
+def _check_folder(out: Path, overwrite: bool, source: Checkpoint) -> None:
+    from swquant.output.destination import check_destination
+
+    check_destination(out, overwrite, source)
 
 
 def _write_checkpoint(planned: Planned, how: Carrying) -> Compressed:
@@ -118,10 +152,11 @@ def _require_onnx() -> None:
     require_exporter()
 
 
-def _check_for_onnx(prepared: Prepared, options: ExportOptions) -> None:
+def _fitted_for_onnx(prepared: Prepared, options: ExportOptions) -> Prepared:
     from swquant.export.onnx.pipeline import check_plan
 
     check_plan(prepared, options)
+    return prepared
 
 
 def _write_onnx(planned: Planned, how: Carrying) -> Exported:
@@ -130,28 +165,84 @@ def _write_onnx(planned: Planned, how: Carrying) -> Exported:
     return write_exported(planned.prepared, planned.out, planned.export, **how)
 
 
+def _export_onnx(
+    checkpoint: CompressedCheckpoint, out: Path, options: ExportOptions, overwrite: bool, progress: Progress
+) -> Exported:
+    from swquant.export.onnx.pipeline import export_checkpoint
+
+    return export_checkpoint(checkpoint, out, options, overwrite=overwrite, progress=progress)
+
+
+def _suited_for_gguf(options: CompressOptions, export: GgufOptions) -> CompressOptions:
+    from swquant.export.gguf.suiting import suited
+
+    return suited(options, export)
+
+
+def _check_gguf(out: Path, overwrite: bool, source: Checkpoint) -> None:
+    from swquant.export.gguf.file import check_file
+
+    check_file(out, overwrite, source)
+
+
+def _fitted_for_gguf(prepared: Prepared, options: GgufOptions) -> Prepared:
+    from swquant.export.gguf.pipeline import fitted
+
+    return fitted(prepared, options)
+
+
+def _write_gguf(planned: Planned, how: Carrying) -> Written:
+    from swquant.export.gguf.pipeline import write_gguf
+
+    overwrite, progress = how["overwrite"], how["progress"]
+    return write_gguf(planned.prepared, planned.out, planned.export, overwrite=overwrite, progress=progress)
+
+
+def _export_gguf(
+    checkpoint: CompressedCheckpoint, out: Path, options: GgufOptions, overwrite: bool, progress: Progress
+) -> Written:
+    from swquant.export.gguf.pipeline import export_gguf
+
+    return export_gguf(checkpoint, out, options, overwrite=overwrite, progress=progress)
+
+
 _ROWS = (
     Format(
         name="checkpoint",
         text="for transformers and vLLM",
         suffix="",
-        offsets="none",
-        holds=("none", "float"),
         options=None,
+        suited=_with_offsets("checkpoint", "none", ("none", "float")),
         require=_nothing,
-        check_plan=_nothing,
+        check_out=_check_folder,
+        fitted=_as_planned,
         run=_write_checkpoint,
     ),
     Format(
         name="onnx",
         text="a folder for ONNX Runtime, see export",
         suffix="-onnx",
-        offsets="byte",
-        holds=("none", "float", "byte"),
         options=ExportOptions,
+        suited=_with_offsets("onnx", "byte", ("none", "float", "byte")),
         require=_require_onnx,
-        check_plan=_check_for_onnx,
+        check_out=_check_folder,
+        fitted=_fitted_for_onnx,
         run=_write_onnx,
+        export=_export_onnx,
+    ),
+    Format(
+        name="gguf",
+        text="a file for llama.cpp",
+        suffix=".gguf",
+        options=GgufOptions,
+        suited=_suited_for_gguf,
+        require=_nothing,
+        check_out=_check_gguf,
+        fitted=_fitted_for_gguf,
+        run=_write_gguf,
+        export=_export_gguf,
+        stock=False,
     ),
 )
 FORMATS = {row.name: row for row in _ROWS}
+EXPORTS = {row.name: row for row in _ROWS if row.export is not None}

@@ -9,24 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from swquant.checkpoints.manifest import is_onnx
 from swquant.terminal.activations import show_activations
+from swquant.terminal.gguf import show_gguf
 from swquant.terminal.manifest import show_losses, show_manifest
 from swquant.terminal.onnx import show_export, show_onnx_manifest
 from swquant.terminal.plan import show_result
 
 if TYPE_CHECKING:
     from swquant.checkpoints.schema import CheckpointManifest, Manifest
+    from swquant.export.gguf.pipeline import GgufRecord
 
 __all__ = ["VIEWS", "View", "view_of"]
 
 
 @dataclass(frozen=True)
 class View:
-    """written: what was done. inspected: what is in it. losses: which tensors lose most, where its manifest says so."""
+    """written: what was done. inspected: what is in a folder. losses: which tensors lose most, where that is known."""
 
     written: Callable[[Console, Any], None]
-    inspected: Callable[[Console, Path, Any], None]
+    inspected: Callable[[Console, Path, Any], None] | None
     losses: Callable[[Console, Any], None] | None
 
 
@@ -38,9 +39,10 @@ def _show_checkpoint(console: Console, path: Path, manifest: CheckpointManifest)
 VIEWS = {
     "checkpoint": View(show_result, _show_checkpoint, show_losses),
     "onnx": View(show_export, show_onnx_manifest, None),
+    "gguf": View(show_gguf, None, None),
 }
 
 
-def view_of(manifest: Manifest) -> View:
+def view_of(manifest: Manifest | GgufRecord) -> View:
     """The row of what a manifest describes."""
-    return VIEWS["onnx" if is_onnx(manifest) else "checkpoint"]
+    return VIEWS[str(manifest.get("kind", "checkpoint"))]

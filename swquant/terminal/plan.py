@@ -43,7 +43,7 @@ def plan_record(planned: Planned) -> dict[str, Any]:
                     {"dense": tensor.reason}
                     if tensor.block is None
                     else {
-                        "stored_as": str(plan.scheme(tensor)),
+                        "stored_as": tensor.stored_as or str(plan.scheme(tensor)),
                         "block": str(tensor.block),
                         "outliers": tensor.outliers,
                     }

@@ -1,0 +1,217 @@
+"""GGUF, from end to end: a plan, or a compressed checkpoint, becomes one file that llama.cpp and its kin load.
+
+    architecture and vocabulary known? -> a place for every tensor -> header -> tensor by tensor -> read again -> rename
+
+A plan goes straight from the original's weights to the type, searched in the type's own layout; nothing is rounded
+twice. Of a checkpoint the codes are copied into the blocks that hold them as they are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import gguf
+import torch
+from torch import Tensor
+
+from exporters.errors import SwquantError
+from exporters.gguf.blocks import TYPES
+from exporters.gguf.names import Place, places
+from exporters.gguf.write import Form, write_file
+from swquant.checkpoints.compressed import CompressedCheckpoint
+from swquant.compress.evidence import text_of
+from swquant.compress.plan import Plan
+from swquant.compress.tensor import SuperWeightCode
+from swquant.compress.writing import Prepared
+from swquant.export.gguf.file import check_file, whole_file
+from swquant.export.gguf.header import Header
+from swquant.export.gguf.imatrix import check_imatrix, write_imatrix
+from swquant.export.gguf.options import GgufOptions
+from swquant.export.gguf.suiting import chosen_type
+from swquant.export.gguf.tensors import Item, fitted_tensor, form_of, from_checkpoint, from_plan, made, with_embedding
+from swquant.output.destination import check_space, writing
+from swquant.progress import Progress, silent
+from swquant.version import __version__
+
+__all__ = ["GgufRecord", "Written", "export_gguf", "fitted", "write_gguf"]
+
+
+class GgufRecord(TypedDict):
+    """What a file is, for people and `--json`; the file has its own header. types: of tensors, and how many have each.
+    super_weights: what the file holds of each beside the true value. left_out: what a checkpoint has that GGUF cannot
+    hold. sha256: of the data of all tensors."""
+
+    kind: Literal["gguf"]
+    swquant: str
+    source: str
+    architecture: str
+    types: dict[str, int]
+    tensors: dict[str, str]
+    super_weights: list[dict[str, Any]]
+    left_out: list[str]
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Written:
+    """A finished file and what is in it."""
+
+    path: Path
+    manifest: GgufRecord
+
+
+def fitted(prepared: Prepared, options: GgufOptions) -> Prepared:
+    """The plan with the types of a GGUF file. Raises SwquantError for a model that it cannot hold, before any work."""
+    header = Header(prepared.checkpoint, options.tokenizer)
+    if options.imatrix is not None:
+        check_imatrix(options.imatrix)
+    placed = _places(header, [tensor.name for tensor in prepared.plan.tensors])
+    header.check()
+    kind = TYPES[chosen_type(prepared.plan.options, options)]
+    floats = {name for place in placed if place.float32 for name in place.sources}
+    heads = _embeddings(placed) if options.embedding_type != "stored" else frozenset()
+    tensors, notes = [], dict.fromkeys(prepared.plan.notes)
+    for tensor in prepared.plan.tensors:
+        if tensor.name in heads:
+            tensor, note = with_embedding(tensor, options.embedding_type), None
+        else:
+            tensor, note = fitted_tensor(tensor, kind)
+        if tensor.name in floats or (tensor.recipe is None and len(tensor.source.shape) == 1):
+            tensor = replace(tensor, layout={tensor.name: (torch.float32, tensor.source.shape)})
+        tensors.append(tensor)
+        if note is not None:
+            notes[note] = None
+    plan = replace(prepared.plan, tensors=tuple(tensors), shards=(tuple(tensors),), notes=tuple(notes))
+    return replace(prepared, plan=plan)
+
+
+def write_gguf(
+    prepared: Prepared, out: Path, options: GgufOptions, *, overwrite: bool = False, progress: Progress = silent
+) -> Written:
+    """Carry out a plan that `fitted` gave. `out` appears whole or not at all. Raises SwquantError."""
+    plan, header = prepared.plan, Header(prepared.checkpoint, options.tokenizer)
+    check_file(out, overwrite, prepared.checkpoint)
+    placed = _places(header, [tensor.name for tensor in plan.tensors])
+    if options.imatrix is not None:
+        write_imatrix(Path(options.imatrix), prepared, placed)
+    record = {"compress": plan.options.as_dict(), "gguf": options.as_dict()}
+    with ExitStack() as stack:
+        text = stack.enter_context(
+            text_of(prepared.checkpoint, prepared.found, plan, low_memory=prepared.low_memory, progress=progress)
+        )
+        heads = _embeddings(placed) if options.embedding_type != "stored" else frozenset()
+        items = {item.name: item for item in from_plan(prepared, text, heads)}
+        return _write(header, placed, items, out, record, overwrite, progress, plan)
+
+
+def export_gguf(
+    checkpoint: CompressedCheckpoint,
+    out: Path,
+    options: GgufOptions,
+    *,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Written:
+    """Export a checkpoint opened with unrounded=True. `out` appears whole or not at all. Raises SwquantError."""
+    if options.imatrix is not None:
+        raise SwquantError(
+            "--imatrix: a checkpoint has no energies; give it to swquant compress, with the original model"
+        )
+    check_file(out, overwrite, checkpoint)
+    header = Header(checkpoint, options.tokenizer)
+    placed = _places(header, checkpoint.tensors)
+    header.check()
+    heads = dict.fromkeys(_embeddings(placed), options.embedding_type) if options.embedding_type != "stored" else {}
+    with progress.step("Looking for the type of every tensor"):
+        items = {item.name: item for item in from_checkpoint(checkpoint, options.type, heads)}
+    record = {"checkpoint": checkpoint.manifest["digest"], "gguf": options.as_dict()}
+    return _write(header, placed, items, out, record, overwrite, progress, left_out=_left_out(checkpoint, items))
+
+
+def _places(header: Header, names: Iterable[str]) -> tuple[Place, ...]:
+    return places(header.checkpoint.name, names, header.architecture, header.config)
+
+
+def _embeddings(placed: Iterable[Place]) -> frozenset[str]:
+    """Stored names of embedding and output head."""
+    return frozenset(
+        name for place in placed if place.name in ("token_embd.weight", "output.weight") for name in place.sources
+    )
+
+
+def _left_out(checkpoint: CompressedCheckpoint, items: Mapping[str, Item]) -> list[str]:
+    """What a checkpoint has and a GGUF file of its codes has not."""
+    kept = 0
+    for name in checkpoint.quantized_names:
+        if items[name].make.func == checkpoint.quantized:  # type: ignore[attr-defined]
+            kept += sum(len(patch) for patch in checkpoint.patches(name))
+    lost = [f"{kept} outliers that the sidecar keeps exactly: their codes stand for them"] if kept else []
+    if checkpoint.manifest["activations"] is not None:
+        lost.append("rounded activations: llama.cpp rounds inputs in its own way")
+    return lost
+
+
+def _write(
+    header: Header,
+    placed: tuple[Place, ...],
+    items: Mapping[str, Item],
+    out: Path,
+    options: Mapping[str, Any],
+    overwrite: bool,
+    progress: Progress,
+    plan: Plan | None = None,
+    left_out: list[str] | None = None,
+) -> Written:
+    derived = header.architecture.derived(header.config)
+    forms = [Form(name, "F32", tuple(values.shape)) for name, values in derived.items()]
+    forms += [form_of(place, items) for place in placed]
+    size, held = sum(form.nbytes for form in forms), {}
+    types = Counter(form.type for form in forms)
+    check_space(out, size)
+
+    def data() -> Iterator[Tensor]:
+        yield from derived.values()
+        with progress.bytes("Writing", size) as bar:
+            for place, form in zip(placed, forms[len(derived) :], strict=True):
+                codes: list[SuperWeightCode] = []
+                bar.advance(form.name, form.nbytes)
+                yield made(place, items, form, codes)
+                held[form.name] = codes
+
+    with writing(out, size), whole_file(out, overwrite) as partial:
+        digest = write_file(
+            partial,
+            header.architecture.name,
+            forms,
+            lambda writer: header.write(writer, _file_type(types), options),
+            data(),
+        )
+        written = partial.stat().st_size
+    weights = [{"tensor": name, **asdict(code)} for name, codes in held.items() for code in codes]
+    record: GgufRecord = {
+        "kind": "gguf",
+        "swquant": __version__,
+        "source": header.checkpoint.name,
+        "architecture": header.architecture.name,
+        "types": dict(sorted(types.items())),
+        "tensors": {form.name: form.type for form in forms},
+        "super_weights": weights,
+        "left_out": left_out or [],
+        "bytes": written,
+        "sha256": digest,
+    }
+    return Written(out, record)
+
+
+def _file_type(types: Mapping[str, int]) -> int:
+    """llama_ftype of the type that most rounded tensors have."""
+    rounded = {name: count for name, count in types.items() if name in TYPES}
+    if rounded:
+        return TYPES[max(rounded, key=rounded.__getitem__)].file_type
+    return int(gguf.LlamaFileType.MOSTLY_F16 if "F16" in types else gguf.LlamaFileType.ALL_F32)
