@@ -5,15 +5,21 @@ A tensor that the plan leaves dense is counted with all its 16 bits, as it is st
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 
+import swquant
+from calibrationless import SUPER_BLOCK, dequantize, quantize_super_blocks
+from exporters.gguf.blocks import TYPES, BlockType, type_of
+from exporters.gguf.write import Form
 from exporters.sidecar import SIDECAR
-from peers.base import CELLS, Cell, Method, Original, Outcome
+from peers.base import CELLS, Cell, Method, Original, Outcome, Rounded, gather
 from swquant.checkpoints.open import open_checkpoint
 from swquant.compress.options import PRESETS, CompressOptions
 from swquant.compress.pipeline import compress_checkpoint
@@ -71,6 +77,45 @@ _OFFSETS = tuple(Cell(4, block) for block in ("32", "64", "128"))
 _BYTES = tuple(
     Cell(bits, block) for bits in (4, 3, 2) for block in ("16", "32", "64", "128") if (bits, block) != (3, "16")
 )
+
+
+def super_blocks(original: Original, cell: Cell) -> Outcome:
+    """GGUF's k-quant of the cell's bits, searched with the prompt's energy. As for ggml's own, rows are joined where
+    256 does not divide one, so that the method itself is measured."""
+
+    def rounded(name: str) -> Rounded:
+        weight = original.checkpoint.read(name).float()
+        rows, inputs = weight.shape
+        joined = math.lcm(inputs, SUPER_BLOCK) // inputs
+        importance = original.energies[name].repeat(joined) if name in original.energies else None
+        quantized = quantize_super_blocks(weight.reshape(rows // joined, -1), cell.bits, importance=importance)
+        kind = type_of(quantized)
+        assert isinstance(kind, BlockType)
+        return Rounded(dequantize(quantized).reshape(rows, inputs), weight.numel() * kind.bits_per_weight / 8)
+
+    return gather((name, rounded(name)) for name in original.linears)
+
+
+def gguf_file(name: str) -> Callable[[Original, Cell], Outcome]:
+    """The file that `--format gguf` writes, decoded: rows that 256 does not divide are of another type."""
+
+    def run(original: Original, cell: Cell) -> Outcome:
+        with tempfile.TemporaryDirectory(prefix="swquant-quality-") as folder:
+            written = swquant.compress(original.folder, Path(folder, "out.gguf"), format="gguf", type=name)
+            nbytes = sum(
+                Form(tensor.name, tensor.tensor_type.name, tuple(map(int, reversed(tensor.shape)))).nbytes
+                for tensor in gguf.GGUFReader(written.path).tensors
+                if tensor.tensor_type.name in TYPES
+            )
+            with open_checkpoint(written.path) as checkpoint:
+                state = {
+                    name: checkpoint.read(name) for name in checkpoint.tensors if name in original.checkpoint.tensors
+                }
+        return Outcome({name: value for name, value in state.items() if "embed" not in name}, nbytes, ())
+
+    return run
+
+
 METHODS = [
     row(MIN_MAX, preset="fast", symmetric=False),
     *(row(f"swquant {preset}", preset=preset) for preset in PRESETS),
@@ -78,4 +123,21 @@ METHODS = [
     *(row(f"swquant {preset}, offsets", _OFFSETS, preset=preset, offsets="float") for preset in ("balanced", "best")),
     row("swquant best, offsets and outliers", _OFFSETS, preset="best", offsets="float", outliers=0.0005),
     *(onnx_row(f"swquant {preset}, ONNX", _BYTES, preset=preset) for preset in ("balanced", "best")),
+    Method(
+        "swquant Q4_K",
+        ("swquant",),
+        "quantize_super_blocks(weight, 4, importance=energy)",
+        super_blocks,
+        (Cell(4, "64"),),
+    ),
+    *(
+        Method(
+            f"swquant GGUF, {name}",
+            ("swquant",),
+            f"swquant.compress(model, out, format='gguf', type={name!r})",
+            gguf_file(name),
+            (Cell(4, "64"),),
+        )
+        for name in ("Q4_0", "Q4_1", "Q4_K")
+    ),
 ]

@@ -25,20 +25,38 @@ Numbers = Callable[["gguf.GGUFWriter", Config], None]
 
 @dataclass(frozen=True)
 class Architecture:
-    """arch: of gguf's tables of names. permuted: projections whose rows are reordered for llama.cpp's rotary embedding.
-    norm_shift: what is added to the gain of every norm, since transformers adds it when it runs. numbers: writes the
-    header's. derived: tensor -> values of what has no weight in the checkpoint."""
+    """arch: of gguf's tables of names. permuted: whether the rows of q and k are reordered for llama.cpp's rotary
+    embedding. norm_shift: what is added to the gain of every norm, since transformers adds it when it runs. numbers:
+    writes the header's; raises SwquantError for those that llama.cpp's graph has otherwise built in. derived: tensor ->
+    values of what has no weight in the checkpoint. activation: of the MLP, which the graph has built in."""
 
     arch: gguf.MODEL_ARCH
     permuted: bool = False
     norm_shift: float = 0.0
     numbers: tuple[Numbers, ...] = ()
     derived: Callable[[Config], dict[str, Tensor]] = field(default=lambda _: {})
+    activation: str = "silu"
 
     @property
     def name(self) -> str:
         """As `general.architecture` says it."""
         return gguf.MODEL_ARCH_NAMES[self.arch]
+
+    def write(self, writer: gguf.GGUFWriter, config: Config) -> None:
+        """The numbers of the header. Raises SwquantError for what the graph of llama.cpp cannot do, KeyError for a number
+        that is missing."""
+        activation = config.get("hidden_activation") or config.get("hidden_act") or self.activation
+        if activation not in (self.activation, *_SAME.get(self.activation, ())):
+            raise SwquantError(f"its MLP has {activation}, llama.cpp's graph of {self.name} {self.activation}")
+        for numbers in self.numbers:
+            numbers(writer, config)
+
+    def unheld(self, config: Config) -> tuple[str, ...]:
+        """What a user should know that the file does not say."""
+        window = config.get("sliding_window")
+        if window and config.get("use_sliding_window", True) and self.arch in _WHOLE_TEXT:
+            return (f"the sliding window of {window} tokens: llama.cpp's graph of {self.name} looks at the whole text",)
+        return ()
 
 
 def architecture_of(model: str, config: Config) -> Architecture:
@@ -126,13 +144,39 @@ def _experts(writer: gguf.GGUFWriter, config: Config) -> None:
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
 
 
+def _qwen3_moe(_: gguf.GGUFWriter, config: Config) -> None:
+    if not config.get("norm_topk_prob"):
+        raise SwquantError("norm_topk_prob is off, and llama.cpp's graph of qwen3moe has it on")
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        raise SwquantError("some layers have no experts, and llama.cpp's graph of qwen3moe has them in all")
+
+
+def _smollm3(_: gguf.GGUFWriter, config: Config) -> None:
+    layers = config.get("no_rope_layers")
+    if layers is not None and list(layers) != [int((layer + 1) % 4 != 0) for layer in range(len(layers))]:
+        raise SwquantError("no_rope_layers is not every fourth, which is what llama.cpp's graph of smollm3 has")
+
+
+def _attention_scale(config: Config, layers_of_27b: int) -> None:
+    """Gemma's: llama.cpp knows the models, not the number."""
+    expected = _head_dim(config)
+    if config["num_hidden_layers"] == layers_of_27b:
+        expected = config["hidden_size"] // config["num_attention_heads"]
+    if config["query_pre_attn_scalar"] != expected:
+        raise SwquantError(
+            f"query_pre_attn_scalar is {config['query_pre_attn_scalar']}, and llama.cpp's graph takes {expected} for these layers"
+        )
+
+
 def _gemma2(writer: gguf.GGUFWriter, config: Config) -> None:
+    _attention_scale(config, 46)
     writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
     writer.add_final_logit_softcapping(config["final_logit_softcapping"])
     writer.add_sliding_window(config["sliding_window"])
 
 
 def _gemma3(writer: gguf.GGUFWriter, config: Config) -> None:
+    _attention_scale(config, 62)
     if config.get("attn_logit_softcapping") is not None:
         raise SwquantError("attn_logit_softcapping is set, which llama.cpp's graph of Gemma 3 does not know")
     if config.get("final_logit_softcapping"):
@@ -197,7 +241,9 @@ def _llama_factors(config: Config) -> dict[str, Tensor]:
 _PLAIN = (_sizes, _heads, _rotary)
 _M = gguf.MODEL_ARCH
 _LLAMA = Architecture(_M.LLAMA, permuted=True, numbers=(*_PLAIN, _llama, _experts), derived=_llama_factors)
-_GEMMA3 = Architecture(_M.GEMMA3, norm_shift=1.0, numbers=(*_PLAIN, _gemma3))
+_GELU = "gelu_pytorch_tanh"
+_SAME = {_GELU: ("gelu_new", "gelu")}  # llama.cpp has one gelu, and Gemma's old configurations name the other
+_WHOLE_TEXT = (_M.LLAMA, _M.QWEN2, _M.QWEN3, _M.QWEN3MOE)
 _QWEN2 = Architecture(_M.QWEN2, numbers=_PLAIN)
 
 # model_type of a configuration -> the architecture
@@ -207,10 +253,10 @@ ARCHITECTURES = {
     "mixtral": _LLAMA,
     "qwen2": _QWEN2,
     "qwen3": Architecture(_M.QWEN3, numbers=_PLAIN),
-    "qwen3_moe": Architecture(_M.QWEN3MOE, numbers=(*_PLAIN, _experts)),
-    "gemma2": Architecture(_M.GEMMA2, norm_shift=1.0, numbers=(_sizes, _heads, _gemma2)),
-    "gemma3_text": _GEMMA3,
+    "qwen3_moe": Architecture(_M.QWEN3MOE, numbers=(*_PLAIN, _experts, _qwen3_moe)),
+    "gemma2": Architecture(_M.GEMMA2, norm_shift=1.0, numbers=(_sizes, _heads, _gemma2), activation=_GELU),
+    "gemma3_text": Architecture(_M.GEMMA3, norm_shift=1.0, numbers=(*_PLAIN, _gemma3), activation=_GELU),
     "phi3": Architecture(_M.PHI3, numbers=(_sizes, _rotary, _phi3), derived=_phi3_factors),
     "olmo2": Architecture(_M.OLMO2, numbers=_PLAIN),
-    "smollm3": Architecture(_M.SMOLLM3, permuted=True, numbers=(*_PLAIN, _llama), derived=_llama_factors),
+    "smollm3": Architecture(_M.SMOLLM3, permuted=True, numbers=(*_PLAIN, _llama, _smollm3), derived=_llama_factors),
 }

@@ -1,29 +1,29 @@
-// What llama.cpp says of a GGUF file: node answer.mjs MODEL.gguf < {"texts": [...], "tokens": n} > JSON
+// What llama.cpp says of a GGUF file: node answer.mjs MODEL.gguf < {"texts": [...]} or {"ids": [[...]]} > JSON
 //
-// For every text: its token ids, the log-probability of each token after the first, and n greedy tokens.
+// For each: its token ids, the log-probability of each token after the first, and `tokens` greedy ones.
 import {readFileSync} from "node:fs";
 import {getLlama} from "node-llama-cpp";
 
-const {texts, tokens} = JSON.parse(readFileSync(0, "utf8"));
+const {texts = [], ids = [], tokens = 0} = JSON.parse(readFileSync(0, "utf8"));
 const llama = await getLlama({gpu: false, build: "never", skipDownload: true, logLevel: "error", maxThreads: 2});
 const model = await llama.loadModel({modelPath: process.argv[2], gpuLayers: 0, useMmap: false});
+const first = model.tokens.shouldPrependBosToken ? [model.tokens.bos] : [];
+const inputs = [...texts.map((text) => [...first, ...model.tokenize(text, false)]), ...ids];
+const options = {generateNext: {probabilities: true, options: {temperature: 0}}};
+const likeliest = (step) => step.next.probabilities.entries().next().value[0];
 const answers = [];
-for (const text of texts) {
+for (const input of inputs) {
     const context = await model.createContext({contextSize: 512, flashAttention: false});
     const sequence = context.getSequence();
-    const ids = model.tokenize(text, false);
-    const input = model.tokens.shouldPrependBosToken ? [model.tokens.bos, ...ids] : ids;
-    const options = {generateNext: {probabilities: true, options: {temperature: 0}}};
     const output = await sequence.controlledEvaluate(input.map((token) => [token, options]));
     const logs = input.slice(1).map((token, index) => Math.log(output[index].next.probabilities.get(token) ?? 0));
     const greedy = [];
-    let next = output.at(-1).next.probabilities.entries().next().value[0];
-    while (greedy.length < tokens) {
+    for (let next = likeliest(output.at(-1)); greedy.length < tokens; ) {
         greedy.push(next);
         const [step] = await sequence.controlledEvaluate([[next, options]]);
-        next = step.next.probabilities.entries().next().value[0];
+        next = likeliest(step);
     }
-    answers.push({ids: input, logs, greedy, text: model.detokenize(greedy)});
+    answers.push({ids: input, logs, greedy});
     await context.dispose();
 }
 console.log(JSON.stringify(answers));

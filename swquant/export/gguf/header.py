@@ -101,8 +101,7 @@ class Header:
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(self.checkpoint.name)
         try:
-            for numbers in self.architecture.numbers:
-                numbers(writer, self.config)
+            self.architecture.write(writer, self.config)
         except KeyError as error:
             raise SwquantError(f"{self.checkpoint.name}: config.json has no {error}, which GGUF files need") from None
         except SwquantError as error:

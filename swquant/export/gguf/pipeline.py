@@ -202,7 +202,7 @@ def _write(
         "types": dict(sorted(types.items())),
         "tensors": {form.name: form.type for form in forms},
         "super_weights": weights,
-        "left_out": left_out or [],
+        "left_out": [*(left_out or ()), *header.architecture.unheld(header.config)],
         "bytes": written,
         "sha256": digest,
     }
