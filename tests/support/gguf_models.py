@@ -15,8 +15,8 @@ _SPECIAL = ("<|begin|>", "<|end|>", "<unk>")
 _COMMON: dict[str, Any] = {
     "vocab_size": 384,
     "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 6,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
@@ -34,8 +34,8 @@ _LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 _GEMMA = {
-    "head_dim": 16,
-    "query_pre_attn_scalar": 16,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
     "tie_word_embeddings": True,
     "hidden_activation": "gelu_pytorch_tanh",
 }
@@ -50,16 +50,17 @@ _MOE = {
 # name -> (model_type, what differs). All experts answer, so that rounding never changes which do.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
-    "llama-tied": ("llama", {"tie_word_embeddings": True, "head_dim": 32, "attention_bias": True}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-heads": ("llama", {"head_dim": 32, "attention_bias": True}),
     "llama-3.1": ("llama", {"rope_parameters": _LLAMA3}),
     "mistral": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {}),
-    "qwen3": ("qwen3", {"head_dim": 64}),
+    "qwen3": ("qwen3", {"head_dim": 128}),
     "gemma2": ("gemma2", _GEMMA),
-    "gemma3": ("gemma3_text", _GEMMA),
+    "gemma3": ("gemma3_text", {**_GEMMA, "num_hidden_layers": 6}),
     "phi3": ("phi3", {"original_max_position_embeddings": 128}),
     "olmo2": ("olmo2", {}),
-    "smollm3": ("smollm3", {"no_rope_layers": [1, 1, 1, 0, 1, 1]}),
+    "smollm3": ("smollm3", {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 4}),
     "qwen3_moe": ("qwen3_moe", {**_MOE, "mlp_only_layers": []}),
 }

@@ -68,8 +68,7 @@ def write_imatrix(path: Path, prepared: Prepared, places: Sequence[Place]) -> No
 
 
 def _write(path: Path, content: Mapping[str, tuple[Tensor, Tensor]], prompt: str, tokens: int) -> None:
-    writer = gguf.GGUFWriter(path, "")
-    del writer.kv_data[0]["general.architecture"]  # it is no model
+    writer = gguf.GGUFWriter(path, "")  # of no architecture: it is no model
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", [f"one prompt: {prompt}"])
     writer.add_uint32("imatrix.chunk_count", 1)

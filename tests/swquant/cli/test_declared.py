@@ -22,6 +22,7 @@ from swquant.cli.options import BASIC, OTHER, OUTPUT
 from swquant.compress.options import CompressKeywords, CompressOptions
 from swquant.declared import GROUPS, check_choices, described, flag, made_of
 from swquant.export.formats import FORMATS, format_named, option_names
+from swquant.export.gguf.options import GgufKeywords, GgufOptions
 from swquant.export.onnx.options import ExportKeywords, ExportOptions
 from swquant.progress import Progress
 from swquant.study import pipeline
@@ -29,15 +30,11 @@ from swquant.study.options import StudyKeywords, StudyOptions
 from swquant.terminal.formats import VIEWS
 from swquant.tune.options import TuneKeywords, TuneOptions
 
-TAKEN: dict[str, type] = {
-    "compress": CompressOptions,
-    "export": ExportOptions,
-    "study": StudyOptions,
-    "tune": TuneOptions,
-}
+TAKEN: dict[str, type] = {"compress": CompressOptions, "study": StudyOptions, "tune": TuneOptions}
 KEYWORDS: dict[type, type] = {
     CompressOptions: CompressKeywords,
     ExportOptions: ExportKeywords,
+    GgufOptions: GgufKeywords,
     StudyOptions: StudyKeywords,
     TuneOptions: TuneKeywords,
 }
@@ -59,7 +56,7 @@ OWN = {
         "device",
         "trust_remote_code",
     },
-    "export": {"checkpoint", "out_folder", "overwrite", "as_json", "trust_remote_code"},
+    "export": {"checkpoint", "target", "form", "overwrite", "as_json", "trust_remote_code"},
     "study": {"model", "text", "out_folder", "as_json", "trust_remote_code"},
     "tune": {
         "checkpoint",
@@ -97,21 +94,23 @@ def test_a_field_is_a_flag(command: str, item: Any) -> None:
     assert all(str(choice) in shown for choice in item.metadata["choices"])
 
 
-@pytest.mark.parametrize("command", TAKEN)
+@pytest.mark.parametrize("command", OWN)
 def test_what_is_no_field_is_known(command: str) -> None:
-    of_formats = set(option_names()) if command == "compress" else set()
-    assert set(parameters(command)) - {item.name for item in fields(TAKEN[command])} - of_formats == OWN[command]
+    of_formats = set(option_names()) if command != "study" else set()
+    own = {item.name for item in fields(TAKEN[command])} if command in TAKEN else set()
+    assert set(parameters(command)) - own - of_formats == OWN[command]
 
 
 def test_the_options_of_a_format_are_those_of_the_export_and_unset() -> None:
     of_export, of_compress = parameters("export"), parameters("compress")
     for row in FORMATS.values():
         for item in fields(row.options) if row.options is not None else ():
-            parameter = of_compress[item.name]
-            assert (parameter.opts, parameter.help) == (of_export[item.name].opts, of_export[item.name].help)
-            assert parameter.default is None
-            assert parameter.rich_help_panel == f"With --format {row.name}"
-            assert parameter.show_default == (False if item.default is None else str(item.default))
+            for parameter in (of_compress[item.name], of_export[item.name]):
+                assert parameter.opts == [flag(item.name)]
+                assert parameter.help == item.metadata["help"]
+                assert parameter.default is None
+                assert parameter.rich_help_panel == f"With --format {row.name}"
+                assert parameter.show_default == (False if item.default is None else str(item.default))
 
 
 def panels(text: str) -> dict[str, int]:
@@ -131,7 +130,8 @@ def test_a_panel_fits_a_screen(cli: Cli, monkeypatch: pytest.MonkeyPatch, comman
     shown = panels(out)
     assert all(1 + lines <= 25 for lines in shown.values()), shown
     titles = list(shown)
-    known = ["Arguments", "Options", BASIC, "Rounding", "Activations", "Training", OUTPUT, "With --format onnx", OTHER]
+    of_formats = [f"With --format {name}" for name in FORMATS]
+    known = ["Arguments", "Options", BASIC, "Rounding", "Activations", "Training", OUTPUT, *of_formats, OTHER]
     assert titles == [title for title in known if title in titles]
     assert "Options" not in titles or BASIC not in titles
 
@@ -139,7 +139,7 @@ def test_a_panel_fits_a_screen(cli: Cli, monkeypatch: pytest.MonkeyPatch, comman
 def test_the_groups_are_the_panels(cli: Cli) -> None:
     of = {command: list(panels(cli(command, "--help").out))[1:] for command in ("compress", "tune")}
     known = [group.capitalize() for group in GROUPS]
-    assert [title for title in of["compress"] if "onnx" not in title] == [name for name in known if name != "Training"]
+    assert [title for title in of["compress"] if "--format" not in title] == [name for name in known if name != "Training"]
     assert of["tune"] == [name for name in known if name not in ("Rounding", "Activations")]
 
 
@@ -281,10 +281,10 @@ def test_the_formats_are_the_choices(cli: Cli, planted_llama: Planted) -> None:
     assert all(f"{row.name} ({row.text})" in parameter.help for row in FORMATS.values())
     assert len({row.suffix for row in FORMATS.values()}) == len(FORMATS) == len(VIEWS)
     assert set(VIEWS) == set(FORMATS)
-    with pytest.raises(SwquantError, match="^format 'gguf' is not one of: checkpoint, onnx$"):
-        format_named("gguf")
-    line = one_line(cli("compress", planted_llama.folder, "--format", "gguf", "--dry-run"))
-    assert line == "error: format 'gguf' is not one of: checkpoint, onnx"
+    with pytest.raises(SwquantError, match="^format 'mlx' is not one of: checkpoint, onnx, gguf$"):
+        format_named("mlx")
+    line = one_line(cli("compress", planted_llama.folder, "--format", "mlx", "--dry-run"))
+    assert line == "error: format 'mlx' is not one of: checkpoint, onnx, gguf"
 
 
 def test_a_format_knows_its_options() -> None:
