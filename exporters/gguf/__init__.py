@@ -1,1 +1,1 @@
-"""GGUF, the files of llama.cpp: types of blocks, names and numbers of architectures, vocabulary, the file itself."""
+"""GGUF, the files of llama.cpp: types of blocks, names and numbers of architectures, the file itself."""

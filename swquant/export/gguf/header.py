@@ -13,9 +13,9 @@ import gguf
 
 from exporters.errors import SwquantError, first_line
 from exporters.gguf.architectures import Architecture, Config, architecture_of
-from exporters.gguf.vocabulary import Vocabulary, add_vocabulary, vocabulary_of
 from exporters.gguf.write import MADE_BY, copy_keys
 from swquant.checkpoints.base import Checkpoint
+from swquant.export.gguf.vocabulary import Vocabulary, add_vocabulary, vocabulary_of
 from swquant.version import __version__
 
 __all__ = ["Header"]

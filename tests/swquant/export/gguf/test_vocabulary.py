@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from exporters.errors import SwquantError
-from exporters.gguf.vocabulary import KNOWN, PROBE, Vocabulary, add_vocabulary, vocabulary_of
+from swquant.export.gguf.vocabulary import KNOWN, PROBE, Vocabulary, add_vocabulary, vocabulary_of
 
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2 = LLAMA3.replace("{1,3}", "")
