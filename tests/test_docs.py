@@ -20,6 +20,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 import yaml
 from support.command_line import Cli
@@ -98,7 +99,7 @@ def exported(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gguf_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`model` and `out` for blocks about GGUF files: a vocabulary and rows that these can hold."""
     folder = tmp_path_factory.mktemp("gguf")
-    save_gguf_model("llama", folder / "model")
+    save_gguf_model("llama", folder / "model", torch.bfloat16)
     swquant.compress(folder / "model", folder / "out", prompt=PROMPT)
     return folder
 
