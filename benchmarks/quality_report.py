@@ -111,7 +111,7 @@ def tables(originals: Mapping[str, Record], records: Sequence[Record]) -> str:
 
 def _lines(originals: Mapping[str, Record], records: Sequence[Record]) -> Iterator[str]:
     yield "# Quality without data: every table\n"
-    yield "Written by `benchmarks/quality.py --tables` from what `make quality` measured; [Quality](quality.md) says what it means."
+    yield "Written by `benchmarks/quality.py` from what `make quality` measured; [Quality](quality.md) says what it means."
     for key, original in originals.items():
         texts = original["texts"]
         first, second = texts[MAIN], texts[OTHER]

@@ -139,7 +139,9 @@ def test_a_panel_fits_a_screen(cli: Cli, monkeypatch: pytest.MonkeyPatch, comman
 def test_the_groups_are_the_panels(cli: Cli) -> None:
     of = {command: list(panels(cli(command, "--help").out))[1:] for command in ("compress", "tune")}
     known = [group.capitalize() for group in GROUPS]
-    assert [title for title in of["compress"] if "--format" not in title] == [name for name in known if name != "Training"]
+    assert [title for title in of["compress"] if "--format" not in title] == [
+        name for name in known if name != "Training"
+    ]
     assert of["tune"] == [name for name in known if name not in ("Rounding", "Activations")]
 
 
