@@ -23,10 +23,11 @@ def run_loop(
     name: Literal["search_blocks", "search_lines", "settle_lines"], device: torch.device, *arguments: Any
 ) -> None:
     """Call one of the loops with tensors on `device` and numbers. float32 tensors are contiguous."""
+    loops: Any
     if device.type in COMPILED:  # imported here: numba takes a second, and plain rounding needs none
-        from calibrationless.kernels import search_blocks, search_lines, settle_lines
+        from calibrationless import kernels as loops
 
         arguments = tuple(value.numpy() if isinstance(value, Tensor) else value for value in arguments)
     else:
-        from calibrationless.batched import search_blocks, search_lines, settle_lines
-    {"search_blocks": search_blocks, "search_lines": search_lines, "settle_lines": settle_lines}[name](*arguments)
+        from calibrationless import batched as loops
+    getattr(loops, name)(*arguments)

@@ -48,7 +48,7 @@ def one_thread_per_operation() -> Iterator[None]:
         _threads = outer
 
 
-def for_pieces(work: Callable[[slice], T], rows: int, elements: int, device: torch.device = _CPU) -> list[T]:
+def for_pieces(work: Callable[[slice], T], rows: int, elements: int, *, device: torch.device = _CPU) -> list[T]:
     """Call `work` with slices that cover `rows` rows of `elements` elements each. Returns its results in order.
 
     `work` runs on several threads at once and must touch only its own rows. device: where the rows lie; off the CPU

@@ -22,10 +22,13 @@ from swquant.version import __version__
 
 if TYPE_CHECKING:
     from exporters.errors import SwquantError
-    from swquant.api import compress, detect, evaluate, export, generate, inspect, load, plan, study, tune, verify
+    from swquant.api import compress, detect, evaluate, export, generate, inspect, load, plan, study, verify
     from swquant.compress.options import CompressOptions
+    from swquant.derive import distill, moe, tune
+    from swquant.distill.options import DistillOptions
     from swquant.export.gguf.options import GgufOptions
     from swquant.export.onnx.options import ExportOptions
+    from swquant.moe.options import MoeOptions
     from swquant.study.options import StudyOptions
     from swquant.tune.options import TuneOptions
 
@@ -36,18 +39,22 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 _HOMES = {
     "compress": "swquant.api",
     "detect": "swquant.api",
+    "distill": "swquant.derive",
     "evaluate": "swquant.api",
     "export": "swquant.api",
     "generate": "swquant.api",
     "inspect": "swquant.api",
     "load": "swquant.api",
+    "moe": "swquant.derive",
     "plan": "swquant.api",
     "study": "swquant.api",
-    "tune": "swquant.api",
+    "tune": "swquant.derive",
     "verify": "swquant.api",
     "CompressOptions": "swquant.compress.options",
+    "DistillOptions": "swquant.distill.options",
     "ExportOptions": "swquant.export.onnx.options",
     "GgufOptions": "swquant.export.gguf.options",
+    "MoeOptions": "swquant.moe.options",
     "StudyOptions": "swquant.study.options",
     "TuneOptions": "swquant.tune.options",
     "SwquantError": "exporters.errors",
@@ -55,19 +62,23 @@ _HOMES = {
 
 __all__ = [
     "CompressOptions",
+    "DistillOptions",
     "ExportOptions",
     "GgufOptions",
+    "MoeOptions",
     "StudyOptions",
     "SwquantError",
     "TuneOptions",
     "__version__",
     "compress",
     "detect",
+    "distill",
     "evaluate",
     "export",
     "generate",
     "inspect",
     "load",
+    "moe",
     "plan",
     "study",
     "tune",

@@ -23,7 +23,6 @@ from swquant.export.gguf.options import GgufKeywords, GgufOptions
 from swquant.export.onnx.options import ExportKeywords, ExportOptions
 from swquant.progress import Progress, silent
 from swquant.study.options import StudyKeywords, StudyOptions
-from swquant.tune.options import TuneKeywords, TuneOptions
 from swquant.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -38,10 +37,8 @@ if TYPE_CHECKING:
     from swquant.export.gguf.pipeline import Written
     from swquant.export.onnx.pipeline import Exported
     from swquant.study.pipeline import Study
-    from swquant.tune.pipeline import Tuned
-    from swquant.tune.plan import TunePlan
 
-__all__ = ["compress", "detect", "evaluate", "export", "generate", "inspect", "load", "plan", "study", "tune", "verify"]
+__all__ = ["compress", "detect", "evaluate", "export", "generate", "inspect", "load", "plan", "study", "verify"]
 
 Model = str | os.PathLike[str]
 
@@ -109,10 +106,10 @@ def compress(
 
     out: what to create, `<name>-w4-b128` in the current folder by default. format: checkpoint, onnx or gguf.
     options and changes: a `CompressOptions`, or its fields as keywords (bits, block, symmetric, clip, restore,
-    outliers, dense, …), and for onnx and gguf those of `export`. memory, low_memory: as for `detect`. on_plan: is
-    shown the plan before anything is written. A run that was interrupted is taken up by the same call; fresh: start over. workers: so
-    many processes round tensors, with the same result; ray: those of the Ray cluster at this address do. Returns path
-    and manifest. Raises SwquantError; then `out` does not exist.
+    outliers, dense, …), and for onnx and gguf those of `export`. memory, low_memory, device: as for `detect`. on_plan:
+    is shown the plan before anything is written. A run that was interrupted is taken up by the same call; fresh: start
+    over. workers: so many processes round tensors, with the same result; ray: those of the Ray cluster at this address
+    do. Returns path and manifest. Raises SwquantError; then `out` does not exist.
     """
     with _planned(
         model,
@@ -400,72 +397,3 @@ def study(
             if (target / "cache").is_dir():
                 interrupt.add_note(f"what was measured stays in {target} and is used by the next run")
             raise
-
-
-def tune(
-    checkpoint: Model,
-    out: Model,
-    options: TuneOptions | None = None,
-    *,
-    against: Model | None = None,
-    text: str | None = None,
-    data: Model | None = None,
-    text_name: str = "text",
-    eval_text: str | None = None,
-    overwrite: bool = False,
-    trust_remote_code: bool = False,
-    dry_run: bool = False,
-    on_plan: Callable[[TunePlan], None] | None = None,
-    progress: Progress = silent,
-    **changes: Unpack[TuneKeywords],
-) -> Tuned | None:
-    """Train a few blocks of weights over a compressed checkpoint, which stays as it is; they go into the sidecar.
-
-    against: the original. Its predictions are learned, on text that it writes itself unless there is another. text: to
-    train on; data: a jsonl file of prompts and responses. eval_text: to measure on before and after. out: the folder to
-    create; an interrupted run leaves OUT.tuning beside it and goes on from that. options and changes: a `TuneOptions`,
-    or its fields as keywords (budget, block, select, steps, lr, …). on_plan: is shown the plan before the work, which
-    dry_run leaves out. Returns path, manifest and the name of the set (nothing after a dry run). Raises SwquantError;
-    then `out` does not exist.
-
-    "Sparse Matrix in Large Language Model Fine-tuning", https://arxiv.org/abs/2405.15525
-    """
-    from swquant.output.destination import check_destination
-    from swquant.tune.pipeline import tune_checkpoint
-
-    with _tune_plan(
-        checkpoint, made_of(TuneOptions, options, changes), against, text, data, text_name, trust_remote_code
-    ) as planned:
-        if not dry_run:  # nobody is shown a plan to be refused
-            check_destination(Path(out), overwrite, planned.checkpoint)
-        if on_plan is not None:
-            on_plan(planned)
-        if dry_run:
-            return None
-        return tune_checkpoint(planned, Path(out), overwrite=overwrite, progress=progress, eval_text=eval_text)
-
-
-@contextmanager
-def _tune_plan(
-    checkpoint: Model,
-    options: TuneOptions,
-    against: Model | None,
-    text: str | None,
-    data: Model | None,
-    text_name: str,
-    trust_remote_code: bool,
-) -> Iterator[TunePlan]:
-    """The plan, while its models are open."""
-    from contextlib import ExitStack
-
-    from swquant.checkpoints.open import open_checkpoint
-    from swquant.tune.plan import make_plan
-
-    with ExitStack() as stack:
-        opened = stack.enter_context(open_checkpoint(checkpoint, trust_remote_code=trust_remote_code))
-        original = None
-        if against is not None:
-            original = stack.enter_context(open_checkpoint(against, trust_remote_code=trust_remote_code))
-        given = None if text is None else (text_name, text)
-        file = None if data is None else Path(data)
-        yield make_plan(opened, options, against=original, text=given, data=file)

@@ -18,11 +18,14 @@ from exporters.errors import SwquantError, first_line
 from exporters.text import shown
 from swquant.checkpoints.companions import without_lost_code
 from swquant.checkpoints.guard import silent_transformers
+from swquant.pr_moe import register
 
 __all__ = ["attention_note", "handed_on", "load_config"]
 
 _OWN_ATTENTION = (None, "eager", "sdpa")
 _ATTENTION_KEYS = ("_attn_implementation", "attn_implementation", "_attn_implementation_internal")
+
+register()  # mixtures, which transformers does not know by itself
 
 
 def load_config(folder: Path, raw: Mapping[str, Any], name: str, trust_remote_code: bool) -> PreTrainedConfig:

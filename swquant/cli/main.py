@@ -17,11 +17,13 @@ import typer
 from exporters.errors import SwquantError
 from swquant.cli.compress import compress
 from swquant.cli.detect import detect
+from swquant.cli.distill import distill
 from swquant.cli.doctor import doctor
 from swquant.cli.evaluate import evaluate
 from swquant.cli.export import export
 from swquant.cli.generate import generate
 from swquant.cli.inspect import inspect
+from swquant.cli.moe import moe
 from swquant.cli.options import Grouped
 from swquant.cli.shared import err, out
 from swquant.cli.study import study
@@ -40,7 +42,20 @@ app = typer.Typer(
     help="Compress large language models without calibration data: super weights are found with one prompt and kept.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (detect, compress, export, inspect, verify, evaluate, generate, tune, study, doctor):
+for _command in (
+    detect,
+    compress,
+    export,
+    inspect,
+    verify,
+    evaluate,
+    generate,
+    tune,
+    distill,
+    moe,
+    study,
+    doctor,
+):
     app.command(name="eval" if _command is evaluate else _command.__name__, cls=Grouped)(_command)
 
 

@@ -73,7 +73,7 @@ def tune(
     options: TuneOptions,
 ) -> None:
     """Train a few blocks of weights over CHECKPOINT, whose codes stay as they are; OUT holds both."""
-    from swquant.api import tune as tune_model
+    from swquant.derive import tune as tune_model
     from swquant.terminal.text import sentence
     from swquant.terminal.tune import show_tune_plan, show_tuned
     from swquant.tune.records import plan_record

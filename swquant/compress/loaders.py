@@ -108,4 +108,7 @@ def loader_table(plan: Plan) -> dict[str, str]:
     elif plan.options.activations == "int8":
         ours, stock = f"{ours}, rounds activations", f"{stock}, leaves activations in float"
         vllm = f"{vllm}, leaves activations in float" if vllm.endswith("sidecar") else vllm
+    if plan.mixture:
+        stock = "no: it knows no pr_moe by itself; after swquant.pr_moe.register(), yes, and ignores the sidecar"
+        vllm = "no: it knows no pr_moe"
     return {"swquant.load": ours, "transformers": stock, "vLLM": vllm}

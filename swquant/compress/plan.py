@@ -23,6 +23,7 @@ from swquant.compress.choice import check_patterns, choose_block, dense_dtype, e
 from swquant.compress.options import CompressOptions
 from swquant.detect.folds import Fold
 from swquant.models.architecture import Architecture, Dense, LinearKind
+from swquant.pr_moe import PrMoeConfig
 from swquant.units import parse_bytes
 
 __all__ = ["Plan", "TensorPlan", "TooFewCodesError", "make_plan", "tied_copies"]
@@ -98,7 +99,8 @@ class Plan:
     the tensors of each file. left_out: name -> why it is not written. int8_inputs: whether stock loaders are told to
     round activations. decoded: whether stock transformers is told to decode all weights while it loads them,
     for models whose modules cannot hold codes: a Conv1D, a linear layer with a forward of its own, modules that the
-    model's own code sets up. All weights then share one scheme."""
+    model's own code sets up. All weights then share one scheme. mixture: whether the architecture is one that only
+    swquant knows."""
 
     options: CompressOptions
     tensors: tuple[TensorPlan, ...]
@@ -107,6 +109,7 @@ class Plan:
     notes: tuple[str, ...]
     int8_inputs: bool = False
     decoded: bool = False
+    mixture: bool = False
 
     @property
     def quantized(self) -> tuple[TensorPlan, ...]:
@@ -190,7 +193,8 @@ def make_plan(
     tensors = _folded(tensors, folds)
     shards = _shards(tensors, parse_bytes(options.shard_size))
     notes = (*_notes(tensors, of_experts, options, decoded=decoded), *checkpoint.notes)
-    plan = Plan(options, tuple(tensors), shards, left_out, notes, int8_inputs, decoded)
+    mixture = isinstance(checkpoint.config, PrMoeConfig)
+    plan = Plan(options, tuple(tensors), shards, left_out, notes, int8_inputs, decoded, mixture)
     if decoded:
         _check_one_scheme(checkpoint, plan)
     return plan

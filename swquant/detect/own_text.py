@@ -82,11 +82,13 @@ class SelfText:
         weight = self._found.architecture.weights[name]
         if weight.kind is not LinearKind.LINEAR:
             return None
-        return self._found.probe.linears[weight.watch].norm or name
+        record = self._found.probe.linears.get(weight.watch)
+        return (record.norm if record is not None else None) or name
 
     def _repeated(self, name: str) -> bool:
         """Whether a pass runs the weight more than once: its matrix is complete only at the end of the pass."""
-        return self._found.probe.linears[self._found.architecture.weights[name].watch].products > 1
+        record = self._found.probe.linears.get(self._found.architecture.weights[name].watch)
+        return record is not None and record.products > 1  # None of an expert that the prompt did not reach
 
     def _collect(self, name: str) -> None:
         """Matrices of this weight and of those of its layer that come after it."""

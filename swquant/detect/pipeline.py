@@ -6,6 +6,7 @@ same on any number of threads.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -170,10 +171,17 @@ def _check_seen(checkpoint: Checkpoint, architecture: Architecture, probe: Probe
 
 def _unseen(architecture: Architecture, probe: Probe) -> tuple[str, ...]:
     """Stored linear weights whose product was not seen; for an expert's, not through any expert of its layer."""
-    seen = {(watch.module, watch.parameter) for watch in architecture.watches if watch.name in probe.linears}
+    seen = {(_of_any(watch.module), watch.parameter) for watch in architecture.watches if watch.name in probe.linears}
     return tuple(
-        weight.name for weight in architecture.weights.values() if (weight.module, weight.parameter) not in seen
+        weight.name
+        for weight in architecture.weights.values()
+        if (_of_any(weight.module), weight.parameter) not in seen
     )
+
+
+def _of_any(module: str) -> str:
+    """A module's name; the same for all experts of a layer where each is a module of its own."""
+    return re.sub(r"(^|\.)experts\.\d+\.", r"\1experts.*.", module)
 
 
 def _unseen_layers(architecture: Architecture, probe: Probe) -> tuple[int, ...]:

@@ -38,7 +38,7 @@ __all__ = ["DOWN_PROJECTIONS", "Architecture", "Dense", "LinearKind", "LinearWei
 DOWN_PROJECTIONS = (
     "down_proj", "fc2", "dense_4h_to_h", "c_proj", "w2", "wo", "fc_out", "output_dense", "linear_2", "lin2", "output_linear",
 )  # fmt: skip
-_ROUTERS = ("gate", "router", "shared_expert_gate", "classifier")
+_ROUTERS = ("gate", "router", "shared_expert_gate", "classifier", "coefficient")
 _ATTENTION = re.compile(r"att(entio)?n", re.IGNORECASE)
 
 

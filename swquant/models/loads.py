@@ -21,6 +21,7 @@ from swquant.checkpoints.open import open_model
 from swquant.checkpoints.shards import shard_names
 from swquant.models.rehearsal import Rehearsal, rehearse
 from swquant.models.runtime import open_session
+from swquant.pr_moe import PrMoeConfig
 
 __all__ = ["Loading", "loading_of"]
 
@@ -51,6 +52,8 @@ def _by_transformers(checkpoint: CompressedCheckpoint) -> Loading:
     layout = _stored(checkpoint.folder)
     rehearsal = rehearse(checkpoint, read_json(checkpoint.folder / "config.json"), layout)
     loader = f"stock transformers {transformers.__version__}"
+    if isinstance(checkpoint.config, PrMoeConfig):
+        loader = f"transformers {transformers.__version__}, told of mixtures by swquant.pr_moe,"
     if problem := _problem(rehearsal, layout):
         return Loading("", f"{checkpoint.name}: {loader} does not load it ({problem}); compress the original again")
     met, count = len(layout) - len(rehearsal.unexpected), len(layout)

@@ -34,9 +34,9 @@ _PATIENCE = 30.0  # seconds that another run may take to delete what it replaced
 _APPEARED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
-def check_destination(out: Path, overwrite: bool, source: ModelFolder) -> None:
+def check_destination(out: Path, overwrite: bool | None, source: ModelFolder) -> None:
     """Raise SwquantError unless OUT can be created, and all that goes into it can be read. Called before the probe:
-    nobody waits to be refused."""
+    nobody waits to be refused. overwrite: whether OUT may be replaced; None where it never is."""
     try:
         out.lstat()
         exists = True
@@ -54,7 +54,8 @@ def check_destination(out: Path, overwrite: bool, source: ModelFolder) -> None:
             f"{out}: a mount point, whose name cannot be given to another folder; give {out}/NAME as OUT"
         )
     if exists and not overwrite:
-        raise SwquantError(f"{out}: exists already; give another OUT, or --overwrite to replace it")
+        instead = "" if overwrite is None else ", or --overwrite to replace it"
+        raise SwquantError(f"{out}: exists already; give another OUT{instead}")
     if exists and (problem := why_not_ours(out)):
         raise SwquantError(f"{out}: {problem}")
     if source.fills_folder and target.is_relative_to(source.folder.resolve()):

@@ -34,7 +34,8 @@ __all__ = ["DivergedError", "Saved", "Schedule", "State", "Trained", "fingerprin
 
 _FORM = "swquant-training-1"
 _BETAS, _CLIP = (0.9, 0.95), 1.0
-_EVERY = 30.0  # seconds from one writing of the state to the next
+_EVERY = 30.0  # seconds from one writing of the state to the next, or, of a large one,
+_SHARE = 20  # so many times what the writing took
 
 
 class DivergedError(SwquantError):
@@ -147,7 +148,7 @@ def train(
     saved = state.saved if state is not None else Saved()
     if saved.step:
         _put(saved, parameters, optimizer)
-    losses, written = list(saved.losses), time.monotonic()
+    losses, written, pause = list(saved.losses), time.monotonic(), _EVERY
     with ExitStack() as stack:
         stack.enter_context(sigterm_interrupts())
         bar = stack.enter_context(progress.tokens(label, (schedule.steps - saved.step) * schedule.tokens))
@@ -160,10 +161,12 @@ def train(
                     optimizer.step()
                     losses.append(loss)
                 bar.advance(f"loss {loss:.4f}", schedule.tokens)
-                if state is not None and time.monotonic() - written > _EVERY:
+                if state is not None and time.monotonic() - written > pause:
+                    begun = time.monotonic()
                     _take(state, parameters, optimizer, losses)
                     state.write()
                     written = time.monotonic()
+                    pause = max(_EVERY, _SHARE * (written - begun))
         except (KeyboardInterrupt, DivergedError) as end:
             if state is not None:
                 with uninterrupted():
@@ -186,6 +189,11 @@ def _gradients(
         total += float(loss.detach())
         if math.isfinite(total):
             loss.backward()
+    for parameter in parameters.values():
+        if (
+            parameter.grad is None
+        ):  # of an expert that no token was given to: without moments a state could not be put back
+            parameter.grad = torch.zeros_like(parameter)
     norm = float(nn.utils.clip_grad_norm_(parameters.values(), _CLIP)) if math.isfinite(total) else math.nan
     if not math.isfinite(norm):
         raise DivergedError(

@@ -10,12 +10,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["cross_entropy", "divergence"]
+from swquant.pr_moe import mixtures_of
+
+__all__ = ["balance", "cross_entropy", "divergence"]
 
 _ROWS = 128  # rows of logits that are worked on at a time
+_BALANCE = 0.01  # of the load-balancing loss, as in DeepSpeed-MoE
+
+
+def balance(model: nn.Module) -> Tensor:
+    """The load-balancing losses of all mixtures that were recorded in the last pass, weighted; 0 without one."""
+    losses = [module.balance for module in mixtures_of(model).values() if module.balance is not None]
+    return _BALANCE * torch.stack(losses).sum() if losses else torch.zeros(())
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, counted: Tensor) -> Tensor:

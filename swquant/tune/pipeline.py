@@ -22,7 +22,7 @@ from calibrationless import Blocks
 from exporters.errors import SwquantError
 from swquant.checkpoints.compressed import CompressedCheckpoint
 from swquant.checkpoints.schema import CheckpointManifest
-from swquant.detect.own_text import write_text
+from swquant.detect.texts import write_text
 from swquant.evaluate.pipeline import evaluate_model
 from swquant.output.destination import check_destination
 from swquant.progress import Progress, silent

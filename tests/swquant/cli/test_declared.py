@@ -21,20 +21,30 @@ from swquant.cli import app
 from swquant.cli.options import BASIC, OTHER, OUTPUT
 from swquant.compress.options import CompressKeywords, CompressOptions
 from swquant.declared import GROUPS, check_choices, described, flag, made_of
+from swquant.distill.options import DistillKeywords, DistillOptions
 from swquant.export.formats import FORMATS, format_named, option_names
 from swquant.export.gguf.options import GgufKeywords, GgufOptions
 from swquant.export.onnx.options import ExportKeywords, ExportOptions
+from swquant.moe.options import MoeKeywords, MoeOptions
 from swquant.progress import Progress
 from swquant.study import pipeline
 from swquant.study.options import StudyKeywords, StudyOptions
 from swquant.terminal.formats import VIEWS
 from swquant.tune.options import TuneKeywords, TuneOptions
 
-TAKEN: dict[str, type] = {"compress": CompressOptions, "study": StudyOptions, "tune": TuneOptions}
+TAKEN: dict[str, type] = {
+    "compress": CompressOptions,
+    "distill": DistillOptions,
+    "moe": MoeOptions,
+    "study": StudyOptions,
+    "tune": TuneOptions,
+}
 KEYWORDS: dict[type, type] = {
     CompressOptions: CompressKeywords,
+    DistillOptions: DistillKeywords,
     ExportOptions: ExportKeywords,
     GgufOptions: GgufKeywords,
+    MoeOptions: MoeKeywords,
     StudyOptions: StudyKeywords,
     TuneOptions: TuneKeywords,
 }
@@ -56,7 +66,9 @@ OWN = {
         "device",
         "trust_remote_code",
     },
+    "distill": {"teacher", "out_folder", "text", "as_json", "trust_remote_code"},
     "export": {"checkpoint", "target", "form", "overwrite", "as_json", "trust_remote_code"},
+    "moe": {"model", "out_folder", "text", "dry_run", "as_json", "trust_remote_code"},
     "study": {"model", "text", "out_folder", "as_json", "trust_remote_code"},
     "tune": {
         "checkpoint",

@@ -1,0 +1,152 @@
+"""The Python interface, continued: models that are made of models. Users import it from `swquant`.
+
+As in `api`, the rooms of the verbs are imported when a function is called, and `progress` is told what goes on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
+
+from swquant.declared import made_of
+from swquant.distill.options import DistillKeywords, DistillOptions
+from swquant.moe.options import MoeKeywords, MoeOptions
+from swquant.progress import Progress, silent
+from swquant.tune.options import TuneKeywords, TuneOptions
+
+if TYPE_CHECKING:
+    from swquant.distill.pipeline import Distilled
+    from swquant.moe.pipeline import Mixed
+    from swquant.moe.plan import MoePlan
+    from swquant.tune.pipeline import Tuned
+    from swquant.tune.plan import TunePlan
+
+__all__ = ["distill", "moe", "tune"]
+
+Model = str | os.PathLike[str]
+
+
+def distill(
+    teacher: Model,
+    out: Model,
+    options: DistillOptions | None = None,
+    *,
+    text: tuple[str, str] | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+    **changes: Unpack[DistillKeywords],
+) -> Distilled:
+    """Make a student with fewer layers than its teacher, an ordinary Hugging Face folder, and teach it.
+
+    teacher: a Hugging Face folder, a .gguf file, a hub id, or a mixture made by `moe`. text: (name, content) to learn
+    on, by default what the teacher writes. options and changes: a `DistillOptions`, or its fields as keywords
+    (keep_layers, layers, steps, kd_until, …). Returns path, the layers that were kept and what was measured. Raises
+    SwquantError; then `out` does not exist, and what was trained is gone on from by the next run.
+    """
+    chosen = made_of(DistillOptions, options, changes)
+    from swquant.checkpoints.open import open_checkpoint
+    from swquant.distill.pipeline import distill_checkpoint
+
+    with open_checkpoint(teacher, trust_remote_code=trust_remote_code) as checkpoint:
+        return distill_checkpoint(checkpoint, Path(out), chosen, text=text, progress=progress)
+
+
+def moe(
+    model: Model,
+    out: Model,
+    options: MoeOptions | None = None,
+    *,
+    text: tuple[str, str] | None = None,
+    trust_remote_code: bool = False,
+    on_plan: Callable[[MoePlan], None] | None = None,
+    dry_run: bool = False,
+    progress: Progress = silent,
+    **changes: Unpack[MoeKeywords],
+) -> Mixed | None:
+    """Turn MLPs of a dense model into mixtures of experts. Without steps OUT computes what the model computes.
+
+    text: (name, content) to train on, with `steps`. options and changes: a `MoeOptions`, or its fields as keywords
+    (experts, every, residual, top, expert_size, …). on_plan: is shown the plan before anything is written. dry_run:
+    nothing is, and None comes back. Returns path, plan and the largest difference of a logit. Raises SwquantError;
+    then `out` does not exist.
+    """
+    chosen = made_of(MoeOptions, options, changes)
+    from swquant.checkpoints.open import open_checkpoint
+    from swquant.moe.pipeline import moe_checkpoint
+    from swquant.moe.plan import make_plan
+
+    with open_checkpoint(model, trust_remote_code=trust_remote_code) as checkpoint:
+        plan = make_plan(checkpoint, chosen)
+        if on_plan is not None:
+            on_plan(plan)
+        return None if dry_run else moe_checkpoint(plan, Path(out), text=text, progress=progress)
+
+
+def tune(
+    checkpoint: Model,
+    out: Model,
+    options: TuneOptions | None = None,
+    *,
+    against: Model | None = None,
+    text: str | None = None,
+    data: Model | None = None,
+    text_name: str = "text",
+    eval_text: str | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    dry_run: bool = False,
+    on_plan: Callable[[TunePlan], None] | None = None,
+    progress: Progress = silent,
+    **changes: Unpack[TuneKeywords],
+) -> Tuned | None:
+    """Train a few blocks of weights over a compressed checkpoint, which stays as it is; they go into the sidecar.
+
+    against: the original. Its predictions are learned, on text that it writes itself unless there is another. text: to
+    train on; data: a jsonl file of prompts and responses. eval_text: to measure on before and after. out: the folder to
+    create; an interrupted run leaves OUT.tuning beside it and goes on from that. options and changes: a `TuneOptions`,
+    or its fields as keywords (budget, block, select, steps, lr, …). on_plan: is shown the plan before the work, which
+    dry_run leaves out. Returns path, manifest and the name of the set (nothing after a dry run). Raises SwquantError;
+    then `out` does not exist.
+
+    "Sparse Matrix in Large Language Model Fine-tuning", https://arxiv.org/abs/2405.15525
+    """
+    from swquant.output.destination import check_destination
+    from swquant.tune.pipeline import tune_checkpoint
+
+    with _tune_plan(
+        checkpoint, made_of(TuneOptions, options, changes), against, text, data, text_name, trust_remote_code
+    ) as planned:
+        if not dry_run:  # nobody is shown a plan to be refused
+            check_destination(Path(out), overwrite, planned.checkpoint)
+        if on_plan is not None:
+            on_plan(planned)
+        if dry_run:
+            return None
+        return tune_checkpoint(planned, Path(out), overwrite=overwrite, progress=progress, eval_text=eval_text)
+
+
+@contextmanager
+def _tune_plan(
+    checkpoint: Model,
+    options: TuneOptions,
+    against: Model | None,
+    text: str | None,
+    data: Model | None,
+    text_name: str,
+    trust_remote_code: bool,
+) -> Iterator[TunePlan]:
+    """The plan, while its models are open."""
+    from swquant.checkpoints.open import open_checkpoint
+    from swquant.tune.plan import make_plan
+
+    with ExitStack() as stack:
+        opened = stack.enter_context(open_checkpoint(checkpoint, trust_remote_code=trust_remote_code))
+        original = None
+        if against is not None:
+            original = stack.enter_context(open_checkpoint(against, trust_remote_code=trust_remote_code))
+        given = None if text is None else (text_name, text)
+        file = None if data is None else Path(data)
+        yield make_plan(opened, options, against=original, text=given, data=file)

@@ -1,0 +1,1 @@
+"""`distill`: students with fewer layers than their teacher, and how they learn from it in stages."""

@@ -1,0 +1,155 @@
+"""Teaching: the student's weights move, its embeddings aside, towards the text and, while the stage lasts, the teacher.
+
+The text is what the teacher writes at temperature 1, unless one is given. Both are cut into windows, the last eighth of
+which is held out: it says when the teacher goes, and what training did.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from exporters.errors import SwquantError
+from swquant.checkpoints.base import Checkpoint
+from swquant.checkpoints.tokenizer import context_of
+from swquant.detect.texts import write_text
+from swquant.distill.options import DistillOptions
+from swquant.distill.stages import Stages
+from swquant.distill.student import StudentCheckpoint
+from swquant.models.architecture import describe
+from swquant.pr_moe import mixtures_of
+from swquant.progress import Progress
+from swquant.training.data import Batch, Corpus, text_windows, token_windows
+from swquant.training.loop import Schedule, State, train
+from swquant.training.losses import balance, cross_entropy, divergence
+from swquant.training.model import logits_of
+
+__all__ = ["Lesson", "held_out", "teach", "windows_of"]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What was taught. before, after: (cross entropy, KL from the teacher) of held-out text, in nats per token.
+    until: the step from which the teacher was gone. looks: what was tried to find that out."""
+
+    text: str
+    tokens: int
+    parameters: int
+    losses: list[float]
+    until: int
+    looks: list[dict[str, float]]
+    before: tuple[float, float]
+    after: tuple[float, float]
+
+
+def windows_of(
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    options: DistillOptions,
+    start: int | None,
+    text: tuple[str, str] | None,
+    state: State,
+    progress: Progress,
+) -> Corpus:
+    """The text that was given, or what the model writes."""
+    if text is not None:
+        return text_windows(checkpoint, text[1], options.window, text[0])
+    if "text" not in state.saved.tensors:
+        context = context_of(checkpoint.config)
+        length = options.window if context is None else min(options.window, context)
+        state.saved.tensors["text"] = write_text(
+            model, start, options.seed, progress, texts=options.texts, length=length
+        )
+    return token_windows(state.saved.tensors["text"], "own text")
+
+
+def teach(
+    student: StudentCheckpoint,
+    teacher: PreTrainedModel,
+    pupil: PreTrainedModel,
+    options: DistillOptions,
+    *,
+    start: int | None,
+    text: tuple[str, str] | None,
+    state: State,
+    progress: Progress,
+) -> Lesson:
+    """Train `pupil` in place. start: the token that a text begins with, None for any."""
+    corpus, held = windows_of(student, teacher, options, start, text, state, progress).split()
+    parameters = _trainable(student, pupil)
+    temperature = options.temperature
+
+    def loss_of(step: int, taught: bool) -> Tensor:
+        batch = corpus.drawn(step, options.batch, options.seed)
+        logits = logits_of(pupil, batch)
+        loss = cross_entropy(logits, batch.ids[:, 1:], batch.counted)
+        if taught and options.alpha:
+            with torch.no_grad():
+                goal = logits_of(teacher, batch) / temperature
+            loss = loss + options.alpha * temperature**2 * divergence(logits / temperature, goal, batch.counted)
+        return loss + balance(pupil)
+
+    for module in mixtures_of(pupil).values():
+        module.recorded = True
+    facts = state.saved.facts
+    facts.setdefault("before", list(held_out(pupil, teacher, held, options.batch)))
+    stages = Stages(
+        options.steps,
+        options.rate,
+        options.stage(options.steps),
+        parameters,
+        loss_of,
+        lambda: held_out(pupil, None, held, options.batch)[0],
+        facts,
+    )
+    trained = train(
+        parameters, stages.loss, Schedule(options.steps, options.rate), state=state, progress=progress, label="Teaching"
+    )
+    before, after = tuple(facts["before"]), held_out(pupil, teacher, held, options.batch)
+    tokens = sum(corpus.drawn(step, options.batch, options.seed).tokens for step in range(options.steps))
+    return Lesson(
+        corpus.name,
+        tokens,
+        sum(parameter.numel() for parameter in parameters.values()),
+        trained.losses,
+        facts.get("until", options.steps),
+        facts["looks"],
+        (before[0], before[1]),
+        after,
+    )
+
+
+def _trainable(student: StudentCheckpoint, pupil: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Every weight that is stored as the model holds it, embeddings and head aside. They can be trained from now on."""
+    held = {*describe(student).targets.values()}
+    heads = (pupil.get_input_embeddings(), pupil.get_output_embeddings())
+    outside = {id(parameter) for head in heads if head is not None for parameter in head.parameters()}
+    parameters = {
+        name: parameter
+        for name, parameter in pupil.named_parameters()
+        if name in held and id(parameter) not in outside and parameter.is_floating_point()
+    }
+    if not parameters:
+        raise SwquantError(f"{student.name}: no weight is stored as the model holds it; distill cannot train it")
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    return parameters
+
+
+@torch.no_grad()
+def held_out(pupil: nn.Module, teacher: nn.Module | None, held: Corpus, size: int) -> tuple[float, float]:
+    """(cross entropy, KL from the teacher or 0) in nats per token of held-out text."""
+    total = count = apart = 0.0
+    for batch in held.batches(size):
+        loss, away = _one(pupil, teacher, batch)
+        total, apart, count = total + loss * batch.tokens, apart + away * batch.tokens, count + batch.tokens
+    return total / count, apart / count
+
+
+def _one(pupil: nn.Module, teacher: nn.Module | None, batch: Batch) -> tuple[float, float]:
+    logits = logits_of(pupil, batch)
+    loss = float(cross_entropy(logits, batch.ids[:, 1:], batch.counted))
+    return loss, 0.0 if teacher is None else float(divergence(logits, logits_of(teacher, batch), batch.counted))

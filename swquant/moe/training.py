@@ -1,0 +1,112 @@
+"""Training a mixture: experts, gates and coefficients learn a text with the load-balancing loss, all else is frozen.
+
+While it trains, an expert takes no more tokens than its capacity; how many were turned away is counted, and which share
+of the held-out tokens each expert got afterwards, by depth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from swquant.checkpoints.base import Checkpoint
+from swquant.models.loading import build_model
+from swquant.moe.options import MoeOptions
+from swquant.pr_moe import mixtures_of
+from swquant.progress import Progress
+from swquant.training.data import Corpus, text_windows
+from swquant.training.loop import Schedule, State, train
+from swquant.training.losses import balance, cross_entropy
+from swquant.training.model import logits_of
+
+__all__ = ["Course", "train_mixture"]
+
+
+@dataclass(frozen=True)
+class Course:
+    """What training did. before, after: cross entropy of held-out text in nats per token. dropped: share of the
+    tokens that found their expert full. shares: of the held-out tokens, per mixture and expert."""
+
+    text: str
+    tokens: int
+    parameters: int
+    losses: list[float]
+    before: float
+    after: float
+    dropped: float
+    shares: list[list[float]]
+
+
+def train_mixture(
+    checkpoint: Checkpoint, text: tuple[str, str], options: MoeOptions, *, state: State, progress: Progress
+) -> tuple[Course, dict[str, Tensor]]:
+    """Train a mixture that was just made. Returns what happened and name -> what the trained parameters became."""
+    model = build_model(checkpoint, torch.float32).requires_grad_(False)
+    corpus, held = text_windows(checkpoint, text[1], options.window, text[0]).split()
+    parameters = _trainable(model)
+    mixtures = list(mixtures_of(model).values())
+    facts = state.saved.facts
+    facts.setdefault("before", _held_out(model, held, options.batch))
+
+    def loss_of(step: int, part: int) -> Tensor:
+        batch = corpus.drawn(step, options.batch, options.seed)
+        for module in mixtures:
+            module.training, module.recorded = True, True
+            module.capacity = options.capacity or None
+        loss = cross_entropy(logits_of(model, batch), batch.ids[:, 1:], batch.counted) + balance(model)
+        # By step, since one that was interrupted is taken again.
+        facts["dropped"] = [*facts.get("dropped", [])[:step], sum(module.dropped for module in mixtures)]
+        return loss
+
+    trained = train(parameters, loss_of, Schedule(options.steps, options.rate), state=state, progress=progress)
+    for module in mixtures:
+        module.training = False
+    shares = _shares(model, held, options.batch)
+    course = Course(
+        corpus.name,
+        sum(corpus.drawn(step, options.batch, options.seed).tokens for step in range(options.steps)),
+        sum(parameter.numel() for parameter in parameters.values()),
+        trained.losses,
+        facts["before"],
+        _held_out(model, held, options.batch),
+        sum(facts["dropped"])
+        / (options.steps * options.batch * options.window * sum(module.top for module in mixtures)),
+        shares,
+    )
+    return course, {name: parameter.detach() for name, parameter in parameters.items()}
+
+
+def _trainable(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Experts, gates and coefficients; the fixed MLPs stay as they are."""
+    parameters: dict[str, nn.Parameter] = {}
+    for prefix, module in mixtures_of(model).items():
+        for name, parameter in module.named_parameters():
+            if not name.startswith("mlp."):
+                parameter.requires_grad_(True)
+                parameters[f"{prefix}.{name}"] = parameter
+    return parameters
+
+
+@torch.no_grad()
+def _held_out(model: nn.Module, held: Corpus, size: int) -> float:
+    total = count = 0.0
+    for batch in held.batches(size):
+        loss = cross_entropy(logits_of(model, batch), batch.ids[:, 1:], batch.counted)
+        total, count = total + float(loss) * batch.tokens, count + batch.tokens
+    return total / count
+
+
+@torch.no_grad()
+def _shares(model: nn.Module, held: Corpus, size: int) -> list[list[float]]:
+    """Of every mixture, which share of the held-out tokens went to each expert."""
+    mixtures = mixtures_of(model).values()
+    counts = [torch.zeros(len(module.experts)) for module in mixtures]
+    for batch in held.batches(size):
+        logits_of(model, batch)
+        for count, module in zip(counts, mixtures, strict=True):
+            assert module.routed is not None
+            count += module.routed
+    return [[round(float(part), 4) for part in count / count.sum()] for count in counts]
