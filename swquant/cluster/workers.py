@@ -14,6 +14,7 @@ can run code on it, so a cluster belongs into a network of its own.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import signal
 import socket
@@ -181,7 +182,7 @@ def team(workers: Workers) -> Iterator[Team | None]:
         try:
             with _same_sigterm():
                 ray.init(**where, include_dashboard=False if workers.address is None else None,
-                         logging_level="ERROR", log_to_driver=False)  # fmt: skip
+                         logging_level=logging.ERROR, log_to_driver=False)  # fmt: skip
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:  # another version of Ray or Python, too
             raise SwquantError(
                 f"--{'ray' if workers.address else 'workers'} {workers.address or workers.count}: Ray does not start ({first_line(error)})"

@@ -48,7 +48,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_recovery_without_data(pair: Pair, tmp_path: Path) -> None:
     original, checkpoint = pair
-    longer = {**QUICK, "steps": 30, "batch": 8, "texts": 160}  # 9,000 tokens: fewer would be learned by heart
+    longer = {**QUICK, "steps": 30, "batch": 8, "texts": 160}  # 10,000 tokens: fewer would be learned by heart
     result = swquant.tune(checkpoint, tmp_path / "out", against=original, **longer)
     assert result is not None
     record = result.manifest["tuned"]["tuned"]
