@@ -189,7 +189,7 @@ def test_what_the_builder_would_draw_wrong_is_refused_before_the_work(
     """The first is the size of `wide_llama`: two heads of 64 for keys, and a vocabulary of 128."""
     from swquant.export.onnx import pipeline
 
-    for name in ("build_model", "write"):
+    for name in ("build_model", "written"):
         monkeypatch.setattr(pipeline, name, None)  # would be a TypeError if it came that far
     save_model(_model("llama", **changes), tmp_path / "model")
     checkpoint = swquant.compress(tmp_path / "model", tmp_path / "out", **SETTINGS).path
