@@ -75,9 +75,11 @@ def test_batched_torch_finds_what_the_compiled_loops_find(
         monkeypatch.undo()
         ours, theirs = (errors_of(rounded, weight, energy, block) for rounded in (plain, compiled))
         total = to_blocks(weight.double().square() * energy, block).sum(dim=1)
-        if bits < 8:  # of 8 bits the errors are as small as what float32 can tell of the sums
+        # Of 8 bits the errors are as small as what float32 can tell of the sums: a line through 256 codes takes sums of
+        # squares up to 65,025 from one another.
+        if bits < 8:
             assert bool(((ours - theirs).abs() <= 0.02 * theirs + 5e-6 * total).all()), kind
-        assert plain.error.output == pytest.approx(compiled.error.output, rel=1e-3 if bits < 8 else 0.02), kind
+        assert plain.error.output == pytest.approx(compiled.error.output, rel=1e-3 if bits < 8 else 0.1), kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
