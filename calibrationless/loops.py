@@ -25,9 +25,9 @@ def run_loop(
     """Call one of the loops with tensors on `device` and numbers. float32 tensors are contiguous."""
     loops: Any
     if device.type in COMPILED:  # imported here: numba takes a second, and plain rounding needs none
-        from calibrationless import kernels as loops
+        import calibrationless.kernels as loops
 
         arguments = tuple(value.numpy() if isinstance(value, Tensor) else value for value in arguments)
     else:
-        from calibrationless import batched as loops
+        import calibrationless.batched as loops
     getattr(loops, name)(*arguments)

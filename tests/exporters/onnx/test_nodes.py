@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from calibrationless import Points, dequantize, parse_block, quantize, restore
+from calibrationless import Points, dequantize, parse_block, parts_of, quantize, restore
 from exporters.onnx.nodes import PackedWeight, pack_weight, stock_block
 
 
@@ -71,9 +71,8 @@ def test_outliers_are_what_the_node_is_missing() -> None:
     """The checkpoint's loader rounds each product to bfloat16, the node does not: deltas are those of the node."""
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     quantized = quantize(weight, parse_block("32"), 4, scale_dtype=torch.bfloat16)
-    unsorted = Points(
-        *(part.flip(0) for part in vars(Points.at(weight, torch.tensor([1, 7, 1]), torch.tensor([63, 0, 2]))).values())
-    )
+    points = Points.at(weight, torch.tensor([1, 7, 1]), torch.tensor([63, 0, 2]))
+    unsorted = Points(*(part.flip(0) for part in parts_of(points).values()))
     packed = pack_weight(quantized, unsorted, torch.float32)
     assert packed.operator == "LinearNBits"
     assert packed.outliers == 3

@@ -61,7 +61,7 @@ def test_the_plan_of_both_steps_is_shown_and_checked(
     default = json.loads(cli(*words[:2], *words[3:], "--dry-run", "--json").out)
     assert default["out"] == "model-w4-b128-onnx"
     for extra, problem in (
-        (("--format", "gguf"), "format 'gguf' is not one of: checkpoint, onnx"),
+        (("--format", "mlx"), "format 'mlx' is not one of: checkpoint, onnx, gguf"),
         (("--format", "checkpoint", "--graph", "genai"), "--graph is an option of the export; add --format onnx"),
         (("--accuracy-level", "3"), "--accuracy-level 3 is not one of: 0, 4"),
     ):
@@ -75,7 +75,7 @@ def test_what_the_builder_refuses_is_known_before_the_work(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:
     model = planted_model("opt", tmp_path / "model").folder
-    monkeypatch.setattr(pipeline, "write", None)  # would be a TypeError if it came that far
+    monkeypatch.setattr(pipeline, "written", None)  # would be a TypeError if it came that far
     ran = cli("compress", model, tmp_path / "out", "--format", "onnx", "--graph", "genai", *words, "--prompt", PROMPT)
     assert "builder cannot export this model (it does not know OPTForCausalLM); use --graph dynamo" in one_line(ran)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -106,16 +106,23 @@ def test_inspect_shows_nodes_and_check(cli: Cli, exported: Path) -> None:
     assert json.loads(cli("inspect", exported, "--json").out)["kind"] == "onnx"
 
 
-def test_an_interrupted_export_leaves_nothing(
+def test_an_interrupted_export_leaves_what_the_next_run_goes_on_from(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "make_reference", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    def compress() -> None:
         swquant.compress(checkpoint.parent / "model", tmp_path / "folder", format="onnx", **SETTINGS)
-    assert list(tmp_path.iterdir()) == []
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "make_reference", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            compress()
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".folder.unfinished-")
+    compress()
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 @pytest.mark.parametrize("moment", ["save", "check_export", "write_manifest", "replace"])
