@@ -15,14 +15,13 @@ from transformers import PreTrainedModel
 from exporters.errors import SwquantError
 from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.tokenizer import context_of
-from swquant.detect.texts import write_text
 from swquant.distill.options import DistillOptions
 from swquant.distill.stages import Stages
 from swquant.distill.student import StudentCheckpoint
 from swquant.models.architecture import describe
 from swquant.pr_moe import mixtures_of
 from swquant.progress import Progress
-from swquant.training.data import Batch, Corpus, text_windows, token_windows
+from swquant.training.data import Batch, Corpus, own_windows, text_windows
 from swquant.training.loop import Schedule, State, train
 from swquant.training.losses import balance, cross_entropy, divergence
 from swquant.training.model import logits_of
@@ -57,13 +56,10 @@ def windows_of(
     """The text that was given, or what the model writes."""
     if text is not None:
         return text_windows(checkpoint, text[1], options.window, text[0])
-    if "text" not in state.saved.tensors:
-        context = context_of(checkpoint.config)
-        length = options.window if context is None else min(options.window, context)
-        state.saved.tensors["text"] = write_text(
-            model, start, options.seed, progress, texts=options.texts, length=length
-        )
-    return token_windows(state.saved.tensors["text"], "own text")
+    context = context_of(checkpoint.config)
+    length = options.window if context is None else min(options.window, context)
+    saved = state.saved.tensors
+    return own_windows(model, start, saved, options.seed, progress, texts=options.texts, length=length, name="own text")
 
 
 def teach(

@@ -10,21 +10,24 @@ what it would have seen.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from exporters.errors import SwquantError, first_line
 from exporters.text import shown
 from swquant.checkpoints.base import ModelFolder
 from swquant.checkpoints.guard import failures_of
 from swquant.checkpoints.tokenizer import context_of, encode
+from swquant.detect.texts import write_text
+from swquant.progress import Progress
 
-__all__ = ["Batch", "Corpus", "begins_with", "conversations", "text_windows", "token_windows"]
+__all__ = ["Batch", "Corpus", "begins_with", "conversations", "own_windows", "text_windows", "token_windows"]
 
 _ROLES = ("system", "user", "assistant", "tool", "developer")
 
@@ -126,6 +129,24 @@ def text_windows(model: ModelFolder, text: str, window: int, name: str = "text")
     if bos is not None:
         rows = torch.cat([torch.full((whole, 1), bos), rows], dim=1)
     return token_windows(rows, name)
+
+
+def own_windows(
+    model: PreTrainedModel,
+    start: int | None,
+    saved: MutableMapping[str, Tensor],
+    seed: int,
+    progress: Progress,
+    *,
+    texts: int,
+    length: int,
+    name: str,
+) -> Corpus:
+    """What a model writes at temperature 1, or wrote when the run began. start: the token that a text begins with, None
+    for any. saved: tensors of the run's state, which get it."""
+    if "text" not in saved:
+        saved["text"] = write_text(model, start, seed, progress, texts=texts, length=length)
+    return token_windows(saved["text"], name)
 
 
 def token_windows(tokens: Tensor, name: str) -> Corpus:

@@ -22,11 +22,10 @@ from calibrationless import Blocks
 from exporters.errors import SwquantError
 from swquant.checkpoints.compressed import CompressedCheckpoint
 from swquant.checkpoints.schema import CheckpointManifest
-from swquant.detect.texts import write_text
 from swquant.evaluate.pipeline import evaluate_model
 from swquant.output.destination import check_destination
 from swquant.progress import Progress, silent
-from swquant.training.data import Corpus, begins_with, token_windows
+from swquant.training.data import Corpus, begins_with, own_windows
 from swquant.training.loop import Schedule, State, fingerprint_of, train
 from swquant.training.model import lay, trainable_model
 from swquant.training.patched import free_name, write_patched
@@ -138,13 +137,14 @@ def _own_text(plan: TunePlan, teacher: PreTrainedModel | None, state: State, pro
     """What the original writes at temperature 1."""
     assert plan.against is not None
     assert teacher is not None
-    if "text" not in state.saved.tensors:
-        options, start = plan.options, begins_with(plan.against)
-        state.saved.tensors["text"] = write_text(
-            teacher, start, options.seed, progress, texts=options.texts, length=options.window
-        )
+    options, saved = plan.options, state.saved.tensors
+    known, start = "text" in saved, begins_with(plan.against)
+    corpus = own_windows(
+        teacher, start, saved, options.seed, progress, texts=options.texts, length=options.window, name=plan.data
+    )
+    if not known:
         state.write()
-    return token_windows(state.saved.tensors["text"], plan.data)
+    return corpus
 
 
 def _places(plan: TunePlan, session: Session, state: State, progress: Progress) -> dict[str, Blocks]:

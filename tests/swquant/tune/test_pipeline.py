@@ -14,7 +14,7 @@ import swquant
 from exporters.sidecar import SIDECAR
 from swquant.detect.own_text import write_text
 from swquant.progress import Progress
-from swquant.training import loop
+from swquant.training import data, loop
 from swquant.training.losses import divergence
 from swquant.tune.session import Session
 
@@ -140,7 +140,8 @@ def _interrupt_at(patch: pytest.MonkeyPatch, stage: str) -> None:
         at, loss = int(stage.split()[1]), Session.loss_of
         patch.setattr(Session, "loss_of", lambda self, step, part: raising() if step == at else loss(self, step, part))
     else:
-        patch.setattr(pipeline, {"text": "write_text", "choice": "scores", "look": "look"}[stage], raising)
+        where = {"text": (data, "write_text"), "choice": (pipeline, "scores"), "look": (pipeline, "look")}
+        patch.setattr(*where[stage], raising)
 
 
 def test_what_was_done_is_not_done_again(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,8 +155,8 @@ def test_what_was_done_is_not_done_again(pair: Pair, tmp_path: Path, monkeypatch
     monkeypatch.setattr(Session, "loss_of", lambda self, step, part: seen.append(step) or loss(self, step, part))
     from swquant.tune import pipeline
 
-    for name in ("write_text", "scores", "look"):
-        monkeypatch.setattr(pipeline, name, lambda *_, **__: pytest.fail("again"))
+    for module, name in ((data, "write_text"), (pipeline, "scores"), (pipeline, "look")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("again"))
     swquant.tune(checkpoint, tmp_path / "out", against=original, **QUICK)
     assert seen == [9, 10, 11]
 
