@@ -1,8 +1,8 @@
 """Recovery without data: what a checkpoint wins back by training, method against method at equal bytes.
 
 Every method gets the same checkpoint, the same text (which the original writes, or `--text`), the same steps and the
-same bytes, and its own learning rate: the one of `RATES` with the least loss on held-out windows, for the rate decides
-more than the method. Only then it meets the test text. Methods:
+same bytes, and its own learning rate: the one of `--rates` with the least loss on held-out windows, since the rate
+decides more than the method. It is chosen with the first seed; the others train with it alone. Methods:
 
     blocks by recovery, gradient, fisher   what `swquant tune --select …` trains
     blocks by random, diagonal             controls; diagonal blocks are what DiaBlo trains
@@ -122,8 +122,15 @@ def run(world: World, method: str, rate: float, seed: int) -> dict[str, Any]:
     return {"held_out": session.held_out(), "kl": world.kl(model), "bytes": nbytes, "seconds": seconds}
 
 
-def table(results: Mapping[str, Any], methods: list[str], seeds: int) -> str:
-    """Markdown: each method at its own best rate, chosen on held-out text."""
+def best_rate(results: Mapping[str, Any], method: str, rates: list[float]) -> float | None:
+    """The rate with the least held-out loss of the first seed; None where none has been tried, or all diverged."""
+    cells = {rate: results.get(f"{method} {rate:g} 0") for rate in rates}
+    held = {rate: cell["held_out"] for rate, cell in cells.items() if cell and cell["held_out"] is not None}
+    return min(held, key=held.__getitem__, default=None)
+
+
+def table(results: Mapping[str, Any], methods: list[str], rates: list[float], seeds: int) -> str:
+    """Markdown: each method at its own best rate, mean ± standard deviation over the seeds."""
     lines = [
         "| method | bytes | rate | held-out KL | KL on the test text | seconds per step |",
         "|---|---|---|---|---|---|",
@@ -132,16 +139,10 @@ def table(results: Mapping[str, Any], methods: list[str], seeds: int) -> str:
     if before:
         lines.append(f"| before | | | {before['held_out']:.4f} | {before['kl']:.4f} | |")
     for method in methods:
-        cells = {rate: [results.get(f"{method} {rate:g} {seed}") for seed in range(seeds)] for rate in RATES}
-        done = {
-            rate: [cell for cell in row if cell]
-            for rate, row in cells.items()
-            if all(cell and cell["held_out"] is not None for cell in row)
-        }
-        if not done:
+        rate = best_rate(results, method, rates)
+        if rate is None:
             continue
-        rate = min(done, key=lambda rate: statistics.mean(cell["held_out"] for cell in done[rate]))
-        row = done[rate]
+        row = [cell for seed in range(seeds) if (cell := results.get(f"{method} {rate:g} {seed}")) and cell["kl"]]
         held, kl, seconds = ([cell[key] for cell in row] for key in ("held_out", "kl", "seconds"))
         spread = f" ± {statistics.stdev(kl):.4f}" if len(kl) > 1 else ""
         lines.append(
@@ -186,11 +187,12 @@ def main() -> None:
             model = trainable_model(checkpoint)
             done("before", {"held_out": world.session(model, 0).held_out(), "kl": world.kl(model)})
         for seed in range(args.seeds):
-            for rate in args.rates:
-                for method in args.methods:
+            for method in args.methods:
+                best = best_rate(results, method, args.rates) if seed else None
+                for rate in args.rates if best is None else [best]:
                     if f"{method} {rate:g} {seed}" not in results:
                         done(f"{method} {rate:g} {seed}", run(world, method, rate, seed))
-    print(table(results, args.methods, args.seeds))
+    print(table(results, args.methods, args.rates, args.seeds))
 
 
 if __name__ == "__main__":
