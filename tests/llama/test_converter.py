@@ -13,7 +13,8 @@ from support.gguf_models import MODELS, PROMPT, save_gguf_model
 
 import swquant
 
-# What says who made a file, or what its tensors are rounded to; and what only one of the two says.
+# What says who made a file, or what its tensors are rounded to; what only one of the two says; and how text is split,
+# which the converter does not know of tiny tokenizers (transformers gives those of Qwen 2 an expression of its own).
 OWN = (
     "GGUF.",
     "swquant.",
@@ -23,6 +24,7 @@ OWN = (
     "general.size_label",
     "general.name",
     "general.sampling",
+    "tokenizer.ggml.pre",
 )
 
 

@@ -1,14 +1,14 @@
 """vLLM with swquant-vllm predicts what `swquant.load` does, and without it clearly something else.
 
 Both sides run every case, so that a plugin that does nothing fails. vLLM computes in bfloat16, `swquant.load` here in
-float32: what is left of the divergence with the plugin is that.
+float32: what is left of the divergence with the plugin is that, as `swquant.load` in bfloat16 shows.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.vllm
 
 TOP = 1000  # of the likeliest tokens; all others count as one
 WINDOW, WINDOWS = 120, 3
-GOAL = 0.002
+GOAL = 0.002  # nats per token; Gemma in bfloat16 is further than that from itself in float32
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,15 +39,29 @@ def environment() -> None:
     needs_vllm()
 
 
+def predictions(folder: Path, texts: list[list[int]], dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+    """Log-probabilities of each token but the first of each text, by `swquant.load`."""
+    model = swquant.load(folder, dtype=dtype)
+    for text in texts:
+        with torch.no_grad():
+            yield from model(torch.tensor([text])).logits[0, :-1].float().log_softmax(-1)
+
+
 def divergence(folder: Path, said: list[dict[str, Any]]) -> float:
     """KL in nats per token, `swquant.load` to vLLM, over the likeliest tokens of vLLM and the rest as one."""
-    model, found = swquant.load(folder, dtype=torch.float32), []
-    for text in said:
-        with torch.no_grad():
-            logits = model(torch.tensor([text["tokens"][: len(text["top"]) + 1]])).logits[0, :-1]
-        for ours, (tokens, theirs) in zip(logits.log_softmax(-1), text["top"], strict=True):
-            found.append(_with_rest(ours[tokens]).exp() @ (_with_rest(ours[tokens]) - _with_rest(torch.tensor(theirs))))
+    texts = [text["tokens"][: len(text["top"]) + 1] for text in said]
+    top = [token for text in said for token in text["top"]]
+    found = [
+        _with_rest(ours[tokens]).exp() @ (_with_rest(ours[tokens]) - _with_rest(torch.tensor(theirs)))
+        for ours, (tokens, theirs) in zip(predictions(folder, texts), top, strict=True)
+    ]
     return float(torch.stack(found).mean())
+
+
+def of_bfloat16(folder: Path, texts: list[list[int]]) -> float:
+    """The same, to `swquant.load` in bfloat16."""
+    pairs = zip(predictions(folder, texts), predictions(folder, texts, torch.bfloat16), strict=True)
+    return float(torch.stack([exact.exp() @ (exact - rounded) for exact, rounded in pairs]).mean())
 
 
 def _with_rest(logs: Tensor) -> Tensor:
@@ -95,8 +109,10 @@ def test_a_real_model_predicts_what_swquant_does(name: str, tmp_path: Path) -> N
     ids = AutoTokenizer.from_pretrained(folder)(text[:4000])["input_ids"]
     prompts = [ids[at * WINDOW : (at + 1) * WINDOW] for at in range(WINDOWS)]
     with_plugin, without = both(folder, prompts, tmp_path, top=TOP)
-    assert with_plugin < GOAL
-    assert without > 5 * with_plugin
+    rounded = of_bfloat16(folder, prompts)
+    print(f"swquant.load in bfloat16: KL {rounded:.5f}")
+    assert with_plugin < max(GOAL, 2 * rounded)
+    assert without > 10 * with_plugin
 
 
 def test_w8a8_keeps_its_channels(tmp_path: Path) -> None:

@@ -25,11 +25,17 @@ Decode = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Part:
-    """The part of a stored weight that a layer holds on this rank: rows int64 [out], cols int64 [in], for each of the
-    stored weight its place in the layer's own, -1 for what is not there."""
+    """The part of a stored [out, in] weight that a layer holds on this rank: for each of its rows (int64 [out]) and
+    columns (int64 [in]) the place in the layer, -1 for what is not there."""
 
+    tensor: str
     rows: Tensor
     cols: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in] of the stored weight."""
+        return self.rows.numel(), self.cols.numel()
 
 
 @dataclass(frozen=True)
@@ -112,13 +118,17 @@ def differences(patches: Sequence[Block], decoded: Decode, width: int) -> list[B
 class Points(nn.Module):
     """Single weights: y[:, rows] += x[:, cols] values."""
 
+    rows: Tensor
+    cols: Tensor
+    values: Tensor
+
     def __init__(self, rows: Tensor, cols: Tensor, values: Tensor) -> None:
         super().__init__()
         for name, tensor in (("rows", rows), ("cols", cols), ("values", values)):
             self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, x: Tensor, y: Tensor) -> None:
-        y.index_add_(-1, self.rows, x[..., self.cols] * self.values)
+        y.index_add_(-1, self.rows, x.index_select(-1, self.cols).mul_(self.values))
 
 
 class Blocks(Points):
@@ -134,6 +144,9 @@ class Columns(nn.Module):
 
     cols: [k]. values: [k, out].
     """
+
+    cols: Tensor
+    values: Tensor
 
     def __init__(self, cols: Tensor, values: Tensor) -> None:
         super().__init__()
@@ -152,15 +165,14 @@ def modules(blocks: Iterable[Block], dtype: torch.dtype, device: torch.device) -
     """One module for all blocks of a size, in the numbers that the layer computes with."""
     by_side: dict[int, list[Block]] = {}
     for block in blocks:
-        by_side.setdefault(block.values.shape[-1], []).append(block)
-    made = nn.ModuleList()
+        if block.values.numel():
+            by_side.setdefault(block.values.shape[-1], []).append(block)
+    made: list[Points] = []
     for side, same in by_side.items():
         rows, cols = (torch.cat([getattr(block, part) for block in same]).clamp(min=0) for part in ("rows", "cols"))
-        values = torch.cat([block.values for block in same])
+        values = torch.cat([block.values for block in same]).to(dtype)
         if side == 1:
             made.append(Points(rows.flatten(), cols.flatten(), values.flatten()))
         else:
             made.append(Blocks(rows, cols, values))
-    for module in made:
-        module.values = module.values.to(dtype)
-    return made.to(device)
+    return nn.ModuleList(made).to(device)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -32,13 +32,13 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import C
 from vllm.model_executor.parameter import ModelWeightParameter
 
 from swquant_vllm.added import Block, Columns, Decode, Part, decode, differences, modules, positions, taken
-from swquant_vllm.sidecar import Checkpoint, SidecarError, fetched, open_checkpoint
+from swquant_vllm.sidecar import OUTLIERS, Checkpoint, SidecarError, fetched, open_checkpoint
 
 __all__ = ["CheckedConfig", "check_interface"]
 
 logger = init_logger("vllm.swquant")
 
-_SHARDS: dict[Hashable, int] = {"q": 0, "k": 1, "v": 2}
+WITHOUT = "update swquant-vllm, or set VLLM_PLUGINS= to run without outliers"
 _LAYER = re.compile(r".*?\.\d+(?=\.)")
 # What is overridden or called below, with the parameters that it must have.
 _INTERFACE: tuple[tuple[Callable[..., Any], tuple[str, ...]], ...] = (
@@ -68,52 +68,53 @@ class CheckedConfig(CompressedTensorsConfig):
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         super().maybe_update_config(model_name, hf_config, revision)
-        if getattr(hf_config, "swquant", None) is None:
-            return
-        self.checkpoint = open_checkpoint(fetched(model_name, revision))
-        patched = {*self.checkpoint.patched, *self.checkpoint.channels}
-        self.names, self.claimed = {name.removesuffix(".weight"): name for name in patched}, set()
+        if getattr(hf_config, "swquant", None) is not None:
+            self.checkpoint = open_checkpoint(fetched(model_name, revision))
+            patched = {*self.checkpoint.patched, *self.checkpoint.channels}
+            self.names, self.claimed = {name.removesuffix(".weight"): name for name in patched}, set()
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         super().apply_vllm_mapper(hf_to_vllm_mapper)
         if self.checkpoint is not None:
-            mapped = {name: hf_to_vllm_mapper._map_name(name) for name in self.names}
-            self.names = {new or name: self.names[name] for name, new in mapped.items()}
+            self.names = {hf_to_vllm_mapper._map_name(name) or name: stored for name, stored in self.names.items()}
 
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+    def get_quant_method(self, layer: Any, prefix: str) -> Any:
         method = super().get_quant_method(layer, prefix)
         if self.checkpoint is None:
             return method
         if isinstance(layer, RoutedExperts):
-            self._leave_out(prefix.removesuffix(".routed_experts"))
+            self._leave_out(self.checkpoint, prefix.removesuffix(".routed_experts"))
         elif isinstance(layer, LinearBase):
-            parent, _, own = prefix.rpartition(".")
-            fused = [f"{parent}.{module}" for module in self.packed_modules_mapping.get(own, ())]
-            shards = {**dict(enumerate(fused)), None: prefix}
-            stored = {shard: self.names[name] for shard, name in shards.items() if name in self.names}
+            stored = self._stored(prefix)
             self.claimed.update(stored.values())
-            patches = _Patches(self, stored, prefix)
+            loading = _Loading(self, self.checkpoint, stored, prefix)
             if type(method) is CompressedTensorsLinearMethod:
-                layer.scheme = PatchedScheme(layer.scheme, patches)
-            elif type(method) is UnquantizedLinearMethod:
-                return PatchedDense(patches) if stored else method
+                layer.scheme = PatchedScheme(layer.scheme, loading)
+            elif stored and type(method) is UnquantizedLinearMethod:
+                return PatchedDense(loading)
             elif stored:
-                raise SidecarError(
-                    f"{prefix}: patches cannot be added to {type(method).__name__}; set VLLM_PLUGINS= to run without"
-                )
+                raise SidecarError(f"{prefix}: nothing can be added to a {type(method).__name__}; {WITHOUT}")
         return method
 
-    def _leave_out(self, prefix: str) -> None:
+    def _stored(self, prefix: str) -> dict[Hashable, str]:
+        """Shard of a layer as its weight loader names it, None for a whole one -> the patched tensor that it is."""
+        parent, _, own = prefix.rpartition(".")
+        names: dict[Hashable, str] = {None: prefix}
+        for shard, module in enumerate(self.packed_modules_mapping.get(own, ())):
+            names[shard] = f"{parent}.{module}"
+        names |= {letter: names[shard] for shard, letter in enumerate("qkv") if shard in names}
+        return {shard: self.names[name] for shard, name in names.items() if name in self.names}
+
+    def _leave_out(self, checkpoint: Checkpoint, prefix: str) -> None:
         """Experts are one kernel in vLLM, which nothing can be added to: outliers are left out, and that is said."""
-        assert self.checkpoint is not None
         inside = {stored for name, stored in self.names.items() if name.startswith(f"{prefix}.")} - self.claimed
         self.claimed |= inside
-        if any(sets != ("outliers",) for sets in (self.checkpoint.patched.get(name, ("outliers",)) for name in inside)):
+        if any({*checkpoint.patched.get(name, ())} - {OUTLIERS} for name in inside):
             raise SidecarError(
-                f"{prefix}: trained blocks cannot be added to the experts of vLLM; serve it with swquant.load"
+                f"{prefix}: vLLM's experts take no trained blocks; serve it with swquant.load, or {WITHOUT}"
             )
         if inside:
-            logger.warning("swquant: the outliers of %d experts' weights in %s are left out", len(inside), prefix)
+            logger.warning("swquant: the outliers of %d weights of the experts in %s are left out", len(inside), prefix)
 
     def check(self) -> None:
         """Raises SidecarError where patches of the checkpoint belong to no layer: vLLM has other names."""
@@ -123,26 +124,29 @@ class CheckedConfig(CompressedTensorsConfig):
             lost = {name for name in lost if _layer(name) in here}
         if lost:
             raise SidecarError(
-                f"{min(lost)}: no layer of this model takes its patches ({len(lost)} such weights); vLLM names or fuses them in "
-                "a way that is not known: update swquant-vllm, or set VLLM_PLUGINS= to run without outliers"
+                f"{min(lost)}: no layer of vLLM takes its patches, nor of {len(lost) - 1} others; {WITHOUT}"
             )
 
 
 def _layer(name: str) -> str:
     """`model.layers.3` of `model.layers.3.mlp.up_proj.weight`."""
-    found = _LAYER.match(name)
-    return found[0] if found else name
+    return name[: found.end()] if (found := _LAYER.match(name)) else name
 
 
-class _Patches:
-    """What a layer is given beside its weights. stored: index in a fused layer (None: the whole layer) -> tensor."""
+def _weight(layer: Any) -> Tensor:
+    """The parameter with the weights or the codes of a layer, a row for each output."""
+    return layer.weight_packed if hasattr(layer, "weight_packed") else layer.weight
 
-    def __init__(self, config: CheckedConfig, stored: dict[int | None, str], prefix: str) -> None:
-        self.config, self.stored, self.prefix = config, stored, prefix
-        self.sizes: dict[Hashable, int] = {}  # shard as vLLM names it -> rows of the stored weight
 
-    def watched(self, layer: nn.Module, load: Callable[..., Any]) -> Callable[..., Any]:
-        """A weight loader that does what `load` does, and notes which weights pass through it."""
+class _Loading:
+    """What is known of a layer while its weights are loaded. stored: see `CheckedConfig._stored`."""
+
+    def __init__(self, config: CheckedConfig, checkpoint: Checkpoint, stored: dict[Hashable, str], prefix: str) -> None:
+        self.check, self.checkpoint, self.stored, self.prefix = config.check, checkpoint, stored, prefix
+        self.sizes: dict[Hashable, int] = {}  # shard -> rows of the weight that was loaded into it
+
+    def watched(self, layer: Any, load: Callable[..., Any]) -> Callable[..., Any]:
+        """A weight loader that does what `load` does, and notes what passes through it."""
         self.load = load
 
         def loader(param: Tensor, loaded: Tensor, *shard: Any, **named: Any) -> Any:
@@ -152,98 +156,83 @@ class _Patches:
 
         return loader
 
-    def held(self, layer: nn.Module, width: int) -> list[tuple[str, tuple[int, int], Part]]:
-        """(tensor, shape [out, in], the part of it that this rank holds) of each stored weight with patches."""
-        columns = torch.arange(width)
-        whole = layer.input_size
-        if isinstance(layer, RowParallelLinear):
-            columns = self._numbers(layer, torch.full((1, width), -1), torch.arange(whole).view(1, -1), None)
-        found = []
-        for shard, size in self.sizes.items():
-            name = self.stored.get(_SHARDS.get(shard, shard))
-            if name is None:
-                continue
-            empty = torch.full((_weight(layer).shape[0], 1), -1)
-            rows = torch.arange(size)
-            if not isinstance(layer, RowParallelLinear):
-                rows = self._numbers(layer, empty, rows.view(-1, 1), shard)
-            found.append((name, (size, whole), Part(positions(rows, size), positions(columns, whole))))
-        lost = set(self.stored.values()) - {name for name, _, _ in found}
+    def parts(self, layer: Any, width: int) -> list[Part]:
+        """The parts of patched weights that this rank's layer of `width` inputs holds."""
+        lost = set(self.stored.values()) - {self.stored.get(shard) for shard in self.sizes}
         if lost:
-            raise SidecarError(f"{min(lost)}: vLLM loads no such weight into {self.prefix}; update swquant-vllm")
-        return found
+            raise SidecarError(f"{min(lost)}: vLLM loads no such weight into {self.prefix}; {WITHOUT}")
+        parts, cut_columns = [], isinstance(layer, RowParallelLinear)
+        for shard in self.stored.keys() & self.sizes.keys():
+            rows, columns = torch.arange(self.sizes[shard]), torch.arange(layer.input_size)
+            if cut_columns:
+                here = self._here(layer, torch.full((1, width), -1), columns.view(1, -1), shard)
+            else:
+                here = self._here(layer, torch.full((_weight(layer).shape[0], 1), -1), rows.view(-1, 1), shard)
+            rows = rows if cut_columns else positions(here, rows.numel())
+            columns = positions(here, columns.numel()) if cut_columns else columns
+            parts.append(Part(self.stored[shard], rows, columns))
+        return parts
 
-    def _numbers(self, layer: nn.Module, empty: Tensor, numbers: Tensor, shard: Any) -> Tensor:
-        probe = ModelWeightParameter(data=empty, input_dim=1, output_dim=0, weight_loader=self.load)
-        probe.tp_rank, probe.tp_size = layer.tp_rank, layer.tp_size
-        self.load(probe, numbers, *(() if shard is None else (shard,)))
-        return probe.data.flatten()
+    def _here(self, layer: Any, empty: Tensor, numbers: Tensor, shard: Hashable) -> Tensor:
+        """Which of these numbers the layer's own loader puts at each place, -1 where it puts none."""
+        parameter = ModelWeightParameter(data=empty, input_dim=1, output_dim=0, weight_loader=self.load)
+        parameter.tp_rank, parameter.tp_size = layer.tp_rank, layer.tp_size
+        self.load(parameter, numbers, *(() if shard is None else (shard,)))
+        return parameter.data.flatten()
 
-    def blocks(self, held: list[tuple[str, tuple[int, int], Part]], decoded: Decode, width: int) -> list[Block]:
+    def blocks(self, parts: list[Part], decoded: Decode, width: int) -> list[Block]:
         """What is added to the layer's decoded weights."""
-        found = []
-        for name, shape, part in held:
-            if patches := [taken(patch, part) for patch in self.config.checkpoint.patches(name, shape)]:
+        found: list[Block] = []
+        for part in parts:
+            if patches := [taken(patch, part) for patch in self.checkpoint.patches(part.tensor, part.shape)]:
                 found += differences(patches, decoded, width)
         return found
 
-
-def _weight(layer: nn.Module) -> Tensor:
-    """The parameter with the weights or the codes of a layer."""
-    packed = getattr(layer, "weight_packed", None)
-    return layer.weight if packed is None else packed
+    def kept(self, parts: list[Part]) -> Tensor:
+        """The layer's own input channels that stay in float; those of a fused layer together."""
+        kept = [part.cols[list(self.checkpoint.kept(part.tensor, part.shape[1]))] for part in parts]
+        here = torch.unique(torch.cat(kept))
+        return here[here >= 0]
 
 
 class PatchedScheme(CompressedTensorsScheme):
     """A scheme of vLLM, and after its kernel what the patches add."""
 
-    def __init__(self, scheme: CompressedTensorsScheme, patches: _Patches) -> None:
-        self.scheme, self.patches = scheme, patches
-        self.columns: Columns | None = None
+    def __init__(self, scheme: CompressedTensorsScheme, loading: _Loading) -> None:
+        self.scheme, self.loading = scheme, loading
 
     @classmethod
     def get_min_capability(cls) -> int:
         return CompressedTensorsConfig.get_min_capability()
 
-    def create_weights(self, layer: nn.Module, weight_loader: Callable[..., Any], **sizes: Any) -> None:
+    def create_weights(self, layer: Any, weight_loader: Callable[..., Any], **sizes: Any) -> None:
         self.width, self.dtype = sizes["input_size_per_partition"], sizes["params_dtype"]
-        self.scheme.create_weights(layer=layer, weight_loader=self.patches.watched(layer, weight_loader), **sizes)
+        self.scheme.create_weights(layer=layer, weight_loader=self.loading.watched(layer, weight_loader), **sizes)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Makes what is added, then lets the kernel pack the codes its own way."""
-        self.patches.config.check()
-        if self.patches.stored:
+        self.loading.check()
+        if self.loading.stored:
             self._make(layer)
         else:
             layer.scheme = self.scheme
         self.scheme.process_weights_after_loading(layer)
 
-    def _make(self, layer: nn.Module) -> None:
-        weight = _weight(layer)
-        zero = getattr(layer, "weight_zero_point", None)
+    def _make(self, layer: Any) -> None:
+        codes, zero = _weight(layer), getattr(layer, "weight_zero_point", None)
         at = decode(
-            *(None if part is None else part.data.cpu() for part in (weight, layer.weight_scale, zero)), self.width
+            codes.data.cpu(), layer.weight_scale.data.cpu(), None if zero is None else zero.data.cpu(), self.width
         )
-        held = self.patches.held(layer, self.width)
-        layer.swquant = modules(self.patches.blocks(held, at, self.width), self.dtype, weight.device)
-        kept = self._kept(held)
-        if kept.numel():
-            columns = at(torch.arange(weight.shape[0]).unsqueeze(0), kept.unsqueeze(1))
-            layer.swquant_columns = Columns(kept, columns.to(self.dtype)).to(weight.device)
+        parts = self.loading.parts(layer, self.width)
+        layer.swquant = modules(self.loading.blocks(parts, at, self.width), self.dtype, codes.device)
+        kept = self.loading.kept(parts)
+        columns = at(torch.arange(codes.shape[0]).unsqueeze(0), kept.unsqueeze(1))
+        layer.swquant_columns = Columns(kept, columns.to(self.dtype)).to(codes.device) if kept.numel() else None
 
-    def _kept(self, held: list[tuple[str, tuple[int, int], Part]]) -> Tensor:
-        """The layer's own input channels that stay in float; those of a fused layer together."""
-        checkpoint = self.patches.config.checkpoint
-        places = [part.cols[list(checkpoint.kept(name, shape[1]))] for name, shape, part in held]
-        kept = torch.unique(torch.cat(places))
-        return kept[kept >= 0]
-
-    def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
-        columns = getattr(layer, "swquant_columns", None)
+    def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        columns = layer.swquant_columns
         y = self.scheme.apply_weights(layer, x if columns is None else columns.hidden(x), bias)
-        if columns is not None:
-            columns(x, y)
-        for module in layer.swquant:
+        for module in (*layer.swquant, *(() if columns is None else (columns,))):
             module(x, y)
         return y
 
@@ -252,19 +241,18 @@ class PatchedScheme(CompressedTensorsScheme):
 class PatchedDense(UnquantizedLinearMethod):
     """A dense layer, whose own weights the patches change when they are loaded."""
 
-    def __init__(self, patches: _Patches) -> None:
+    def __init__(self, loading: _Loading) -> None:
         super().__init__()
-        self.patches = patches
+        self.loading = loading
 
-    def create_weights(self, layer: nn.Module, *args: Any, weight_loader: Callable[..., Any], **named: Any) -> None:
-        super().create_weights(layer, *args, weight_loader=self.patches.watched(layer, weight_loader), **named)
+    def create_weights(self, layer: Any, *args: Any, weight_loader: Callable[..., Any], **named: Any) -> None:
+        super().create_weights(layer, *args, weight_loader=self.loading.watched(layer, weight_loader), **named)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        self.patches.config.check()
+    def process_weights_after_loading(self, layer: Any) -> None:
+        self.loading.check()
         weight = layer.weight.data
-        held = self.patches.held(layer, weight.shape[1])
-        changed = self.patches.blocks(held, lambda rows, cols: weight[rows, cols].float(), weight.shape[1])
-        for block in changed:
+        width = weight.shape[1]
+        for block in self.loading.blocks(self.loading.parts(layer, width), lambda *at: weight[at].float().cpu(), width):
             rows, cols = block.rows.clamp(min=0).unsqueeze(2), block.cols.clamp(min=0).unsqueeze(1)
-            weight.index_put_((rows, cols), block.values.to(weight.dtype), accumulate=True)
+            weight.index_put_((rows, cols), block.values.to(weight), accumulate=True)
         super().process_weights_after_loading(layer)

@@ -21,12 +21,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-__all__ = ["MANIFEST", "SIDECAR", "Checkpoint", "Patch", "SidecarError", "fetched", "open_checkpoint"]
+__all__ = ["MANIFEST", "OUTLIERS", "SIDECAR", "Checkpoint", "Patch", "SidecarError", "fetched", "open_checkpoint"]
 
 MANIFEST, SIDECAR = "swquant/manifest.json", "swquant/outliers.safetensors"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # The set of single weights, which lies under all others; those of any other name hold blocks.
-_OUTLIERS, _POINTS = "outliers", {"kind": "points", "mode": "replace"}
+OUTLIERS = "outliers"
+_POINTS = {"kind": "points", "mode": "replace"}
 _BLOCKS = ({"kind": "blocks", "mode": "add"}, {"kind": "blocks", "mode": "replace"})
 
 
@@ -142,18 +143,19 @@ def _understood(
         raise SidecarError(f"{path}: not swquant-patches 1, the version that is known; update swquant-vllm")
     try:
         forms = json.loads(metadata["sets"])
-        known = all(form == _POINTS if name == _OUTLIERS else form in _BLOCKS for name, form in forms.items())
+        known = all(form == _POINTS if name == OUTLIERS else form in _BLOCKS for name, form in forms.items())
     except (ValueError, KeyError, AttributeError, RecursionError):
         known = False
     if not known:
-        raise SidecarError(f"{path}: unknown sets of patches ({metadata.get('sets', '')[:100]}); update swquant-vllm")
+        raise SidecarError(f"{path}: unknown sets of patches {metadata.get('sets', '')[:100]!r}; update swquant-vllm")
     parts: dict[str, dict[str, set[str]]] = {}
     for name in names:
         patched, _, part = name.rpartition(".")
         of_set, _, tensor = patched.partition("/")
         parts.setdefault(tensor, {}).setdefault(of_set, set()).add(part)
     for tensor, found in parts.items():
-        if any(of_set not in forms or held != {"rows", "cols", "values"} for of_set, held in found.items()):
+        whole = all(of_set in forms and held == {"rows", "cols", "values"} for of_set, held in found.items())
+        if not (whole and tensor.isprintable()):  # names are shown in messages of one line
             raise SidecarError(
                 f"{path}: {tensor[:80]!r} has parts that no set has; fetch it again, or update swquant-vllm"
             )
@@ -166,13 +168,13 @@ def _read(file: Any, name: str, shape: tuple[int, int], adds: bool) -> Patch:
         rows, cols, values = (file.get_tensor(f"{name}.{part}") for part in ("rows", "cols", "values"))
     except SafetensorError as error:
         raise SidecarError(f"{name}: {error}; the sidecar is damaged") from None
-    count, side = rows.numel(), 1 if name.startswith(f"{_OUTLIERS}/") else values.shape[-1] if values.ndim else 0
+    count, side = rows.numel(), 1 if name.startswith(f"{OUTLIERS}/") else values.shape[-1] if values.ndim else 0
     limits = [-(-size // max(side, 1)) for size in shape]
     fits = (
         rows.dtype == cols.dtype == torch.int32
         and values.dtype in _FLOATS
         and rows.shape == cols.shape == (count,)
-        and values.shape == ((count,) if name.startswith(f"{_OUTLIERS}/") else (count, side, side))
+        and values.shape == ((count,) if name.startswith(f"{OUTLIERS}/") else (count, side, side))
         and side > 0
         and all(bool(((index >= 0) & (index < limit)).all()) for index, limit in zip((rows, cols), limits, strict=True))
         and torch.unique(rows.long() * limits[1] + cols).numel() == count
