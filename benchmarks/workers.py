@@ -1,8 +1,8 @@
 """How much faster are several workers, and are the bytes those of one?
 
-`swquant compress MODEL OUT --workers N` for every N, one after the other, each worker with one thread, so that N
-workers use N cores. Wall time is of the whole command, with what only one process does (the prompt, the model's own
-text, verifying): run it on an idle machine. The exit status is 1 if any byte differs.
+`swquant compress MODEL OUT --workers N` for every N, one after the other, on N cores: each worker has one thread, and
+what only one process does (the prompt, the model's own text, its statistics, verifying) has N. Wall time is of the
+whole command: run it on an idle machine. The exit status is 1 if any byte differs.
 
     python benchmarks/workers.py MODEL --preset best --workers 1 2
 """
@@ -25,7 +25,10 @@ def compressed(model: str, out: Path, preset: str, workers: int) -> float:
     command = [sys.executable, "-m", "swquant", "compress", model, str(out), "--preset", preset]
     begin = time.monotonic()
     subprocess.run(
-        [*command, "--workers", str(workers)], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=sys.stderr
+        [*command, "--workers", str(workers)],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(workers)},
+        stdout=sys.stderr,
     )
     return time.monotonic() - begin
 

@@ -1,8 +1,12 @@
-"""Loops that torch cannot fuse, compiled by numba: the inner loop of the scale search.
+"""Loops that torch cannot fuse, compiled by numba: the inner loops of the searches.
 
-A search tries dozens of scales on every block. In torch each trial is half a dozen passes over memory; here a block of
-weights stays in the first cache while all trials run over it. The tests compare it with a plain version that
-tries one block after the other in float64.
+A search tries dozens of scales on every block. In torch each trial is half a dozen passes over memory; here a tile of
+blocks stays in the cache while all trials run over it. The tests compare it with a plain version that tries one block
+after the other in float64.
+
+`LANES` blocks are searched side by side, a block in every lane of the processor's vectors, so that a tile is
+[elements, LANES]. Each block's sums are then made in the order of its weights, whatever the vectors' width: the same
+codes on every machine, on any number of threads.
 
 The functions release the interpreter's lock, so `for_pieces` runs them on several threads. They are compiled at their
 first call (a few seconds) and kept in numba's cache on the disk.
@@ -18,21 +22,59 @@ __all__ = ["search_blocks", "search_lines", "settle_lines"]
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
+LANES = 32
+_RUN = 64  # weights whose sums are made by themselves: one long sum in float32 is too rough for whole rows in 8 bits
+# No sum may change its order, and no product may melt into one: what is computed is what is written.
+_compiled = numba.njit(cache=True, nogil=True, error_model="numpy")
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "nsz", "arcp"}, error_model="numpy")
-def _fit(weights: Floats, importance: Floats, inverse: np.float32, low: np.float32, high: np.float32):  # type: ignore[no-untyped-def]
-    """(sum h w q, sum h q q) of q = clamp(rint(w * inverse), low, high): all that least squares needs."""
-    product, square = np.float32(0.0), np.float32(0.0)
-    for i in range(weights.shape[0]):
-        code = min(max(np.rint(weights[i] * inverse), low), high)
-        weighted = importance[i] * code
-        product += weighted * weights[i]
-        square += weighted * code
-    return product, square
+@_compiled
+def _load(weights: Floats, importance: Floats, first: int, begin: int, w: Floats, h: Floats) -> None:
+    """Blocks `begin` and following, and their importance, to the lanes of a tile; the last one also to those left."""
+    for lane in range(LANES):
+        block = min(begin + lane, weights.shape[0] - 1)
+        row = (first + block) % importance.shape[0]
+        for i in range(weights.shape[1]):
+            w[i, lane] = weights[block, i]
+            h[i, lane] = importance[row, i]
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@_compiled
+def _range(w: Floats, low: Floats, high: Floats) -> None:
+    """Extend low and high of every lane to its weights."""
+    for i in range(w.shape[0]):
+        for lane in range(LANES):
+            value = w[i, lane]
+            low[lane] = value if value < low[lane] else low[lane]
+            high[lane] = value if value > high[lane] else high[lane]
+
+
+@_compiled
+def _fit(w: Floats, h: Floats, inverse: Floats, low: Floats, high: Floats, product: Floats, square: Floats) -> None:
+    """sum h w q and sum h q q of q = clamp(rint(w * inverse), low, high): all that least squares needs."""
+    product[:] = 0
+    square[:] = 0
+    for i in range(w.shape[0]):
+        for lane in range(LANES):
+            weight = w[i, lane]
+            code = np.rint(weight * inverse[lane])
+            code = code if code > low[lane] else low[lane]
+            code = code if code < high[lane] else high[lane]
+            weighted = h[i, lane] * code
+            product[lane] += weighted * weight
+            square[lane] += weighted * code
+
+
+@_compiled
+def _fit_all(w: Floats, h: Floats, inverse: Floats, low: Floats, high: Floats, sums: Floats) -> None:
+    """The same run by run, to sums[0] and [1]; sums[2] and [3] are scratch."""
+    _fit(w[:_RUN], h[:_RUN], inverse, low, high, sums[0], sums[1])
+    for begin in range(_RUN, w.shape[0], _RUN):
+        _fit(w[begin : begin + _RUN], h[begin : begin + _RUN], inverse, low, high, sums[2], sums[3])
+        sums[:2] += sums[2:]
+
+
+@_compiled
 def search_blocks(
     weights: Floats,
     importance: Floats,
@@ -51,77 +93,109 @@ def search_blocks(
     stretches: candidates for the inverse scale, as factors of plain rounding's. levels: 2^bits.
     shifts: how many zero points to try on each side of the plain one. scale, zero_point: float32 [blocks].
     """
-    period = importance.shape[0]
-    half, top = np.float32(levels // 2), np.float32(levels - 1)
-    for block in range(weights.shape[0]):
-        w, h = weights[block], importance[(first + block) % period]
-        smallest, largest = np.float32(0.0), np.float32(0.0)
-        for i in range(w.shape[0]):
-            smallest = min(smallest, w[i])
-            largest = max(largest, w[i])
-        best_gain, best_scale, best_zero = np.float32(-1.0), np.float32(0.0), half
-        if smallest == largest:
-            scale[block], zero_point[block] = best_scale, best_zero
-            continue
+    half, top, zero = np.float32(levels // 2), np.float32(levels - 1), np.float32(0.0)
+    w, h = np.empty((weights.shape[1], LANES), np.float32), np.empty((weights.shape[1], LANES), np.float32)
+    lanes, sums = np.empty((8, LANES), np.float32), np.empty((4, LANES), np.float32)
+    smallest, largest, inverse, low, high = lanes[0], lanes[1], lanes[2], lanes[3], lanes[4]
+    best_gain, best_scale, best_zero, product, square = lanes[5], lanes[6], lanes[7], sums[0], sums[1]
+    alive = np.empty(LANES, np.bool_)
+    for begin in range(0, weights.shape[0], LANES):
+        _load(weights, importance, first, begin, w, h)
+        smallest[:], largest[:] = zero, zero
+        _range(w, smallest, largest)
+        best_gain[:], best_scale[:], best_zero[:] = np.float32(-1.0), zero, half
+        # Of a symmetric scale, either sign: the code without a mirror image may go to the lesser extreme, too.
         for stretch in stretches:
-            if symmetric:
-                # Either sign of the scale: the code without a mirror image may go to the lesser extreme, too.
-                inverse = half * stretch / max(largest, -smallest)
-                trials = 2
-            else:
-                inverse = top * stretch / (largest - smallest)
-                trials = 2 * shifts + 1
-            middle = (top - (largest + smallest) * inverse) * np.float32(0.5)
-            for trial in range(trials):
-                if symmetric:
-                    zero = half
-                    inverse = -inverse
-                else:
-                    zero = min(max(np.rint(middle) + np.float32(trial - shifts), np.float32(0.0)), top)
-                product, square = _fit(w, h, inverse, -zero, top - zero)
-                if square > 0:
-                    gain = product * (product / square)
-                    if gain > best_gain:
-                        best_gain, best_scale, best_zero = gain, product / square, zero
+            for trial in range(2 if symmetric else 2 * shifts + 1):
+                for lane in range(LANES):
+                    if symmetric:
+                        spanning = half * stretch / max(largest[lane], -smallest[lane])
+                        inverse[lane], point = spanning if trial else -spanning, half
+                    else:
+                        inverse[lane] = top * stretch / (largest[lane] - smallest[lane])
+                        middle = (top - (largest[lane] + smallest[lane]) * inverse[lane]) * np.float32(0.5)
+                        point = min(max(np.rint(middle) + np.float32(trial - shifts), zero), top)
+                    low[lane], high[lane] = -point, top - point
+                _fit_all(w, h, inverse, low, high, sums)
+                for lane in range(LANES):
+                    gain = product[lane] * (product[lane] / square[lane])
+                    if square[lane] > 0 and gain > best_gain[lane]:
+                        best_gain[lane], best_zero[lane] = gain, -low[lane]
+                        best_scale[lane] = product[lane] / square[lane]
+        alive[:] = best_scale != zero
         for _ in range(refits):
-            if best_scale == 0:
+            for lane in range(LANES):
+                inverse[lane] = np.float32(1.0) / best_scale[lane]
+                low[lane], high[lane] = -best_zero[lane], top - best_zero[lane]
+            _fit_all(w, h, inverse, low, high, sums)
+            for lane in range(LANES):
+                gain = product[lane] * (product[lane] / square[lane])
+                alive[lane] = alive[lane] and square[lane] > 0 and gain > best_gain[lane]
+                if alive[lane]:
+                    best_gain[lane], best_scale[lane] = gain, product[lane] / square[lane]
+            if not alive.any():
                 break
-            product, square = _fit(w, h, np.float32(1.0) / best_scale, -best_zero, top - best_zero)
-            if square > 0 and product * (product / square) > best_gain:
-                best_gain, best_scale = product * (product / square), product / square
-            else:
-                break
-        scale[block], zero_point[block] = best_scale, best_zero
+        for lane in range(min(LANES, weights.shape[0] - begin)):
+            zeros = smallest[lane] == largest[lane]  # a block of them has no range to try anything in
+            scale[begin + lane] = np.float32(0.0) if zeros else best_scale[lane]
+            zero_point[begin + lane] = half if zeros else best_zero[lane]
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "nsz", "arcp"}, error_model="numpy")
-def _sums(weights: Floats, importance: Floats, inverse: np.float32, shift: np.float32, top: np.float32):  # type: ignore[no-untyped-def]
-    """(sum h q, sum h q q, sum h w q) of q = clamp(rint(w * inverse + shift), 0, top): what a line through them
+@_compiled
+def _sums(
+    w: Floats,
+    h: Floats,
+    inverse: Floats,
+    shift: Floats,
+    top: np.float32,
+    total: Floats,
+    square: Floats,
+    product: Floats,
+) -> None:
+    """sum h q, sum h q q and sum h w q of q = clamp(rint(w * inverse + shift), 0, top): what a line through them
     needs."""
-    total, square, product = np.float32(0.0), np.float32(0.0), np.float32(0.0)
-    for i in range(weights.shape[0]):
-        code = min(max(np.rint(weights[i] * inverse + shift), np.float32(0.0)), top)
-        weighted = importance[i] * code
-        total += weighted
-        square += weighted * code
-        product += weighted * weights[i]
-    return total, square, product
+    total[:] = 0
+    square[:] = 0
+    product[:] = 0
+    zero = np.float32(0.0)
+    for i in range(w.shape[0]):
+        for lane in range(LANES):
+            weight = w[i, lane]
+            code = np.rint(weight * inverse[lane] + shift[lane])
+            code = code if code > zero else zero
+            code = code if code < top else top
+            weighted = h[i, lane] * code
+            total[lane] += weighted
+            square[lane] += weighted * code
+            product[lane] += weighted * weight
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "nsz", "arcp"}, error_model="numpy")
-def _centered(weights: Floats, importance: Floats, out: Floats):  # type: ignore[no-untyped-def]
-    """(mean, sum of importance); the weights less their weighted mean go to `out`."""
-    mass, moment = np.float32(0.0), np.float32(0.0)
-    for i in range(weights.shape[0]):
-        mass += importance[i]
-        moment += importance[i] * weights[i]
-    mean = moment / mass
-    for i in range(weights.shape[0]):
-        out[i] = weights[i] - mean
-    return mean, mass
+@_compiled
+def _sums_all(w: Floats, h: Floats, inverse: Floats, shift: Floats, top: np.float32, sums: Floats) -> None:
+    """The same run by run, to the first three of `sums`; the others are scratch."""
+    _sums(w[:_RUN], h[:_RUN], inverse, shift, top, sums[0], sums[1], sums[2])
+    for begin in range(_RUN, w.shape[0], _RUN):
+        _sums(w[begin : begin + _RUN], h[begin : begin + _RUN], inverse, shift, top, sums[3], sums[4], sums[5])
+        sums[:3] += sums[3:]
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@_compiled
+def _center(w: Floats, h: Floats, mean: Floats, mass: Floats) -> None:
+    """Weighted mean and sum of importance of every lane; the mean is taken from its weights."""
+    mean[:] = 0
+    mass[:] = 0
+    for i in range(w.shape[0]):
+        for lane in range(LANES):
+            mass[lane] += h[i, lane]
+            mean[lane] += h[i, lane] * w[i, lane]
+    for lane in range(LANES):
+        mean[lane] /= mass[lane]
+    for i in range(w.shape[0]):
+        for lane in range(LANES):
+            w[i, lane] -= mean[lane]
+
+
+@_compiled
 def search_lines(
     weights: Floats,
     importance: Floats,
@@ -140,43 +214,74 @@ def search_lines(
     stretches: candidates for the inverse scale, as factors of that which spans the range. shifts: of all codes, as
     fractions of a step. levels: 2^bits. scale, offset: float32 [blocks].
     """
-    period, top = importance.shape[0], np.float32(levels - 1)
-    w = np.empty(weights.shape[1], np.float32)
-    for block in range(weights.shape[0]):
-        h = importance[(first + block) % period]
-        mean, mass = _centered(weights[block], h, w)
-        low, high = w[0], w[0]
-        for i in range(w.shape[0]):
-            low = min(low, w[i])
-            high = max(high, w[i])
-        scale[block], offset[block] = np.float32(0.0), mean
-        if low == high:
-            continue
-        middle = (low + high) * np.float32(0.5)
-        best, inverse, shift = np.float32(-1.0), np.float32(0.0), np.float32(0.0)
+    top = np.float32(levels - 1)
+    w, h = np.empty((weights.shape[1], LANES), np.float32), np.empty((weights.shape[1], LANES), np.float32)
+    lanes, sums = np.empty((11, LANES), np.float32), np.empty((6, LANES), np.float32)
+    mean, mass, low, high, trial, moved = lanes[0], lanes[1], lanes[2], lanes[3], lanes[4], lanes[5]
+    best, inverse, shift, found, line = lanes[6], lanes[7], lanes[8], lanes[9], lanes[10]
+    total, square, product = sums[0], sums[1], sums[2]
+    alive = np.empty(LANES, np.bool_)
+    for begin in range(0, weights.shape[0], LANES):
+        _load(weights, importance, first, begin, w, h)
+        _center(w, h, mean, mass)
+        low[:], high[:] = w[0], w[0]
+        _range(w, low, high)
+        best[:], inverse[:], shift[:] = np.float32(-1.0), np.float32(0.0), np.float32(0.0)
         for stretch in stretches:
             for move in shifts:
-                trial = top * stretch / (high - low)
-                moved = top * np.float32(0.5) + move - middle * trial
-                total, square, product = _sums(w, h, trial, moved, top)
-                spread = square - total * (total / mass)
-                if spread > 0 and product * (product / spread) > best:
-                    best, inverse, shift = product * (product / spread), trial, moved
+                for lane in range(LANES):
+                    trial[lane] = top * stretch / (high[lane] - low[lane])
+                    middle = (low[lane] + high[lane]) * np.float32(0.5)
+                    moved[lane] = top * np.float32(0.5) + move - middle * trial[lane]
+                _sums_all(w, h, trial, moved, top, sums)
+                for lane in range(LANES):
+                    spread = square[lane] - total[lane] * (total[lane] / mass[lane])
+                    gain = product[lane] * (product[lane] / spread)
+                    if spread > 0 and gain > best[lane]:
+                        best[lane], inverse[lane], shift[lane] = gain, trial[lane], moved[lane]
         # The line through the best codes is not the one that they were cut with; its own codes may be better still.
-        gain = np.float32(-1.0)
+        found[:], line[:], best[:] = np.float32(0.0), mean, np.float32(-1.0)
+        alive[:] = low != high
         for _ in range(refits + 1):
-            total, square, product = _sums(w, h, inverse, shift, top)
-            spread = square - total * (total / mass)
-            if spread <= 0 or product <= 0 or product * (product / spread) <= gain:
+            _sums_all(w, h, inverse, shift, top, sums)
+            for lane in range(LANES):
+                spread = square[lane] - total[lane] * (total[lane] / mass[lane])
+                gain = product[lane] * (product[lane] / spread)
+                alive[lane] = alive[lane] and spread > 0 and product[lane] > 0 and gain > best[lane]
+                if alive[lane]:
+                    best[lane], found[lane] = gain, product[lane] / spread
+                    line[lane] = mean[lane] - found[lane] * total[lane] / mass[lane]
+                    inverse[lane] = np.float32(1.0) / found[lane]
+                    shift[lane] = total[lane] / mass[lane]  # -offset / step of the centered weights
+            if not alive.any():
                 break
-            gain = product * (product / spread)
-            step = product / spread
-            scale[block], offset[block] = step, mean - step * total / mass
-            inverse = np.float32(1.0) / step
-            shift = total / mass  # -offset / step of the centered weights
+        count = min(LANES, weights.shape[0] - begin)
+        scale[begin : begin + count] = found[:count]
+        offset[begin : begin + count] = line[:count]
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@_compiled
+def _left(
+    w: Floats, h: Floats, step: Floats, shift: Floats, top: np.float32, error: Floats, rest: Floats, mass: Floats
+) -> None:
+    """sum h r r, sum h r and sum h of what codes of a step and a shift leave of the weights."""
+    error[:] = 0
+    rest[:] = 0
+    mass[:] = 0
+    zero = np.float32(0.0)
+    for i in range(w.shape[0]):
+        for lane in range(LANES):
+            weight = w[i, lane]
+            code = np.rint(weight / step[lane] + shift[lane])
+            code = code if code > zero else zero
+            code = code if code < top else top
+            left = weight - step[lane] * (code - shift[lane])
+            error[lane] += h[i, lane] * left * left
+            rest[lane] += h[i, lane] * left
+            mass[lane] += h[i, lane]
+
+
+@_compiled
 def settle_lines(
     weights: Floats,
     importance: Floats,
@@ -198,32 +303,44 @@ def settle_lines(
     in row (first + b) // blocks_per_row. octave: exponents from one power of two to the next. around: exponents tried
     on each side of the nearest. scale, offset: float32 [blocks], in and out. exponents, zeros: uint8 [blocks], out.
     """
-    period, top = importance.shape[0], np.float32(levels - 1)
-    unit = np.float32(levels) / np.float32(256.0)
-    for block in range(weights.shape[0]):
-        w, h = weights[block], importance[(first + block) % period]
-        row = row_scale[(first + block) // blocks_per_row]
-        nearest = 0
-        if row > 0 and scale[block] > 0:
-            nearest = int(min(max(np.float32(255.0) + np.rint(octave * np.log2(scale[block] / row)), 0), 255))
-        best, found_scale, found_zero, found = np.float32(np.inf), np.float32(0.0), 0, nearest
-        for exponent in range(max(nearest - around, 0), min(nearest + around, 255) + 1):
-            step = row * steps[exponent]
-            if step <= 0:
-                continue
-            start = offset[block]
+    top, unit = np.float32(levels - 1), np.float32(levels) / np.float32(256.0)
+    w, h = np.empty((weights.shape[1], LANES), np.float32), np.empty((weights.shape[1], LANES), np.float32)
+    lanes = np.empty((10, LANES), np.float32)
+    step, start, zero, shift, error, rest, mass = lanes[0], lanes[1], lanes[2], lanes[3], lanes[4], lanes[5], lanes[6]
+    best, found_scale, found_zero = lanes[7], lanes[8], lanes[9]
+    nearest, found = np.empty(LANES, np.int64), np.empty(LANES, np.int64)
+    for begin in range(0, weights.shape[0], LANES):
+        _load(weights, importance, first, begin, w, h)
+        count = min(LANES, weights.shape[0] - begin)
+        for lane in range(LANES):
+            block = min(begin + lane, weights.shape[0] - 1)
+            row = row_scale[(first + block) // blocks_per_row]
+            nearest[lane] = 0
+            if row > 0 and scale[block] > 0:
+                steps_up = np.rint(octave * np.log2(scale[block] / row))
+                nearest[lane] = int(min(max(np.float32(255.0) + steps_up, 0), 255))
+            found[lane] = nearest[lane]
+        best[:], found_scale[:], found_zero[:] = np.float32(np.inf), np.float32(0.0), np.float32(0.0)
+        for away in range(-around, around + 1):
+            for lane in range(LANES):
+                block = min(begin + lane, weights.shape[0] - 1)
+                exponent = nearest[lane] + away
+                row = row_scale[(first + block) // blocks_per_row]
+                step[lane] = row * steps[exponent] if 0 <= exponent <= 255 else np.float32(0.0)
+                start[lane] = offset[block]
             for _ in range(2):
-                zero = min(max(np.rint(-start / (step * unit)), np.float32(0.0)), np.float32(255.0))
-                shift = unit * zero
-                error, mass, rest = np.float32(0.0), np.float32(0.0), np.float32(0.0)
-                for i in range(w.shape[0]):
-                    code = min(max(np.rint(w[i] / step + shift), np.float32(0.0)), top)
-                    left = w[i] - step * (code - shift)
-                    error += h[i] * left * left
-                    rest += h[i] * left
-                    mass += h[i]
-                if error < best:
-                    best, found_scale, found_zero, found = error, step, int(zero), exponent
-                start = -step * shift + rest / mass  # the best offset for these codes
-        scale[block], offset[block] = found_scale, -found_scale * (unit * np.float32(found_zero))
-        exponents[block], zeros[block] = found, found_zero
+                for lane in range(LANES):
+                    zero[lane] = min(
+                        max(np.rint(-start[lane] / (step[lane] * unit)), np.float32(0.0)), np.float32(255.0)
+                    )
+                    shift[lane] = unit * zero[lane]
+                _left(w, h, step, shift, top, error, rest, mass)
+                for lane in range(LANES):
+                    if step[lane] > 0 and error[lane] < best[lane]:
+                        best[lane], found_scale[lane], found_zero[lane] = error[lane], step[lane], zero[lane]
+                        found[lane] = nearest[lane] + away
+                    start[lane] = -step[lane] * shift[lane] + rest[lane] / mass[lane]  # the best for these codes
+        for lane in range(count):
+            scale[begin + lane] = found_scale[lane]
+            offset[begin + lane] = -found_scale[lane] * (unit * found_zero[lane])
+            exponents[begin + lane], zeros[begin + lane] = found[lane], int(found_zero[lane])
