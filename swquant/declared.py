@@ -7,13 +7,14 @@ which are what editors complete.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import Field, field, fields, replace
 from typing import Any, TypeVar
 
 from exporters.errors import SwquantError
 
-__all__ = ["GROUPS", "check_choices", "described", "flag", "made_of"]
+__all__ = ["GROUPS", "check_choices", "described", "flag", "made_of", "parse_rate"]
 
 # The panels of `--help`, from the top; a panel of options that go with one value of another comes before the last.
 GROUPS = ("basic", "rounding", "activations", "training", "output", "other")
@@ -69,6 +70,19 @@ def _possible(item: Field[Any], value: Any) -> bool:
 def made_of(kind: type[Options], ready: Options | None, changes: Mapping[str, Any]) -> Options:
     """The options that a caller gave: as an object, as keywords, or as an object and keywords that change it."""
     return kind(**changes) if ready is None else replace(ready, **changes)  # type: ignore[type-var]
+
+
+def parse_rate(text: str) -> float | None:
+    """The value of `--lr`: a learning rate, None for `auto`, which is found out. Raises SwquantError for neither."""
+    if text == "auto":
+        return None
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < 1:
+        raise SwquantError(f"--lr {text!r} is no rate between 0 and 1; auto finds one")
+    return rate
 
 
 def flag(name: str) -> str:

@@ -19,6 +19,7 @@ from swquant.tune.options import TuneKeywords, TuneOptions
 
 if TYPE_CHECKING:
     from swquant.distill.pipeline import Distilled
+    from swquant.distill.plan import DistillPlan
     from swquant.moe.pipeline import Mixed
     from swquant.moe.plan import MoePlan
     from swquant.tune.pipeline import Tuned
@@ -35,23 +36,31 @@ def distill(
     options: DistillOptions | None = None,
     *,
     text: tuple[str, str] | None = None,
+    device: str = "auto",
     trust_remote_code: bool = False,
+    on_plan: Callable[[DistillPlan], None] | None = None,
+    dry_run: bool = False,
     progress: Progress = silent,
     **changes: Unpack[DistillKeywords],
-) -> Distilled:
+) -> Distilled | None:
     """Make a student with fewer layers than its teacher, an ordinary Hugging Face folder, and teach it.
 
     teacher: a Hugging Face folder, a .gguf file, a hub id, or a mixture made by `moe`. text: (name, content) to learn
     on, by default what the teacher writes. options and changes: a `DistillOptions`, or its fields as keywords
-    (keep_layers, layers, steps, kd_until, …). Returns path, the layers that were kept and what was measured. Raises
-    SwquantError; then `out` does not exist, and what was trained is gone on from by the next run.
+    (keep_layers, layers, steps, kd_until, …). on_plan: is shown the plan before anything is loaded. dry_run: nothing
+    is, and None comes back. Returns path, the layers that were kept and what was measured. Raises SwquantError; then
+    `out` does not exist, and what was trained is gone on from by the next run.
     """
     chosen = made_of(DistillOptions, options, changes)
     from swquant.checkpoints.open import open_checkpoint
     from swquant.distill.pipeline import distill_checkpoint
+    from swquant.distill.plan import make_plan
 
     with open_checkpoint(teacher, trust_remote_code=trust_remote_code) as checkpoint:
-        return distill_checkpoint(checkpoint, Path(out), chosen, text=text, progress=progress)
+        plan = make_plan(checkpoint, chosen, text=text, device=device)
+        if on_plan is not None:
+            on_plan(plan)
+        return None if dry_run else distill_checkpoint(plan, Path(out), progress=progress)
 
 
 def moe(
@@ -60,6 +69,7 @@ def moe(
     options: MoeOptions | None = None,
     *,
     text: tuple[str, str] | None = None,
+    device: str = "auto",
     trust_remote_code: bool = False,
     on_plan: Callable[[MoePlan], None] | None = None,
     dry_run: bool = False,
@@ -82,7 +92,7 @@ def moe(
         plan = make_plan(checkpoint, chosen)
         if on_plan is not None:
             on_plan(plan)
-        return None if dry_run else moe_checkpoint(plan, Path(out), text=text, progress=progress)
+        return None if dry_run else moe_checkpoint(plan, Path(out), text=text, device=device, progress=progress)
 
 
 def tune(

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from swquant.cli.options import BASIC, takes
-from swquant.cli.shared import JsonOption, TrustOption, make_progress, out, print_json, text_of
+from swquant.cli.options import OUTPUT, takes
+from swquant.cli.shared import (
+    DeviceOption,
+    JsonOption,
+    TextOption,
+    TrustOption,
+    make_progress,
+    out,
+    print_json,
+    text_of,
+)
 from swquant.distill.options import DistillOptions
+
+if TYPE_CHECKING:
+    from swquant.distill.plan import DistillPlan
 
 __all__ = ["distill"]
 
@@ -25,16 +37,11 @@ def distill(
         ),
     ],
     out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to create.", show_default=False)],
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            "--text",
-            metavar="FILE",
-            help="The text to learn on, a UTF-8 file; what the teacher writes by default.",
-            show_default=False,
-            rich_help_panel=BASIC,
-        ),
-    ] = None,
+    text: TextOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be done; write nothing.", rich_help_panel=OUTPUT)
+    ] = False,
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
     *,
@@ -42,16 +49,27 @@ def distill(
 ) -> None:
     """Make a student of TEACHER with fewer layers, an ordinary model, and teach it."""
     from swquant.derive import distill as make_student
-    from swquant.terminal.distill import show_distilled
+    from swquant.terminal.distill import plan_record, show_distilled, show_plan
+
+    def show(plan: DistillPlan) -> None:
+        if dry_run and as_json:
+            print_json(plan_record(plan))
+        elif dry_run:
+            show_plan(out, plan)
 
     result = make_student(
         teacher,
         out_folder,
         options,
         text=None if text is None else (text.name, text_of(text)),
+        on_plan=show,
+        dry_run=dry_run,
+        device=device,
         trust_remote_code=trust_remote_code,
         progress=make_progress(as_json),
     )
+    if result is None:
+        return
     if as_json:
         print_json({"path": str(result.path), **result.record})
     else:

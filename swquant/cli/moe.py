@@ -7,8 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from swquant.cli.options import BASIC, OUTPUT, takes
-from swquant.cli.shared import JsonOption, TrustOption, make_progress, out, print_json, text_of
+from swquant.cli.options import OUTPUT, takes
+from swquant.cli.shared import (
+    DeviceOption,
+    JsonOption,
+    TextOption,
+    TrustOption,
+    make_progress,
+    out,
+    print_json,
+    text_of,
+)
 from swquant.moe.options import MoeOptions
 
 if TYPE_CHECKING:
@@ -26,20 +35,12 @@ def moe(
         ),
     ],
     out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to create.", show_default=False)],
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            "--text",
-            metavar="FILE",
-            help="The text to train on, a UTF-8 file; goes with --steps.",
-            show_default=False,
-            rich_help_panel=BASIC,
-        ),
-    ] = None,
+    text: TextOption = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Show what would be made; write nothing.", rich_help_panel=OUTPUT),
     ] = False,
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
     *,
@@ -60,6 +61,7 @@ def moe(
         out_folder,
         options,
         text=None if text is None else (text.name, text_of(text)),
+        device=device,
         trust_remote_code=trust_remote_code,
         on_plan=show,
         dry_run=dry_run,

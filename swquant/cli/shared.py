@@ -12,7 +12,7 @@ from rich.console import Console
 
 from exporters.errors import SwquantError
 from exporters.text import harmless_json
-from swquant.cli.options import OTHER
+from swquant.cli.options import BASIC, OTHER
 
 if TYPE_CHECKING:
     from swquant.compress.pipeline import Compressed
@@ -28,6 +28,7 @@ __all__ = [
     "MemoryOption",
     "ModelArgument",
     "RestoreOption",
+    "TextOption",
     "TrustOption",
     "err",
     "make_progress",
@@ -58,6 +59,16 @@ JsonOption = Annotated[
 TrustOption = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run Python code that comes with the model.", rich_help_panel=OTHER),
+]
+TextOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--text",
+        metavar="FILE",
+        help="Learn from this text, a UTF-8 file.",
+        show_default=False,
+        rich_help_panel=BASIC,
+    ),
 ]
 LowMemoryOption = Annotated[
     bool,

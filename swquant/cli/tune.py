@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swquant.cli.options import BASIC, OUTPUT, takes
-from swquant.cli.shared import JsonOption, TrustOption, err, make_progress, out, print_json, text_of
+from swquant.cli.shared import JsonOption, TextOption, TrustOption, err, make_progress, out, print_json, text_of
 from swquant.tune.options import TuneOptions
 
 if TYPE_CHECKING:
@@ -25,10 +25,6 @@ AgainstOption = Annotated[
         show_default=False,
         rich_help_panel=BASIC,
     ),
-]
-TextOption = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="Learn from this text, a UTF-8 file.", show_default=False, rich_help_panel=BASIC),
 ]
 DataOption = Annotated[
     Path | None,

@@ -77,9 +77,9 @@ def write_text(
     cache, step = None, tokens
     with torch.no_grad(), progress.tokens("Writing text", texts * length) as bar:
         for _ in range(length - 1):
-            result = model(input_ids=step, past_key_values=cache, use_cache=True)
+            result = model(input_ids=step.to(model.device), past_key_values=cache, use_cache=True)
             cache = result.past_key_values
-            likely = result.logits[:, -1].float().softmax(dim=-1)
+            likely = result.logits[:, -1].float().softmax(dim=-1).cpu()
             step = torch.multinomial(likely, 1, generator=generator)
             tokens = torch.cat([tokens, step], dim=1)
             bar.advance("", texts)

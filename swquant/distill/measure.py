@@ -1,16 +1,20 @@
 """Which layers a model misses least: each left out in turn, on text that the model writes itself.
 
 What leaving a layer out does is the divergence of the predictions, KL(all layers || without it), mean over the tokens.
-The layer that costs least goes first, then the one that costs least without it, and so on (greedily): later rounds look
-at the cheaper half of the round before. Layers that create or cancel a super activation are not among the candidates,
-but what they would cost is measured in the first round and told.
+The layer that costs least goes first, then the one that costs least without it, and so on (greedily). The first round
+tries every layer and is a cut: later rounds look at the twice as many that cost least as have to go. Layers that create
+or cancel a super activation are not among the candidates, but what they would cost is measured in the first round and
+told.
+
+What lies before the layer that is tried is what it was in the round's pass with all layers: it is not computed again.
+What entered each layer then is remembered, and handed to what follows the layer; layers before it do nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +31,7 @@ from swquant.progress import Progress, silent
 __all__ = ["Measured", "least_missed", "leaving_out", "super_layers"]
 
 TEXTS, LENGTH = 4, 96
+_SPARE = 4  # candidates more than have to go, at least
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,62 @@ def _handing_on(forward: Callable[..., Any]) -> Callable[..., Any]:
     return hand_on
 
 
+@dataclass
+class _Trial:
+    """Passes over the same tokens with layers left out. inputs: layer -> what entered it in the last whole pass, of
+    that round. forms: layer -> how many things it returns, None for a bare tensor."""
+
+    model: PreTrainedModel
+    layers: Sequence[str]
+    tokens: Tensor
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+    forms: dict[int, int | None] = field(default_factory=dict)
+
+    def whole(self, gone: Collection[int]) -> Tensor:
+        """Logits [texts · length, vocabulary] with some layers left out; begins a round."""
+        return self._run({layer: self._noted(layer, layer in gone) for layer in range(len(self.layers))})
+
+    def without(self, layer: int, gone: Collection[int]) -> Tensor:
+        """The same with one more layer left out."""
+        before: dict[int, Callable[..., Any]] = {other: self._handing(other, None) for other in (*range(layer), *gone)}
+        return self._run({**before, layer: self._handing(layer, self.inputs[layer])})
+
+    def _run(self, forwards: Mapping[int, Callable[..., Any]]) -> Tensor:
+        with ExitStack() as stack:
+            for layer, forward in forwards.items():
+                module: Any = self.model.get_submodule(self.layers[layer])
+                module.forward = forward
+                stack.callback(delattr, module, "forward")
+            logits: Tensor = self.model(input_ids=self.tokens.to(self.model.device), use_cache=False).logits
+        return logits.flatten(0, 1)
+
+    def _noted(self, layer: int, gone: bool) -> Callable[..., Any]:
+        """What a layer does, or nothing, with what entered it remembered."""
+        forward: Any = self._handing(layer, None) if gone else self.model.get_submodule(self.layers[layer]).forward
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.inputs[layer] = _given(args, kwargs)
+            result = forward(*args, **kwargs)
+            self.forms[layer] = len(result) if isinstance(result, tuple) else None
+            return result
+
+        return run
+
+    def _handing(self, layer: int, value: Tensor | None) -> Callable[..., Any]:
+        """What a layer does that hands on what it is given, or `value`."""
+
+        def hand_on(*args: Any, **kwargs: Any) -> Any:
+            given, form = _given(args, kwargs) if value is None else value, self.forms[layer]
+            return given if form is None else (given, *[None] * (form - 1))
+
+        return hand_on
+
+
+def _given(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    tensor: Tensor = args[0] if args else kwargs["hidden_states"]
+    return tensor
+
+
 @torch.no_grad()
 def least_missed(
     checkpoint: Checkpoint,
@@ -97,37 +158,29 @@ def least_missed(
             "--no-keep-super"
         )
     tokens = write_text(model, start_token(checkpoint, found), seed, progress, texts=TEXTS, length=LENGTH)
-    reference = _logits(model, tokens)
-    rounds = len(layers) + sum(max(len(candidates) // 2 - number, 1) for number in range(1, count))
-
+    trial = _Trial(model, layers, tokens)
+    reference = trial.whole(())
     gone: list[tuple[int, float]] = []
-    with progress.tokens("Leaving layers out", rounds) as bar:
+    size = min(len(candidates), max(2 * count, count + _SPARE))  # of the later rounds
+    passes = len(layers) + sum(size - number for number in range(1, count))
+    with progress.tokens("Leaving layers out", passes) as bar:
 
         def cost(layer: int) -> float:
             bar.advance(f"layer {layer}", 1)
-            out = [layers[number] for number, _ in gone] + [layers[layer]]
-            with leaving_out(model, out):
-                return _divergence(_logits(model, tokens), reference)
+            return _divergence(trial.without(layer, [number for number, _ in gone]), reference)
 
         alone = {layer: cost(layer) for layer in range(len(layers))}
-        costs = {layer: alone[layer] for layer in candidates}
+        costs = {layer: alone[layer] for layer in sorted(candidates, key=alone.__getitem__)[:size]}
         while len(gone) < count:
             if gone:
+                trial.whole([number for number, _ in gone])
                 costs = {layer: cost(layer) for layer in costs}
             best = min(costs, key=costs.__getitem__)
             gone.append((best, costs.pop(best)))
-            enough = max(len(candidates) // 2, count) - len(gone)
-            costs = dict(sorted(costs.items(), key=lambda item: item[1])[:enough])
     return Measured(alone, tuple(gone))
-
-
-def _logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """[texts · length, vocabulary]"""
-    logits: Tensor = model(input_ids=tokens, use_cache=False).logits
-    return logits.flatten(0, 1)
 
 
 def _divergence(logits: Tensor, reference: Tensor) -> float:
     """Mean KL(reference || logits) in nats."""
-    nobody = torch.zeros(len(logits), dtype=torch.int64)
+    nobody = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
     return score_window(logits, nobody, reference).kl / len(logits)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from exporters.errors import SwquantError
-from swquant.declared import described
+from swquant.declared import described, parse_rate
 
 __all__ = ["DistillKeywords", "DistillOptions"]
 
@@ -40,8 +40,11 @@ class DistillOptions:
         group="training",
         metavar="WHEN",
     )
-    rate: float = described(
-        1e-4, "Learning rate of the first step; it falls to zero.", group="training", metavar="RATE"
+    lr: str = described(
+        "0.0001",
+        "Learning rate of the first step, falling to zero; auto tries some on held-out text.",
+        group="training",
+        metavar="RATE",
     )
     batch: int = described(4, "Windows of a step.", group="training", metavar="N")
     window: int = described(256, "Tokens of a window.", group="training", metavar="N")
@@ -56,12 +59,17 @@ class DistillOptions:
         for name, least in (("steps", 0), ("batch", 1), ("texts", 2), ("window", 2)):
             if getattr(self, name) < least:
                 raise SwquantError(f"--{name} {getattr(self, name)} is too few; give {least} or more")
-        for name in ("temperature", "rate"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise SwquantError(f"--{name} {getattr(self, name):g} is outside 0 to infinity")
+        if not 0 < self.temperature < float("inf"):
+            raise SwquantError(f"--temperature {self.temperature:g} is outside 0 to infinity")
         if not 0 <= self.alpha < float("inf"):
             raise SwquantError(f"--alpha {self.alpha:g} is outside 0 to infinity; 0 is no teacher")
         self.stage(1)
+        self.rate  # noqa: B018 - raise on nonsense now
+
+    @property
+    def rate(self) -> float | None:
+        """The learning rate, None where it is to be found out."""
+        return parse_rate(self.lr)
 
     def count_of(self, depth: int) -> int:
         """How many of `depth` layers stay. Raises SwquantError for none, and for all of them."""
@@ -130,7 +138,7 @@ class DistillKeywords(TypedDict, total=False):
     alpha: float
     temperature: float
     kd_until: str
-    rate: float
+    lr: str
     batch: int
     window: int
     texts: int

@@ -7,7 +7,6 @@ same bytes; when OUT is there, that file is gone.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,17 +23,16 @@ from swquant.detect.pipeline import find_super_weights
 from swquant.detect.texts import start_token
 from swquant.distill.measure import Measured, least_missed, leaving_out, super_layers
 from swquant.distill.options import DistillOptions
+from swquant.distill.plan import DistillPlan
 from swquant.distill.student import StudentCheckpoint
-from swquant.distill.teaching import Lesson, teach
+from swquant.distill.teaching import Lesson, teach, windows_of
 from swquant.models.architecture import describe
+from swquant.models.devices import named
 from swquant.models.loading import build_model
-from swquant.models.memory import available_memory
 from swquant.output.dense import dense_folder, nbytes_of
 from swquant.output.destination import check_destination
-from swquant.pr_moe import PrMoeConfig
 from swquant.progress import Progress, silent
 from swquant.training.loop import State, fingerprint_of
-from swquant.units import human_bytes
 from swquant.version import __version__
 
 __all__ = ["RECORD", "Distilled", "distill_checkpoint"]
@@ -42,8 +40,6 @@ __all__ = ["RECORD", "Distilled", "distill_checkpoint"]
 RECORD = "distill.json"
 _TOKENS = 64  # of the text that the student is compared on
 _TOLERANCE = 1e-4  # of the largest logit
-# Tensors as large as a trained parameter: its value, gradient, two moments; three more while a look ahead is taken.
-_COPIES, _AHEAD = 4, 4
 
 
 @dataclass(frozen=True)
@@ -68,33 +64,24 @@ class Distilled:
         return tuple(layer for layer in range(self.depth) if layer not in self.keep)
 
 
-def distill_checkpoint(
-    teacher: Checkpoint,
-    out: Path,
-    options: DistillOptions,
-    *,
-    text: tuple[str, str] | None = None,
-    progress: Progress = silent,
-) -> Distilled:
-    """Make a student. text: (name, content) to learn on, the teacher's own by default. Raises SwquantError for
-    everything the user can mend; then `out` does not exist."""
+def distill_checkpoint(plan: DistillPlan, out: Path, *, progress: Progress = silent) -> Distilled:
+    """Carry out a plan. Raises SwquantError for everything the user can mend; then `out` does not exist."""
+    teacher, options = plan.teacher, plan.options
     check_destination(out, None, teacher)
-    architecture = _check(teacher, options)
-    with progress.step(f"Loading {teacher.name}"):
-        model = build_model(teacher, torch.float32).requires_grad_(False)
+    with progress.step(f"Loading {teacher.name}{named(plan.device)}"):
+        model = build_model(teacher, torch.float32, plan.device).requires_grad_(False)
     with progress.step(f"Probing {teacher.name} with one prompt"):
         found = find_super_weights(teacher, model=model)
-    keep, measured = _kept(teacher, model, found, options, progress)
-    student = StudentCheckpoint(teacher, keep, architecture.layers)
+    keep, measured = _kept(plan, model, found, progress)
+    student = StudentCheckpoint(teacher, keep, plan.layers)
     with progress.step("Comparing the student with the teacher without these layers"):
-        pupil = build_model(student, torch.float32).requires_grad_(False)
-        difference = _difference(student, model, pupil, [architecture.layers[layer] for layer in _out(keep, found)])
+        pupil = build_model(student, torch.float32, plan.device).requires_grad_(False)
+        difference = _difference(student, model, pupil, [plan.layers[layer] for layer in _out(keep, found)])
     lesson, trained, state = None, {}, None
     if options.steps:
-        state = State.at(out.with_name(out.name + ".training"), _fingerprint(teacher, keep, options, text))
-        lesson = teach(
-            student, model, pupil, options, start=start_token(teacher, found), text=text, state=state, progress=progress
-        )
+        state = State.at(out.with_name(out.name + ".training"), _fingerprint(plan, keep))
+        corpus = plan.given or windows_of(teacher, model, options, start_token(teacher, found), state, progress)
+        lesson = teach(student, model, pupil, options, corpus, state=state, progress=progress)
         trained = _trained(student, pupil)
     del model, pupil
     tensors = student.written(trained)
@@ -103,32 +90,8 @@ def distill_checkpoint(
         pass
     if state is not None:
         state.remove()
-    return Distilled(
-        out, keep, len(architecture.layers), measured, super_layers(found), difference, nbytes_of(tensors),
-        sum(teacher.dense_dtype(form).itemsize * form.numel for form in teacher.tensors.values()), lesson, record,
-    )  # fmt: skip
-
-
-def _check(teacher: Checkpoint, options: DistillOptions) -> Any:
-    """What must be so before anything is loaded. Returns the architecture."""
-    if teacher.is_compressed:
-        raise SwquantError(f"{teacher.name}: compressed; distill the original, then compress the student")
-    composite = teacher.config.get_text_config() is not teacher.config
-    if composite and not isinstance(teacher.config, PrMoeConfig):
-        raise SwquantError(f"{teacher.name}: a model of several parts; distill takes the text model alone")
-    architecture = describe(teacher)
-    depth = len(architecture.layers)
-    if options.listed(depth) is None:
-        options.count_of(depth)
-    weights = sum(form.numel for form in teacher.tensors.values())
-    ahead = _AHEAD if options.stage(1) is None else 0
-    needed = 4 * weights * (2 + (_COPIES - 1 + ahead) * bool(options.steps))
-    if needed > available_memory():
-        raise SwquantError(
-            f"{teacher.name}: teacher and student take {human_bytes(needed)} of memory, {human_bytes(available_memory())} are "
-            "free; close other programs, or use a larger machine"
-        )
-    return architecture
+    roles, nbytes = super_layers(found), nbytes_of(tensors)
+    return Distilled(out, keep, len(plan.layers), measured, roles, difference, nbytes, plan.nbytes[0], lesson, record)
 
 
 def _out(keep: tuple[int, ...], found: Found) -> list[int]:
@@ -136,18 +99,16 @@ def _out(keep: tuple[int, ...], found: Found) -> list[int]:
 
 
 def _kept(
-    teacher: Checkpoint, model: PreTrainedModel, found: Found, options: DistillOptions, progress: Progress
+    plan: DistillPlan, model: PreTrainedModel, found: Found, progress: Progress
 ) -> tuple[tuple[int, ...], Measured | None]:
     """The layers that stay, and what was measured to find them."""
-    depth, roles = len(found.architecture.layers), super_layers(found)
-    named = options.listed(depth)
-    if named is not None:
-        for layer in sorted(set(roles) - set(named)):
+    depth, roles, options = len(plan.layers), super_layers(found), plan.options
+    if plan.keep is not None:
+        for layer in sorted(set(roles) - set(plan.keep)):
             progress.note(f"layer {layer} {roles[layer]} a super activation, and is left out as was asked for")
-        return named, None
+        return plan.keep, None
     kept = sorted(roles) if options.keep_super else []
-    count = depth - options.count_of(depth)
-    measured = least_missed(teacher, model, found, count, kept, seed=options.seed, progress=progress)
+    measured = least_missed(plan.teacher, model, found, depth - plan.count, kept, seed=options.seed, progress=progress)
     return tuple(layer for layer in range(depth) if layer not in measured.dropped), measured
 
 
@@ -156,7 +117,7 @@ def _difference(student: StudentCheckpoint, model: Any, pupil: Any, out: list[st
     """The largest difference of a logit between the student and the teacher without its layers. Raises SwquantError
     where that is more than the order of a sum explains."""
     rows = student.config.get_text_config().vocab_size
-    tokens = torch.randint(rows, (1, _TOKENS), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(rows, (1, _TOKENS), generator=torch.Generator().manual_seed(0)).to(model.device)
     with leaving_out(model, out):
         expected = model(input_ids=tokens, use_cache=False).logits
     difference = float((pupil(input_ids=tokens, use_cache=False).logits - expected).abs().max())
@@ -170,17 +131,17 @@ def _difference(student: StudentCheckpoint, model: Any, pupil: Any, out: list[st
 
 def _trained(student: StudentCheckpoint, pupil: nn.Module) -> dict[str, Tensor]:
     """Stored name -> what training made of it."""
-    parameters = {name: value.detach() for name, value in pupil.named_parameters() if value.requires_grad}
+    parameters = {name: value.detach().cpu() for name, value in pupil.named_parameters() if value.requires_grad}
     targets = describe(student).targets
     return {stored: parameters[target] for stored, target in targets.items() if target in parameters}
 
 
-def _fingerprint(
-    teacher: Checkpoint, keep: tuple[int, ...], options: DistillOptions, text: tuple[str, str] | None
-) -> str:
+def _fingerprint(plan: DistillPlan, keep: tuple[int, ...]) -> str:
     """Of all that the result depends on."""
-    content = None if text is None else hashlib.sha256(text[1].encode()).hexdigest()
-    return fingerprint_of("distill", teacher.fingerprint, list(keep), asdict(options), content)
+    given = None if plan.given is None else plan.given.fingerprint
+    return fingerprint_of(
+        "distill", plan.teacher.fingerprint, list(keep), asdict(plan.options), given, plan.device.type
+    )
 
 
 def _config(student: StudentCheckpoint) -> dict[str, Any]:

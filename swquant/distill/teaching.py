@@ -6,7 +6,8 @@ which is held out: it says when the teacher goes, and what training did.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +22,24 @@ from swquant.distill.student import StudentCheckpoint
 from swquant.models.architecture import describe
 from swquant.pr_moe import mixtures_of
 from swquant.progress import Progress
-from swquant.training.data import Batch, Corpus, own_windows, text_windows
+from swquant.training.data import Batch, Corpus, own_windows
 from swquant.training.loop import Schedule, State, train
 from swquant.training.losses import balance, cross_entropy, divergence
 from swquant.training.model import logits_of
+from swquant.training.rates import settle
 
-__all__ = ["Lesson", "held_out", "teach", "windows_of"]
+__all__ = ["Lesson", "held_out", "loss_for", "teach", "trainable", "windows_of"]
+
+
+# The learning rate that a look begins at.
+USUAL = 1e-4
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What was taught. before, after: (cross entropy, KL from the teacher) of held-out text, in nats per token.
-    until: the step from which the teacher was gone. looks: what was tried to find that out."""
+    """What was taught. before, after: (cross entropy, KL from the teacher) of held-out text, in nats per token. until:
+    the step from which the teacher was gone. looks: what was tried to find that out. rate: the learning rate; tried:
+    those that were looked at -> held-out loss, None where that was no number."""
 
     text: str
     tokens: int
@@ -42,23 +49,21 @@ class Lesson:
     looks: list[dict[str, float]]
     before: tuple[float, float]
     after: tuple[float, float]
+    rate: float
+    tried: dict[str, float | None]
 
 
 def windows_of(
-    checkpoint: Checkpoint,
+    teacher: Checkpoint,
     model: PreTrainedModel,
     options: DistillOptions,
     start: int | None,
-    text: tuple[str, str] | None,
     state: State,
     progress: Progress,
 ) -> Corpus:
-    """The text that was given, or what the model writes."""
-    if text is not None:
-        return text_windows(checkpoint, text[1], options.window, text[0])
-    context = context_of(checkpoint.config)
+    """What the teacher writes. start: the token that a text begins with, None for any."""
+    context, saved = context_of(teacher.config), state.saved.tensors
     length = options.window if context is None else min(options.window, context)
-    saved = state.saved.tensors
     return own_windows(model, start, saved, options.seed, progress, texts=options.texts, length=length, name="own text")
 
 
@@ -67,19 +72,54 @@ def teach(
     teacher: PreTrainedModel,
     pupil: PreTrainedModel,
     options: DistillOptions,
+    text: Corpus,
     *,
-    start: int | None,
-    text: tuple[str, str] | None,
     state: State,
     progress: Progress,
 ) -> Lesson:
-    """Train `pupil` in place. start: the token that a text begins with, None for any."""
-    corpus, held = windows_of(student, teacher, options, start, text, state, progress).split()
-    parameters = _trainable(student, pupil)
+    """Train `pupil` in place."""
+    corpus, held = text.split()
+    parameters, loss_of = trainable(student, pupil), loss_for(pupil, teacher, corpus, options)
+    facts, until = state.saved.facts, options.stage(options.steps)
+    facts.setdefault("before", list(held_out(pupil, teacher, held, options.batch)))
+
+    def missed() -> float:
+        return held_out(pupil, None, held, options.batch)[0]
+
+    schedule = Schedule(options.steps, 0.0, tokens=options.batch * options.window)
+    rate = settle(
+        options.rate, facts, parameters, lambda step, _: loss_of(step, until != 0), missed, schedule, progress, usual=USUAL
+    )  # fmt: skip
+    stages = Stages(options.steps, rate, until, parameters, loss_of, missed, facts)
+    trained = train(
+        parameters, stages.loss, replace(schedule, rate=rate), state=state, progress=progress, label="Teaching"
+    )
+    (cross, apart), after = facts["before"], held_out(pupil, teacher, held, options.batch)
+    return Lesson(
+        corpus.name,
+        sum(corpus.drawn(step, options.batch, options.seed).tokens for step in range(options.steps)),
+        sum(parameter.numel() for parameter in parameters.values()),
+        trained.losses,
+        facts.get("until", options.steps),
+        facts["looks"],
+        (cross, apart),
+        after,
+        rate,
+        facts["tried"],
+    )
+
+
+def loss_for(
+    pupil: PreTrainedModel, teacher: PreTrainedModel, corpus: Corpus, options: DistillOptions
+) -> Callable[[int, bool], Tensor]:
+    """(step, with the teacher) -> L + alpha T² KL(teacher || student) of the step's batch, with what balances
+    experts."""
     temperature = options.temperature
+    for module in mixtures_of(pupil).values():
+        module.recorded = True
 
     def loss_of(step: int, taught: bool) -> Tensor:
-        batch = corpus.drawn(step, options.batch, options.seed)
+        batch = corpus.drawn(step, options.batch, options.seed).to(pupil.device)
         logits = logits_of(pupil, batch)
         loss = cross_entropy(logits, batch.ids[:, 1:], batch.counted)
         if taught and options.alpha:
@@ -88,37 +128,10 @@ def teach(
             loss = loss + options.alpha * temperature**2 * divergence(logits / temperature, goal, batch.counted)
         return loss + balance(pupil)
 
-    for module in mixtures_of(pupil).values():
-        module.recorded = True
-    facts = state.saved.facts
-    facts.setdefault("before", list(held_out(pupil, teacher, held, options.batch)))
-    stages = Stages(
-        options.steps,
-        options.rate,
-        options.stage(options.steps),
-        parameters,
-        loss_of,
-        lambda: held_out(pupil, None, held, options.batch)[0],
-        facts,
-    )
-    trained = train(
-        parameters, stages.loss, Schedule(options.steps, options.rate), state=state, progress=progress, label="Teaching"
-    )
-    before, after = tuple(facts["before"]), held_out(pupil, teacher, held, options.batch)
-    tokens = sum(corpus.drawn(step, options.batch, options.seed).tokens for step in range(options.steps))
-    return Lesson(
-        corpus.name,
-        tokens,
-        sum(parameter.numel() for parameter in parameters.values()),
-        trained.losses,
-        facts.get("until", options.steps),
-        facts["looks"],
-        (before[0], before[1]),
-        after,
-    )
+    return loss_of
 
 
-def _trainable(student: StudentCheckpoint, pupil: PreTrainedModel) -> dict[str, nn.Parameter]:
+def trainable(student: StudentCheckpoint, pupil: PreTrainedModel) -> dict[str, nn.Parameter]:
     """Every weight that is stored as the model holds it, embeddings and head aside. They can be trained from now on."""
     held = {*describe(student).targets.values()}
     heads = (pupil.get_input_embeddings(), pupil.get_output_embeddings())
@@ -136,16 +149,16 @@ def _trainable(student: StudentCheckpoint, pupil: PreTrainedModel) -> dict[str, 
 
 
 @torch.no_grad()
-def held_out(pupil: nn.Module, teacher: nn.Module | None, held: Corpus, size: int) -> tuple[float, float]:
+def held_out(pupil: PreTrainedModel, teacher: PreTrainedModel | None, held: Corpus, size: int) -> tuple[float, float]:
     """(cross entropy, KL from the teacher or 0) in nats per token of held-out text."""
     total = count = apart = 0.0
     for batch in held.batches(size):
-        loss, away = _one(pupil, teacher, batch)
+        loss, away = _one(pupil, teacher, batch.to(pupil.device))
         total, apart, count = total + loss * batch.tokens, apart + away * batch.tokens, count + batch.tokens
     return total / count, apart / count
 
 
-def _one(pupil: nn.Module, teacher: nn.Module | None, batch: Batch) -> tuple[float, float]:
+def _one(pupil: PreTrainedModel, teacher: PreTrainedModel | None, batch: Batch) -> tuple[float, float]:
     logits = logits_of(pupil, batch)
     loss = float(cross_entropy(logits, batch.ids[:, 1:], batch.counted))
     return loss, 0.0 if teacher is None else float(divergence(logits, logits_of(teacher, batch), batch.counted))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from exporters.errors import SwquantError
-from swquant.declared import check_choices, described
+from swquant.declared import check_choices, described, parse_rate
 
 __all__ = ["MoeKeywords", "MoeOptions"]
 
@@ -34,11 +34,20 @@ class MoeOptions:
     expert_size: int | None = described(
         None, "Neurons of an expert; all of the MLP's by default.", group="basic", metavar="N"
     )
+    as_: str = described(
+        "pr_moe",
+        "What is written: pr_moe, or qwen2_moe, which stock loaders take (equal experts, untrained).",
+        group="output",
+        choices=("pr_moe", "qwen2_moe"),
+    )
     steps: int = described(
         0, "Steps that experts, gates and coefficients are trained for, on --text.", group="training", metavar="N"
     )
-    rate: float = described(
-        3e-4, "Learning rate of the first step; it falls to zero.", group="training", metavar="RATE"
+    lr: str = described(
+        "0.0003",
+        "Learning rate of the first step, falling to zero; auto tries some on held-out text.",
+        group="training",
+        metavar="RATE",
     )
     batch: int = described(4, "Windows of a step.", group="training", metavar="N")
     window: int = described(256, "Tokens of a window.", group="training", metavar="N")
@@ -65,13 +74,38 @@ class MoeOptions:
         for name, least in (("steps", 0), ("batch", 1), ("window", 2)):
             if getattr(self, name) < least:
                 raise SwquantError(f"--{name} {getattr(self, name)} is too few; give {least} or more")
-        if not 0 < self.rate < float("inf"):
-            raise SwquantError(f"--rate {self.rate:g} is outside 0 to infinity")
+        self.rate  # noqa: B018 - raise on nonsense now
         if not 0 <= self.capacity < float("inf"):
             raise SwquantError(f"--capacity {self.capacity:g} is outside 0 to infinity; 1 is an even share")
         fewest = min(count for _, count in self._named) if self.pyramid is None else self.pyramid
         if fewest < max(self.top, 2):
             raise SwquantError(f"--experts {self.experts}: a mixture needs 2 or more experts")
+
+        if self.stock:
+            self._check_stock()
+
+    def _check_stock(self) -> None:
+        """Raise SwquantError for what Qwen2-MoE has no place for."""
+        if not self.residual:
+            raise SwquantError("--as qwen2_moe: every mixture of it has a fixed MLP; leave out --no-residual")
+        if self.steps:
+            raise SwquantError(
+                "--as qwen2_moe: a trained expert has a coefficient, which it lacks; leave out --steps, and train OUT as any other"
+            )
+        if self.pyramid is not None or len({experts for _, experts in self._named}) > 1:
+            raise SwquantError(
+                f"--as qwen2_moe: one number of experts in all layers, not --experts {self.experts}; name them like 3x8"
+            )
+
+    @property
+    def stock(self) -> bool:
+        """Whether what is written is a stock architecture."""
+        return self.as_ != "pr_moe"
+
+    @property
+    def rate(self) -> float | None:
+        """The learning rate, None where it is to be found out."""
+        return parse_rate(self.lr)
 
     @property
     def pyramid(self) -> int | None:
@@ -118,8 +152,9 @@ class MoeKeywords(TypedDict, total=False):
     residual: bool
     top: int
     expert_size: int | None
+    as_: str
     steps: int
-    rate: float
+    lr: str
     batch: int
     window: int
     capacity: float

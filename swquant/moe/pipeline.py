@@ -8,6 +8,8 @@ OUT computes what MODEL computes until it is trained, by how its experts begin:
   every float: 0.5 * 2 MLP + 0.5 * 0.
 - Without it: as copies of the MLP. Whichever a token is given to, the result is the MLP's; only the order differs in
   which a product over fewer tokens is summed up.
+
+`--as qwen2_moe` writes the first under stock names (`stock`).
 """
 
 from __future__ import annotations
@@ -26,9 +28,11 @@ from exporters.errors import SwquantError
 from exporters.json_file import write_json
 from swquant.checkpoints.base import Checkpoint, Stored
 from swquant.checkpoints.safetensors import SafetensorsCheckpoint
+from swquant.models.devices import device_for, place_for
 from swquant.models.loading import build_model
 from swquant.moe.options import MoeOptions
 from swquant.moe.plan import MixturePlan, MoePlan
+from swquant.moe.stock import stock_config, stock_tensors
 from swquant.moe.training import Course, train_mixture
 from swquant.output.dense import Written, dense_folder, stored_form, write_weights
 from swquant.output.destination import check_destination
@@ -58,11 +62,16 @@ class Mixed:
 
 
 def moe_checkpoint(
-    plan: MoePlan, out: Path, *, text: tuple[str, str] | None = None, progress: Progress = silent
+    plan: MoePlan,
+    out: Path,
+    *,
+    text: tuple[str, str] | None = None,
+    device: str = "auto",
+    progress: Progress = silent,
 ) -> Mixed:
-    """Carry out a plan. text: (name, content) to train on. Raises SwquantError for everything the user can mend; then
-    `out` does not exist."""
-    checkpoint, options = plan.checkpoint, plan.options
+    """Carry out a plan. text: (name, content) to train on; device: where, if there is room. Raises SwquantError for
+    everything the user can mend; then `out` does not exist."""
+    checkpoint, options, chosen = plan.checkpoint, plan.options, device_for(device)
     check_destination(out, None, checkpoint)
     if bool(options.steps) != (text is not None):
         raise SwquantError("--steps and --text go together: so many steps on that text")
@@ -71,6 +80,7 @@ def moe_checkpoint(
     tensors = _tensors(plan)
     dtypes = [item.form.dtype for item in tensors.values() if item.form.dtype.is_floating_point]
     dtype = str(max(dtypes, key=dtypes.count)).removeprefix("torch.")
+    config = stock_config(plan, dtype) if options.stock else plan.config(dtype)
     record: dict[str, Any] = {
         "swquant": __version__,
         "source": {"name": checkpoint.name, "fingerprint": checkpoint.fingerprint},
@@ -80,13 +90,15 @@ def moe_checkpoint(
         "dense": plan.weights,
     }
     course = None
-    state = State.at(out.with_name(out.name + ".training"), _fingerprint(checkpoint, options, text))
-    with dense_folder(plan.checkpoint, out, tensors, plan.config(dtype), (RECORD, record), progress) as folder:
+    state = State.at(out.with_name(out.name + ".training"), _fingerprint(checkpoint, options, text, chosen))
+    with dense_folder(plan.checkpoint, out, tensors, config, (RECORD, record), progress) as folder:
         with progress.step("Comparing the mixture with the dense model"):
             difference = record["difference"] = _difference(plan, folder)
         if text is not None and options.steps:
             with SafetensorsCheckpoint(folder) as written:
-                course, trained = train_mixture(written, text, options, state=state, progress=progress)
+                course, trained = train_mixture(
+                    written, text, options, place_for(written, torch.float32, chosen)[0], state=state, progress=progress
+                )
             new = {name: replace(tensors[name], make=partial(trained.__getitem__, name)) for name in trained}
             write_weights(folder, {**tensors, **new}, progress)
             record["course"] = asdict(course)
@@ -95,10 +107,12 @@ def moe_checkpoint(
     return Mixed(out, plan, difference, course, record)
 
 
-def _fingerprint(checkpoint: Checkpoint, options: MoeOptions, text: tuple[str, str] | None) -> str:
+def _fingerprint(
+    checkpoint: Checkpoint, options: MoeOptions, text: tuple[str, str] | None, device: torch.device
+) -> str:
     """Of all that the result depends on."""
     content = None if text is None else hashlib.sha256(text[1].encode()).hexdigest()
-    return fingerprint_of("moe", checkpoint.fingerprint, asdict(options), content)
+    return fingerprint_of("moe", checkpoint.fingerprint, asdict(options), content, device.type)
 
 
 def _tensors(plan: MoePlan) -> dict[str, Written]:
@@ -115,7 +129,7 @@ def _tensors(plan: MoePlan) -> dict[str, Written]:
             tensors |= _of_mlp(plan, by_module[module], stored, target.removeprefix(f"{module}."))
     for mixture in plan.mixtures:
         tensors |= _heads(plan, mixture)
-    return tensors
+    return stock_tensors(plan, tensors) if plan.options.stock else tensors
 
 
 def _of_mlp(plan: MoePlan, mixture: MixturePlan, stored: str, local: str) -> dict[str, Written]:

@@ -6,6 +6,8 @@ whose outputs are its neurons. No family is named here.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,8 @@ from swquant.pr_moe import PrMoeConfig, parts_of
 from swquant.units import human_bytes
 
 __all__ = ["MixturePlan", "MoePlan", "make_plan", "refuse_composite"]
+
+_FAMILIES = ("llama", "mistral", "qwen2")  # whose decoder is Qwen2-MoE's, the mixture aside
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,9 @@ class MoePlan:
     weights: int
 
     def _extra(self, experts: dict[int, int]) -> int:
+        rows, biases = (1, 0) if self.options.stock else (2, 2)  # of what weighs the fixed MLP
         heads = sum(
-            mixture.hidden * mixture.experts + (2 * mixture.hidden + 2) * self.options.residual
+            mixture.hidden * mixture.experts + (rows * mixture.hidden + biases) * self.options.residual
             for mixture in self.mixtures
         )
         replaced = 0 if self.options.residual else sum(mixture.weights for mixture in self.mixtures)
@@ -124,10 +129,26 @@ def make_plan(checkpoint: Checkpoint, options: MoeOptions) -> MoePlan:
         _mixture(checkpoint.name, model, architecture, layer, experts, options) for layer, experts in counts.items()
     )
     targets = {name: target for name, target in architecture.targets.items() if name in checkpoint.tensors}
+    if options.stock:
+        _check_stock(checkpoint, targets.values())
     weights = sum(checkpoint.tensors[name].numel for name in targets)
     plan = MoePlan(checkpoint, options, mixtures, targets, weights)
     _check_memory(plan)
     return plan
+
+
+def _check_stock(checkpoint: Checkpoint, targets: Iterable[str]) -> None:
+    """Raise SwquantError for a decoder that is none of Qwen2-MoE's kind. targets: its parameters."""
+    kind = checkpoint.config.model_type
+    if kind not in _FAMILIES:
+        raise SwquantError(
+            f"{checkpoint.name}: --as qwen2_moe takes decoders of {', '.join(_FAMILIES)}, this is {kind}; leave it out"
+        )
+    if kind == "mistral" and checkpoint.config.sliding_window is not None:
+        raise SwquantError(f"{checkpoint.name}: --as qwen2_moe has no window in every layer, as this has; leave it out")
+    biases = (target for target in targets if target.endswith(".bias") and not re.search(r"\.[qkv]_proj\.", target))
+    if odd := next(biases, None):
+        raise SwquantError(f"{checkpoint.name}: --as qwen2_moe has no place for {odd}; leave it out")
 
 
 def _check_memory(plan: MoePlan) -> None:

@@ -6,7 +6,7 @@ of the held-out tokens each expert got afterwards, by depth.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,19 @@ from swquant.training.data import Corpus, text_windows
 from swquant.training.loop import Schedule, State, train
 from swquant.training.losses import balance, cross_entropy
 from swquant.training.model import logits_of
+from swquant.training.rates import settle
 
 __all__ = ["Course", "train_mixture"]
+
+# The learning rate that a look begins at.
+USUAL = 3e-4
 
 
 @dataclass(frozen=True)
 class Course:
     """What training did. before, after: cross entropy of held-out text in nats per token. dropped: share of the
-    tokens that found their expert full. shares: of the held-out tokens, per mixture and expert."""
+    tokens that found their expert full. shares: of the held-out tokens, per mixture and expert. rate: the learning
+    rate; tried: those that were looked at -> held-out loss, None where that was no number."""
 
     text: str
     tokens: int
@@ -38,13 +43,21 @@ class Course:
     after: float
     dropped: float
     shares: list[list[float]]
+    rate: float
+    tried: dict[str, float | None]
 
 
 def train_mixture(
-    checkpoint: Checkpoint, text: tuple[str, str], options: MoeOptions, *, state: State, progress: Progress
+    checkpoint: Checkpoint,
+    text: tuple[str, str],
+    options: MoeOptions,
+    device: torch.device,
+    *,
+    state: State,
+    progress: Progress,
 ) -> tuple[Course, dict[str, Tensor]]:
     """Train a mixture that was just made. Returns what happened and name -> what the trained parameters became."""
-    model = build_model(checkpoint, torch.float32).requires_grad_(False)
+    model = build_model(checkpoint, torch.float32, device).requires_grad_(False)
     corpus, held = text_windows(checkpoint, text[1], options.window, text[0]).split()
     parameters = _trainable(model)
     mixtures = list(mixtures_of(model).values())
@@ -52,7 +65,7 @@ def train_mixture(
     facts.setdefault("before", _held_out(model, held, options.batch))
 
     def loss_of(step: int, part: int) -> Tensor:
-        batch = corpus.drawn(step, options.batch, options.seed)
+        batch = corpus.drawn(step, options.batch, options.seed).to(device)
         for module in mixtures:
             module.training, module.recorded = True, True
             module.capacity = options.capacity or None
@@ -61,22 +74,29 @@ def train_mixture(
         facts["dropped"] = [*facts.get("dropped", [])[:step], sum(module.dropped for module in mixtures)]
         return loss
 
-    trained = train(parameters, loss_of, Schedule(options.steps, options.rate), state=state, progress=progress)
-    for module in mixtures:
-        module.training = False
-    shares = _shares(model, held, options.batch)
+    def missed() -> float:
+        for module in mixtures:
+            module.training = False
+        return _held_out(model, held, options.batch)
+
+    schedule = Schedule(options.steps, 0.0, tokens=options.batch * options.window)
+    rate = settle(options.rate, facts, parameters, loss_of, missed, schedule, progress, usual=USUAL)
+    trained = train(parameters, loss_of, replace(schedule, rate=rate), state=state, progress=progress)
+    after = missed()
     course = Course(
         corpus.name,
         sum(corpus.drawn(step, options.batch, options.seed).tokens for step in range(options.steps)),
         sum(parameter.numel() for parameter in parameters.values()),
         trained.losses,
         facts["before"],
-        _held_out(model, held, options.batch),
+        after,
         sum(facts["dropped"])
         / (options.steps * options.batch * options.window * sum(module.top for module in mixtures)),
-        shares,
+        _shares(model, held, options.batch),
+        rate,
+        facts["tried"],
     )
-    return course, {name: parameter.detach() for name, parameter in parameters.items()}
+    return course, {name: parameter.detach().cpu() for name, parameter in parameters.items()}
 
 
 def _trainable(model: PreTrainedModel) -> dict[str, nn.Parameter]:
@@ -91,22 +111,22 @@ def _trainable(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 
 
 @torch.no_grad()
-def _held_out(model: nn.Module, held: Corpus, size: int) -> float:
+def _held_out(model: PreTrainedModel, held: Corpus, size: int) -> float:
     total = count = 0.0
-    for batch in held.batches(size):
+    for batch in (batch.to(model.device) for batch in held.batches(size)):
         loss = cross_entropy(logits_of(model, batch), batch.ids[:, 1:], batch.counted)
         total, count = total + float(loss) * batch.tokens, count + batch.tokens
     return total / count
 
 
 @torch.no_grad()
-def _shares(model: nn.Module, held: Corpus, size: int) -> list[list[float]]:
+def _shares(model: PreTrainedModel, held: Corpus, size: int) -> list[list[float]]:
     """Of every mixture, which share of the held-out tokens went to each expert."""
     mixtures = mixtures_of(model).values()
     counts = [torch.zeros(len(module.experts)) for module in mixtures]
     for batch in held.batches(size):
-        logits_of(model, batch)
+        logits_of(model, batch.to(model.device))
         for count, module in zip(counts, mixtures, strict=True):
             assert module.routed is not None
-            count += module.routed
+            count += module.routed.cpu()
     return [[round(float(part), 4) for part in count / count.sum()] for count in counts]

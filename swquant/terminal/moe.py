@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from swquant.terminal.table import make_table, show_table
-from swquant.terminal.text import marked, marked_sentence
+from swquant.terminal.text import marked, marked_sentence, rates_tried
 from swquant.units import human_bytes
 
 if TYPE_CHECKING:
@@ -72,10 +72,16 @@ def show_mixed(console: Console, result: Mixed) -> None:
         for item, shares in zip(result.plan.mixtures, course.shares, strict=True):
             table.add_row(str(item.layer), " ".join(f"{share:.0%}" for share in shares))
         show_table(console, table)
+        if course.tried:
+            console.print(rates_tried(course.tried, course.rate))
     console.print(f"[bold green]Wrote {marked_sentence(str(result.path))}[/].", soft_wrap=True)
     path = marked_sentence(shlex.quote(str(result.path)))
+    loaders = (
+        "Stock transformers and vLLM load it, as Qwen2-MoE."
+        if result.plan.options.stock
+        else "Only swquant loads it, or transformers with trust_remote_code."
+    )
     console.print(
-        "Only swquant loads it, or transformers with trust_remote_code.\n"
-        f"Next: swquant eval {path} --text FILE   swquant compress {path}",
+        f"{loaders}\nNext: swquant eval {path} --text FILE   swquant compress {path}",
         soft_wrap=True,
     )

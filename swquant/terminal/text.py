@@ -7,11 +7,13 @@ where its remedy is.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich.markup import escape
 
 from exporters.text import LONGEST, shown
 
-__all__ = ["marked", "marked_sentence", "sentence", "written"]
+__all__ = ["marked", "marked_sentence", "rates_tried", "sentence", "written"]
 
 _SENTENCE, _END = 1500, 500  # characters: a path may be long, and a message may name two
 
@@ -29,6 +31,12 @@ def sentence(text: str) -> str:
 def marked_sentence(text: str) -> str:
     """The same inside markup."""
     return escape(sentence(text))
+
+
+def rates_tried(tried: Mapping[str, float | None], rate: float) -> str:
+    """What `--lr auto` looked at: rate -> held-out loss, None where it diverged; and the one that was taken."""
+    losses = ", ".join(f"{each}: {'diverged' if loss is None else f'{loss:.4f}'}" for each, loss in tried.items())
+    return f"Rates by held-out loss: {losses}; {rate:g} was taken"
 
 
 def written(text: str) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from swquant.terminal.table import make_table, show_table
-from swquant.terminal.text import marked, marked_sentence, sentence
+from swquant.terminal.text import marked, marked_sentence, rates_tried, sentence
 from swquant.units import human_bytes
 
 if TYPE_CHECKING:
@@ -51,10 +51,7 @@ def show_tuned(console: Console, result: Tuned) -> None:
     manifest = result.manifest
     record = manifest["tuned"][result.set]
     if record["tried"]:
-        tried = ", ".join(
-            f"{rate}: {'diverged' if loss is None else f'{loss:.4f}'}" for rate, loss in record["tried"].items()
-        )
-        console.print(sentence(f"Rates by held-out loss: {tried}; {record['rate']:g} was taken"), markup=False)
+        console.print(rates_tried(record["tried"], record["rate"]))
     show_blocks(console, manifest)
     console.print(
         f"Held-out loss {record['held_out_before']:.4f} -> [bold]{record['held_out_after']:.4f}[/] with "

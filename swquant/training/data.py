@@ -9,6 +9,7 @@ what it would have seen.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,10 @@ class Batch:
         """How many predictions count."""
         return int(self.counted.sum())
 
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        return Batch(self.ids.to(device), self.counted.to(device))
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -56,6 +61,14 @@ class Corpus:
 
     def __len__(self) -> int:
         return len(self.sequences)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of all tokens and of which of them count."""
+        digest = hashlib.sha256()
+        for ids, counted in self.sequences:
+            digest.update(ids.numpy().tobytes() + counted.numpy().tobytes())
+        return digest.hexdigest()
 
     def split(self, share: float = 0.125) -> tuple[Corpus, Corpus]:
         """(to train on, held out): the last ones, at least one and never all. Raises SwquantError for a single one."""

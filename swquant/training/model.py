@@ -113,7 +113,8 @@ def _packed(checkpoint: Checkpoint, name: str, transposed: bool, over: str | Non
     return PackedWeight(parts, bits, (rows, cols), checkpoint.patches(name, over), transposed)
 
 
-def logits_of(model: nn.Module, batch: Batch, device: str = "cpu") -> Tensor:
-    """[sequences, length - 1, vocabulary]: what is predicted for the tokens 1, 2, … of a batch."""
-    logits: Tensor = model(input_ids=batch.ids.to(device), use_cache=False).logits
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    """[sequences, length - 1, vocabulary]: what is predicted for the tokens 1, 2, … of a batch on the model's
+    device."""
+    logits: Tensor = model(input_ids=batch.ids, use_cache=False).logits
     return logits[:, :-1]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, TypedDict, cast
 
 from exporters.errors import SwquantError
-from swquant.declared import check_choices, described
+from swquant.declared import check_choices, described, parse_rate
 from swquant.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -114,15 +113,7 @@ class TuneOptions:
     @property
     def rate(self) -> float | None:
         """The learning rate, None where it is to be found out."""
-        if self.lr == "auto":
-            return None
-        try:
-            rate = float(self.lr)
-        except ValueError:
-            rate = math.nan
-        if not 0 < rate < 1:
-            raise SwquantError(f"--lr {self.lr!r} is no rate between 0 and 1; auto finds one, 0.001 is usual")
-        return rate
+        return parse_rate(self.lr)
 
     def as_dict(self) -> TuneOptionsRecord:
         return cast("TuneOptionsRecord", asdict(self))

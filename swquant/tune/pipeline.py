@@ -9,8 +9,6 @@ is there, the file is gone.
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,7 +17,6 @@ import torch
 from transformers import PreTrainedModel
 
 from calibrationless import Blocks
-from exporters.errors import SwquantError
 from swquant.checkpoints.compressed import CompressedCheckpoint
 from swquant.checkpoints.schema import CheckpointManifest
 from swquant.evaluate.pipeline import evaluate_model
@@ -29,8 +26,8 @@ from swquant.training.data import Corpus, begins_with, own_windows
 from swquant.training.loop import Schedule, State, fingerprint_of, train
 from swquant.training.model import lay, trainable_model
 from swquant.training.patched import free_name, write_patched
+from swquant.training.rates import settle
 from swquant.tune.plan import TunePlan
-from swquant.tune.rates import look
 from swquant.tune.records import tuning_record
 from swquant.tune.selection import chosen, scores
 from swquant.tune.session import Session
@@ -115,22 +112,15 @@ def _settle_rate(
     facts, options = state.saved.facts, session.options
     with progress.step("Measuring held-out text"):
         facts["before"] = session.held_out()
-    rate, tried = options.rate, {}
-    if rate is None:
-        tried = look(values, session.loss_of, session.held_out, schedule, progress)
-        rate = _best(tried)
-    facts |= {"rate": rate, "tried": {f"{each:g}": loss for each, loss in tried.items()}}
+    settle(options.rate, facts, values, session.loss_of, session.held_out, schedule, progress, usual=1e-3)
     facts["tokens"] = sum(session.batch_of(step).tokens for step in range(options.steps))
     state.write()
 
 
 def _fingerprint(plan: TunePlan) -> str:
     """Of all that the result depends on."""
-    digest = hashlib.sha256()
-    for ids, counted in () if plan.given is None else plan.given.sequences:
-        digest.update(ids.numpy().tobytes() + counted.numpy().tobytes())
-    against = None if plan.against is None else plan.against.fingerprint
-    return fingerprint_of(plan.checkpoint.fingerprint, against, digest.hexdigest(), dict(plan.options.as_dict()))
+    against, given = (None if item is None else item.fingerprint for item in (plan.against, plan.given))
+    return fingerprint_of(plan.checkpoint.fingerprint, against, given, dict(plan.options.as_dict()))
 
 
 def _own_text(plan: TunePlan, teacher: PreTrainedModel | None, state: State, progress: Progress) -> Corpus:
@@ -178,13 +168,3 @@ def _shown(
         for loss in losses:
             yield loss
             bar.advance("", tokens)
-
-
-def _best(tried: Mapping[float, float]) -> float:
-    """The rate with the least held-out loss, the smaller one of equals. Raises SwquantError where all diverged."""
-    rate = min(sorted(tried), key=tried.__getitem__)
-    if not math.isfinite(tried[rate]):
-        raise SwquantError(
-            f"the loss diverged at every learning rate from {min(tried):g} to {max(tried):g}; is the text sound?"
-        )
-    return rate

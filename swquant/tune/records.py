@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -52,7 +51,7 @@ def tuning_record(
         "bytes": nbytes_of(count, plan.options.block),
         "tokens": facts["tokens"],
         "rate": facts["rate"],
-        "tried": {rate: None if not math.isfinite(loss) else short(loss) for rate, loss in facts["tried"].items()},
+        "tried": {rate: None if loss is None else short(loss) for rate, loss in facts["tried"].items()},
         "held_out_before": short(facts["before"]),
         "held_out_after": short(after),
         "losses": [short(loss) for loss in losses],

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 PROMPT = "t5 t9 t17 t33 t64 t2 t81 t40 t11 t99"
 TOKENS = torch.tensor([[int(word[1:]) for word in PROMPT.split()]])  # what the tokenizer makes of it
@@ -76,8 +76,17 @@ class Planted:
 def tiny_model(architecture: str, *, seed: int = 0, **changes: object) -> PreTrainedModel:
     """A random model of a few ten thousand weights, always the same for the same arguments."""
     model_type, settings = ARCHITECTURES[architecture]
+    return random_model(AutoConfig.for_model(model_type, **{**settings, **changes}), seed)
+
+
+def tiny_config(model_type: str, **changes: object) -> PreTrainedConfig:
+    """Of an architecture that is not in the table and is told its size like llama."""
+    return AutoConfig.for_model(model_type, **{**_COMMON, **changes})
+
+
+def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """With the weights of the seed."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **{**settings, **changes})
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -66,9 +66,9 @@ OWN = {
         "device",
         "trust_remote_code",
     },
-    "distill": {"teacher", "out_folder", "text", "as_json", "trust_remote_code"},
+    "distill": {"teacher", "out_folder", "text", "dry_run", "device", "as_json", "trust_remote_code"},
     "export": {"checkpoint", "target", "form", "overwrite", "as_json", "trust_remote_code"},
-    "moe": {"model", "out_folder", "text", "dry_run", "as_json", "trust_remote_code"},
+    "moe": {"model", "out_folder", "text", "dry_run", "device", "as_json", "trust_remote_code"},
     "study": {"model", "text", "out_folder", "as_json", "trust_remote_code"},
     "tune": {
         "checkpoint",

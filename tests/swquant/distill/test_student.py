@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from support.command_line import Cli
+from support.command_line import Cli, document
 from support.tiny_gguf import write_gguf
 from support.tiny_models import ARCHITECTURES, PROMPT, TOKENS, Planted, read_config, sample_text, save_model, tiny_model
 from transformers import AutoModelForCausalLM
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import swquant
 from exporters.errors import SwquantError
 from swquant.checkpoints.open import open_checkpoint
-from swquant.distill.measure import least_missed, leaving_out
+from swquant.distill.measure import _Trial, least_missed, leaving_out
 from swquant.distill.student import cut_config, cut_names
 from swquant.models.loading import build_model
 
@@ -88,6 +89,21 @@ def test_auto_leaves_out_what_is_missed_least(tmp_path: Path) -> None:
     assert second == min((layer for layer in range(6) if layer != 4), key=result.measured.alone.__getitem__)
 
 
+@pytest.mark.parametrize("family", ["llama", "falcon"])  # layers that return a tensor, and a tuple
+def test_what_is_not_computed_again_changes_nothing(family: str) -> None:
+    model = tiny_model(family)
+    layers = [name for name, _ in model.named_modules() if re.fullmatch(r".*\.(layers|h)\.\d", name)]
+    trial = _Trial(model, layers, TOKENS)
+    with torch.no_grad():
+        assert torch.equal(trial.whole(()), model(TOKENS, use_cache=False).logits[0])
+        for gone in ([], [3], [3, 1]):
+            trial.whole(gone)
+            for layer in {*range(6)} - {*gone}:
+                with leaving_out(model, [layers[other] for other in (*gone, layer)]):
+                    expected = model(TOKENS, use_cache=False).logits[0]
+                torch.testing.assert_close(trial.without(layer, gone), expected, atol=0, rtol=0)
+
+
 def test_layers_of_super_activations_stay(planted_llama: Planted, tmp_path: Path) -> None:
     with open_checkpoint(planted_llama.folder) as checkpoint:
         model = build_model(checkpoint, torch.float32)
@@ -127,10 +143,47 @@ def test_what_has_no_students(
         swquant.distill(compressed, tmp_path / "out")
     with pytest.raises(SwquantError, match="they are 0 to 5"):
         swquant.distill(planted_llama.folder, tmp_path / "out", layers="0-9")
-    monkeypatch.setattr(importlib.import_module("swquant.distill.pipeline"), "available_memory", lambda: 1000)
+    monkeypatch.setattr(importlib.import_module("swquant.distill.plan"), "available_memory", lambda: 1000)
     with pytest.raises(SwquantError, match="of memory"):
         swquant.distill(planted_llama.folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_says_what_it_takes_and_loads_nothing(
+    cli: Cli, planted_llama: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(importlib.import_module("swquant.distill.pipeline"), "build_model")
+    (tmp_path / "text").write_text(sample_text(200))
+    typed = ["distill", planted_llama.folder, tmp_path / "out", "--dry-run", "--steps", "10", "--window", "16", "--text", tmp_path / "text"]  # fmt: skip
+    named = document(cli(*typed, "--layers", "0-2,last", "--json"))
+    assert (named["keep"], named["count"], named["tokens"]) == ([0, 1, 2, 5], 4, 10 * 4 * 16)
+    assert named["text"] == {"name": "text", "windows": 12}
+    student = named["weights"]
+    with open_checkpoint(planted_llama.folder) as teacher:
+        whole = sum(form.numel for form in teacher.tensors.values())
+        layer = sum(form.numel for name, form in teacher.tensors.items() if ".layers.3." in name)
+    assert student == whole - 2 * layer
+    assert named["memory"] == 4 * (whole + 8 * student)
+    assert named["seconds"] > 0
+    assert document(cli(*typed, "--keep-layers", "4", "--json"))["weights"] == student
+    ran = cli(*typed, "--keep-layers", "4")
+    assert "4 of 6 layers would stay, those that are missed most" in ran.out
+    assert "10 steps of 4 x 16 tokens, 640 in all, of text (12 windows)" in ran.out
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
+def test_what_is_wrong_is_known_before_anything_is_loaded(
+    planted_llama: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(importlib.import_module("swquant.distill.pipeline"), "build_model")
+    for given, problem in (
+        ({"text": ("words", "t5"), "steps": 1, "window": 16}, "less than two windows"),
+        ({"text": ("words", sample_text(999))}, "--text is learned on with --steps"),
+        ({"device": "tpu"}, "is not one of: auto, cpu"),
+        ({"layers": "0-9"}, "they are 0 to 5"),
+    ):
+        with pytest.raises(SwquantError, match=problem):
+            swquant.distill(planted_llama.folder, tmp_path / "out", **given)  # type: ignore[arg-type]
 
 
 def test_the_command(cli: Cli, planted_llama: Planted, tmp_path: Path) -> None:

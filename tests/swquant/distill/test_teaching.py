@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from support.command_line import Cli
 from support.tiny_models import Planted, sample_text
 from torch import Tensor, nn
 
 import swquant
 from exporters.errors import SwquantError
+from swquant.declared import flag
 from swquant.distill.stages import Stages
 
 TEXT = ("words", sample_text(600))
-HOW = {"layers": "0-3", "steps": 6, "batch": 2, "window": 24, "rate": 1e-3}
+HOW = {"layers": "0-3", "steps": 6, "batch": 2, "window": 24, "lr": "1e-3"}
 
 
 def test_a_student_learns_and_its_embeddings_stay(planted_llama: Planted, tmp_path: Path) -> None:
@@ -76,6 +79,19 @@ def test_training_goes_on_where_it_was_stopped(
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
 
 
+def test_a_learning_rate_is_found_out(planted_llama: Planted, tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "text").write_text(TEXT[1])
+    typed = [
+        word for name, value in {**HOW, "lr": "auto", "kd_until": "never"}.items() for word in (flag(name), str(value))
+    ]
+    ran = cli("distill", planted_llama.folder, tmp_path / "out", "--text", tmp_path / "text", *typed)
+    assert ran.code == 0, ran.err
+    lesson = json.loads((tmp_path / "out/swquant/distill.json").read_text())["lesson"]
+    assert 3 <= len(lesson["tried"]) <= 6
+    assert lesson["tried"][f"{lesson['rate']:g}"] == min(lesson["tried"].values())
+    assert "Rates by held-out loss" in " ".join(ran.out.split())
+
+
 def test_a_mixture_has_students(planted_llama: Planted, tmp_path: Path) -> None:
     """The paper's mixture of students."""
     swquant.moe(planted_llama.folder, tmp_path / "mixture", expert_size=16)
@@ -130,5 +146,5 @@ def test_a_text_that_is_too_short_and_a_loss_that_explodes(planted_llama: Plante
     with pytest.raises(SwquantError, match="less than two windows"):
         swquant.distill(planted_llama.folder, tmp_path / "out", text=("words", "t5"), **HOW)  # type: ignore[arg-type]
     with pytest.raises(SwquantError, match="NaN or infinite at a learning rate"):
-        swquant.distill(planted_llama.folder, tmp_path / "out", text=TEXT, **{**HOW, "rate": 1e30})  # type: ignore[arg-type]
+        swquant.distill(planted_llama.folder, tmp_path / "out", text=TEXT, **{**HOW, "temperature": 1e-38})  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,19 @@ import pytest
 import torch
 from support.command_line import Cli
 from support.tiny_gguf import write_gguf
-from support.tiny_models import PROMPT, TOKENS, Planted, planted_model, read_config, sample_text, save_model, tiny_model
+from support.tiny_models import (
+    PROMPT,
+    TOKENS,
+    Planted,
+    planted_model,
+    random_model,
+    read_config,
+    sample_text,
+    save_model,
+    tiny_config,
+    tiny_model,
+)
+from transformers import AutoModelForCausalLM
 
 import swquant
 from exporters.errors import SwquantError
@@ -48,6 +61,57 @@ def test_it_computes_what_the_model_computes(family: str, way: dict, tmp_path: P
     assert sum(value.numel() for value in mixture.parameters()) == result.plan.total
 
 
+MORE = {
+    "qwen2": tiny_config("qwen2"),
+    "gemma2": tiny_config("gemma2", head_dim=16),
+    "smollm3": tiny_config("smollm3", no_rope_layers=[1, 1, 1, 0, 1, 1]),
+}
+
+
+@pytest.mark.parametrize("family", MORE)
+def test_more_families_compute_what_they_computed(family: str, tmp_path: Path) -> None:
+    dense = random_model(MORE[family])
+    save_model(dense, tmp_path / "model")
+    for number, way in enumerate(({}, {"residual": False}) if family == "gemma2" else ({},)):
+        result = swquant.moe(tmp_path / "model", tmp_path / f"out{number}", experts="3x2", **way)  # type: ignore[arg-type]
+        assert result is not None
+        assert result.difference <= (0 if not way else 1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_stock_transformers_loads_what_is_written_as_qwen2_moe(family: str, tmp_path: Path) -> None:
+    dense = random_model(tiny_config(family))
+    save_model(dense, tmp_path / "model")
+    how = {"experts": "3x4", "expert_size": 32, "top": 2, "as_": "qwen2_moe"}
+    result = swquant.moe(tmp_path / "model", tmp_path / "out", **how)  # type: ignore[arg-type]
+    assert result is not None
+    mixture, info = AutoModelForCausalLM.from_pretrained(result.path, output_loading_info=True)
+    assert type(mixture).__name__ == "Qwen2MoeForCausalLM"
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert sum(value.numel() for value in mixture.parameters()) == result.plan.total
+    with torch.no_grad():
+        assert float((mixture(TOKENS).logits - dense(TOKENS).logits).abs().max()) <= 1e-6
+    assert result.difference <= 1e-6
+    assert "pr_moe" not in (result.path / "config.json").read_text()
+    assert swquant.verify(swquant.compress(result.path, tmp_path / "w4", prompt=PROMPT, block="32").path) == []
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "problem"),
+    [
+        ("qwen3", {"head_dim": 16}, "takes decoders of llama, mistral, qwen2, this is qwen3"),
+        ("mistral", {"sliding_window": 8}, "has no window in every layer"),
+        ("llama", {"attention_bias": True}, "has no place for model.layers.0.self_attn.o_proj.bias"),
+    ],
+)
+def test_what_is_no_qwen2_moe(family: str, changes: dict, problem: str, tmp_path: Path) -> None:
+    save_model(random_model(tiny_config(family, **changes)), tmp_path / "model")
+    with pytest.raises(SwquantError, match=re.escape(problem)):
+        swquant.moe(tmp_path / "model", tmp_path / "out", experts="3x2", as_="qwen2_moe")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_the_pyramid_grows_with_depth() -> None:
     assert MoeOptions(experts="pyramid:8").experts_of(24) == {**dict.fromkeys(range(1, 21, 2), 8), 21: 16, 23: 16}
     assert MoeOptions(experts="2x4,1x2", every=3).experts_of(12) == {5: 4, 8: 4, 11: 2}
@@ -68,8 +132,13 @@ def test_the_pyramid_grows_with_depth() -> None:
         ({"expert_size": 0}, "leaves no neuron"),
         ({"expert_size": 8, "residual": False}, "needs --residual"),
         ({"steps": -1}, "too few"),
-        ({"rate": float("nan")}, "outside 0"),
+        ({"lr": "nan"}, "no rate"),
         ({"capacity": -1.0}, "outside 0"),
+        ({"as_": "qwen2_moe", "experts": "3x4", "residual": False}, "every mixture of it has a fixed MLP"),
+        ({"as_": "qwen2_moe", "experts": "3x4", "steps": 1}, "a trained expert has a coefficient"),
+        ({"as_": "qwen2_moe"}, "one number of experts in all layers, not --experts pyramid:4"),
+        ({"as_": "qwen2_moe", "experts": "2x4,1x8"}, "one number of experts"),
+        ({"as_": "mixtral"}, "--as 'mixtral' is not one of: pr_moe, qwen2_moe"),
     ],
 )
 def test_options_that_make_no_sense(options: dict, problem: str) -> None:
@@ -174,7 +243,7 @@ def test_a_gguf_file_becomes_a_mixture_in_bfloat16(tmp_path: Path) -> None:
 
 def test_training_learns_and_leaves_the_rest_alone(planted_llama: Planted, tmp_path: Path) -> None:
     text = ("words", sample_text(600))
-    how = {"steps": 12, "batch": 2, "window": 24, "rate": 3e-3, "expert_size": 32}
+    how = {"steps": 12, "batch": 2, "window": 24, "lr": "3e-3", "expert_size": 32}
     result = swquant.moe(planted_llama.folder, tmp_path / "out", text=text, **how)  # type: ignore[arg-type]
     assert result is not None
     assert result.course is not None
@@ -187,6 +256,18 @@ def test_training_learns_and_leaves_the_rest_alone(planted_llama: Planted, tmp_p
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
     assert all(".experts." in name or ".gate." in name or ".coefficient." in name for name in changed)
+
+
+@pytest.mark.slow
+def test_a_learning_rate_is_found_out(planted_llama: Planted, tmp_path: Path) -> None:
+    """Capacity is that of training while steps are taken, and none while held-out text is read."""
+    how = {"steps": 6, "batch": 2, "window": 24, "lr": "auto", "expert_size": 16, "experts": "3x2"}
+    result = swquant.moe(planted_llama.folder, tmp_path / "out", text=("words", sample_text(600)), **how)  # type: ignore[arg-type]
+    assert result is not None
+    assert result.course is not None
+    assert 3 <= len(result.course.tried) <= 6
+    assert result.course.tried[f"{result.course.rate:g}"] == min(result.course.tried.values())  # type: ignore[type-var]
+    assert len(result.course.losses) == 6
 
 
 def test_training_goes_on_where_it_was_stopped(

@@ -131,6 +131,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 
 def _interrupt_at(patch: pytest.MonkeyPatch, stage: str) -> None:
     """Let SIGINT arrive once, when a stage has begun."""
+    from swquant.training import rates
     from swquant.tune import pipeline
 
     def raising(*_: Any, **__: Any) -> Any:
@@ -140,7 +141,7 @@ def _interrupt_at(patch: pytest.MonkeyPatch, stage: str) -> None:
         at, loss = int(stage.split()[1]), Session.loss_of
         patch.setattr(Session, "loss_of", lambda self, step, part: raising() if step == at else loss(self, step, part))
     else:
-        where = {"text": (data, "write_text"), "choice": (pipeline, "scores"), "look": (pipeline, "look")}
+        where = {"text": (data, "write_text"), "choice": (pipeline, "scores"), "look": (rates, "look")}
         patch.setattr(*where[stage], raising)
 
 
@@ -153,9 +154,10 @@ def test_what_was_done_is_not_done_again(pair: Pair, tmp_path: Path, monkeypatch
         with pytest.raises(KeyboardInterrupt):
             swquant.tune(checkpoint, tmp_path / "out", against=original, **QUICK)
     monkeypatch.setattr(Session, "loss_of", lambda self, step, part: seen.append(step) or loss(self, step, part))
+    from swquant.training import rates
     from swquant.tune import pipeline
 
-    for module, name in ((data, "write_text"), (pipeline, "scores"), (pipeline, "look")):
+    for module, name in ((data, "write_text"), (pipeline, "scores"), (rates, "look")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("again"))
     swquant.tune(checkpoint, tmp_path / "out", against=original, **QUICK)
     assert seen == [9, 10, 11]
