@@ -31,7 +31,7 @@ from calibrationless.blocks import (
 from calibrationless.clipping import RULES, Clip, clip_threshold, parse_clip
 from calibrationless.cost import WeightError, measure, worst
 from calibrationless.feedback import Factor, damping_for, feed_back, inverse_factor, inverse_factor_
-from calibrationless.moving import moved
+from calibrationless.moving import CPU, moved
 from calibrationless.patches import (
     KINDS,
     Blocks,
@@ -65,6 +65,7 @@ from calibrationless.super_blocks import SUPER_BLOCK, SUPER_KINDS, quantize_supe
 from calibrationless.super_weights import Detection, LayerSpike, SuperActivation, SuperWeight, detect
 
 __all__ = [
+    "CPU",
     "KINDS",
     "MAX_BITS",
     "MIN_BITS",

@@ -108,7 +108,7 @@ def search_affine(blocks: Tensor, importance: Tensor, first: int, bits: int) -> 
     blocks: float32 [blocks, elements], contiguous and finite. importance: from `block_importance`. first: index of
     blocks[0] among all blocks of the weight.
     """
-    scale, offset = (torch.empty(len(blocks)) for _ in range(2))
+    scale, offset = (torch.empty(len(blocks), device=blocks.device) for _ in range(2))
     _search(blocks, importance, first, bits, scale, offset)
     return scale, offset
 

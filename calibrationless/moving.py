@@ -8,7 +8,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["moved"]
+__all__ = ["CPU", "moved"]
+
+CPU = torch.device("cpu")
 
 T = TypeVar("T")
 

@@ -17,14 +17,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from calibrationless.moving import CPU
+
 __all__ = ["for_pieces", "one_thread_per_operation", "row_sum"]
 
 # Elements per piece: 2 MiB of float32, so that the handful of temporaries stays in the cache.
 _PIECE = 1 << 19
 # And on other devices, whose kernels are each a launch: 1 GiB with the temporaries.
 _PIECE_ELSEWHERE = 1 << 25
-
-_CPU = torch.device("cpu")
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ def one_thread_per_operation() -> Iterator[None]:
         _threads = outer
 
 
-def for_pieces(work: Callable[[slice], T], rows: int, elements: int, *, device: torch.device = _CPU) -> list[T]:
+def for_pieces(work: Callable[[slice], T], rows: int, elements: int, *, device: torch.device = CPU) -> list[T]:
     """Call `work` with slices that cover `rows` rows of `elements` elements each. Returns its results in order.
 
     `work` runs on several threads at once and must touch only its own rows. device: where the rows lie; off the CPU

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from calibrationless.affine import search_affine
 from calibrationless.blocks import Group, shape_of
+from calibrationless.loops import run_loop
 from calibrationless.pieces import for_pieces
 from calibrationless.quantized import QuantizedTensor, SuperBlocks
 from calibrationless.search import block_importance, search_scale
@@ -59,14 +60,15 @@ def quantize_super_blocks(
         raise ValueError(f"super-blocks of {bits} bits do not exist; use {', '.join(map(str, SUPER_KINDS))}")
     if shape[1] % SUPER_BLOCK:
         raise ValueError(f"in_features {shape[1]} is not a multiple of {SUPER_BLOCK}, the weights of a super-block")
-    pattern = block_importance(torch.ones(shape[1]) if importance is None else importance, Group(SUPER_BLOCK), shape)
+    heavy = torch.ones(shape[1], device=weight.device) if importance is None else importance
+    pattern = block_importance(heavy, Group(SUPER_BLOCK), shape)
     blocks = weight.detach().reshape(-1, SUPER_BLOCK)
-    found = _Found.empty(len(blocks), SUPER_BLOCK // kind.block)
+    found = _Found.empty(len(blocks), SUPER_BLOCK // kind.block, weight.device)
 
     def settle(piece: slice) -> None:
         _settled(blocks[piece], pattern, piece.start, bits, kind, found.of(piece))
 
-    for_pieces(settle, *blocks.shape)
+    for_pieces(settle, *blocks.shape, device=weight.device)
     _insist(blocks, pattern, bits, kind, shape, super_weights, found)
     return _assembled(blocks, shape, bits, kind, found)
 
@@ -81,9 +83,10 @@ class _Found:
     mins: Tensor
 
     @classmethod
-    def empty(cls, supers: int, blocks: int) -> _Found:
-        integers = torch.zeros(supers, blocks, dtype=torch.int16)
-        return cls(torch.zeros(supers), torch.zeros(supers), integers, integers.to(torch.uint8))
+    def empty(cls, supers: int, blocks: int, device: torch.device) -> _Found:
+        integers = torch.zeros(supers, blocks, dtype=torch.int16, device=device)
+        units = torch.zeros(supers, device=device)
+        return cls(units, units.clone(), integers, integers.to(torch.uint8))
 
     def of(self, piece: slice) -> _Found:
         return _Found(self.units[piece], self.unit_lows[piece], self.scales[piece], self.mins[piece])
@@ -91,8 +94,6 @@ class _Found:
 
 def _settled(blocks: Tensor, pattern: Tensor, first: int, bits: int, kind: SuperKind, found: _Found) -> None:
     """Search some super-blocks, from `first` on; the result goes to `found`."""
-    from calibrationless.super_kernels import settle_super_blocks  # here: numba takes a second to import
-
     part = blocks.to(torch.float32).contiguous()
     if not bool(torch.isfinite(part).all()):
         raise ValueError("a weight is NaN or infinite")
@@ -106,21 +107,23 @@ def _settled(blocks: Tensor, pattern: Tensor, first: int, bits: int, kind: Super
     else:
         scale = search_scale(small, fine, first * per, bits, symmetric=True)[0]
         offset = torch.zeros_like(scale)
-    settle_super_blocks(
-        part.numpy(),
-        pattern.numpy(),
+    run_loop(
+        "settle_super_blocks",
+        part.device,
+        part,
+        pattern,
         first,
         1 << bits,
         not kind.offsets,
         kind.limit,
-        torch.tensor(STRETCHES).numpy(),
+        torch.tensor(STRETCHES),
         _ROUNDS,
-        scale.view(-1, per).numpy(),
-        offset.view(-1, per).numpy(),
-        found.units.numpy(),
-        found.unit_lows.numpy(),
-        found.scales.numpy(),
-        found.mins.numpy(),
+        scale.view(-1, per),
+        offset.view(-1, per),
+        found.units,
+        found.unit_lows,
+        found.scales,
+        found.mins,
     )
 
 
@@ -140,7 +143,7 @@ def _insist(
         places.setdefault(index, []).append(inside)
     for index, columns in places.items():
         own = pattern[index % len(pattern)].clone()
-        own[columns] = own.max() * _INSISTENCE
+        own[torch.tensor(columns)] = own.max() * _INSISTENCE
         piece = slice(index, index + 1)
         _settled(blocks[piece], own.unsqueeze(0), 0, bits, kind, found.of(piece))
 
@@ -153,7 +156,8 @@ def _assembled(blocks: Tensor, shape: tuple[int, int], bits: int, kind: SuperKin
     found.scales.masked_fill_(found.scales == 0, 1)  # is there costs nothing
     scale = found.units.unsqueeze(1) * found.scales.to(torch.float32)
     offset = -found.unit_lows.unsqueeze(1) * found.mins.to(torch.float32) if kind.offsets else torch.zeros_like(scale)
-    codes = torch.empty(len(blocks), SUPER_BLOCK // kind.block, kind.block, dtype=torch.uint8)
+    form = (len(blocks), SUPER_BLOCK // kind.block, kind.block)
+    codes = torch.empty(form, dtype=torch.uint8, device=blocks.device)
     middle = 0 if kind.offsets else 1 << (bits - 1)
 
     def cut(piece: slice) -> None:
@@ -162,20 +166,20 @@ def _assembled(blocks: Tensor, shape: tuple[int, int], bits: int, kind: SuperKin
         values = part.sub(offset[piece].unsqueeze(2)).div_(steps).round_()
         codes[piece] = values.add_(middle).clamp_(0, (1 << bits) - 1).to(torch.int16).to(torch.uint8)
 
-    for_pieces(cut, *blocks.shape)
-    form, of_super = (shape[0], shape[1] // kind.block), (shape[0], shape[1] // SUPER_BLOCK)
+    for_pieces(cut, *blocks.shape, device=blocks.device)
+    of_block, of_super = (shape[0], shape[1] // kind.block), (shape[0], shape[1] // SUPER_BLOCK)
     parts = SuperBlocks(
         steps=found.units.to(torch.float16).view(of_super),
-        scales=found.scales.view(form),
+        scales=found.scales.view(of_block),
         lows=found.unit_lows.to(torch.float16).view(of_super) if kind.offsets else None,
-        mins=found.mins.view(form) if kind.offsets else None,
+        mins=found.mins.view(of_block) if kind.offsets else None,
     )
     return QuantizedTensor(
         codes=codes.view(shape),
-        scale=scale.view(form),
+        scale=scale.view(of_block),
         zero_point=None,
         block=Group(kind.block),
         bits=bits,
-        offset=offset.view(form) if kind.offsets else None,
+        offset=offset.view(of_block) if kind.offsets else None,
         super_blocks=parts,
     )

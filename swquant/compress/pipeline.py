@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from calibrationless import one_thread_per_operation
+from calibrationless import CPU, one_thread_per_operation
 from exporters.errors import SwquantError
 from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.schema import CheckpointManifest
@@ -26,10 +26,11 @@ from swquant.cluster.workers import Team
 from swquant.compress.budget import bits_within
 from swquant.compress.options import CompressOptions
 from swquant.compress.plan import Plan, make_plan, tied_copies
+from swquant.compress.prepared import Prepared
 from swquant.compress.rehearsal import rehearsed_plan
 from swquant.compress.remote import check_workers
 from swquant.compress.resuming import check_leftover, head_of
-from swquant.compress.writing import Prepared, write_all
+from swquant.compress.writing import write_all
 from swquant.detect.found import Found
 from swquant.detect.pipeline import find_super_weights
 from swquant.detect.texts import other_writer
@@ -45,8 +46,6 @@ from swquant.output.verification import verify
 from swquant.progress import Progress, silent
 
 __all__ = ["Compressed", "compress_checkpoint", "prepare", "write", "written"]
-
-_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def prepare(
     *,
     low_memory: bool = False,
     stock: bool = True,
-    device: torch.device = _CPU,
+    device: torch.device = CPU,
     team: Team | None = None,
     progress: Progress = silent,
 ) -> Prepared:
@@ -116,7 +115,7 @@ def compress_checkpoint(
     overwrite: bool = False,
     fresh: bool = False,
     low_memory: bool = False,
-    device: torch.device = _CPU,
+    device: torch.device = CPU,
     progress: Progress = silent,
 ) -> Compressed:
     """Probe, plan and write. Raises SwquantError for everything the user can mend."""

@@ -1,26 +1,32 @@
 """Tensors rounded by other processes: each worker opens the source itself and reads the weights that it is given.
 
-What comes back is the value that `round_tensor` gives here, so the writer does not know who made it. A worker whose
+What comes back is the value that the same function gives here, so the writer does not know who made it. A worker whose
 version, libraries or processor differ could round otherwise; it refuses, in one line.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
-from calibrationless import Evidence
+import torch
+from torch import Tensor
+
+from calibrationless import CPU, Evidence
 from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.open import open_checkpoint
 from swquant.cluster.workers import Team, WorkersError
 from swquant.compress.plan import TensorPlan
 from swquant.compress.resuming import machine
-from swquant.compress.tensor import RoundedTensor, round_tensor
 from swquant.models.converted import as_built
 from swquant.version import __version__
 
-__all__ = ["Source", "check_workers", "round_there", "source_of", "task_bytes"]
+__all__ = ["Source", "check_workers", "made_there", "source_of", "task_bytes"]
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -70,9 +76,14 @@ def check_workers(team: Team, checkpoint: Checkpoint) -> None:
     team.everywhere(_sees, source_of(checkpoint))
 
 
-def round_there(source: Source, plan: TensorPlan, evidence: Evidence) -> RoundedTensor:
-    """`round_tensor`, with the weight read by the worker."""
-    return round_tensor(plan, _opened(source).read(plan.name), evidence)
+def made_there(
+    shared: tuple[Source, Callable[[TensorPlan, Tensor, Evidence, torch.device], Made]],
+    plan: TensorPlan,
+    evidence: Evidence,
+) -> Made:
+    """What a function, `round_tensor` for one, makes of a tensor, with the weight read by the worker."""
+    source, make = shared
+    return make(plan, _opened(source).read(plan.name), evidence, CPU)
 
 
 def task_bytes(task: tuple[TensorPlan, Evidence]) -> int:

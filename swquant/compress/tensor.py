@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from calibrationless import Evidence, Patch, Rounded, WeightError, dequantize, follow, moved
+from calibrationless import CPU, Evidence, Patch, Rounded, WeightError, dequantize, follow, moved
 from exporters import layouts
 from exporters.errors import SwquantError
 from swquant.checkpoints.schema import UNUSED
@@ -20,8 +20,6 @@ from swquant.compress.plan import TensorPlan
 from swquant.detect.folds import fold_columns, fold_gain
 
 __all__ = ["RoundedTensor", "SuperWeightCode", "round_tensor"]
-
-_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class RoundedTensor:
 
 
 def round_tensor(
-    plan: TensorPlan, weight: torch.Tensor, evidence: Evidence, device: torch.device = _CPU
+    plan: TensorPlan, weight: torch.Tensor, evidence: Evidence, device: torch.device = CPU
 ) -> RoundedTensor:
     """Carry out the plan of one tensor. device: where it is rounded; the result is on the CPU. Raises SwquantError for
     NaN, infinity, and values that a dtype cannot hold."""
@@ -59,7 +57,7 @@ def round_tensor(
     if plan.fold is not None:
         weight = fold_columns(weight, plan.fold)
     try:
-        rounded = moved(follow(plan.recipe, weight.to(device), moved(evidence, device)), _CPU)
+        rounded = moved(follow(plan.recipe, weight.to(device), moved(evidence, device)), CPU)
     except ValueError as error:
         _check_finite(plan.name, weight)
         raise SwquantError(f"{plan.name}: {error}; use --dtype bfloat16") from None

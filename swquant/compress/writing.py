@@ -6,53 +6,31 @@ says in a journal (`resuming`), and where there is one already, it goes on from 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-
-import torch
 
 from exporters.json_file import write_json
 from exporters.safetensors_file import FileRecord
-from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.manifest import write_manifest
 from swquant.checkpoints.schema import CheckpointManifest, TensorRecord
-from swquant.cluster.workers import Team
 from swquant.compress.config import checkpoint_config
 from swquant.compress.evidence import evidence_for, text_of
 from swquant.compress.loaders import loader_table
-from swquant.compress.plan import Plan, TensorPlan
+from swquant.compress.prepared import Prepared, in_order
 from swquant.compress.records import activations_record, measured_record, tensor_record
-from swquant.compress.remote import round_there, source_of, task_bytes
 from swquant.compress.report import REPORT, checkpoint_report
 from swquant.compress.resuming import Steps
-from swquant.compress.tensor import RoundedTensor, round_tensor
+from swquant.compress.tensor import round_tensor
 from swquant.compress.weights import WeightFiles
-from swquant.detect.found import Found
-from swquant.detect.own_text import SelfText
 from swquant.detect.record import detection_record
 from swquant.output.contents import remove_all_but
 from swquant.output.journal import Journal
 from swquant.output.verification import file_table
-from swquant.progress import Bar, Progress
+from swquant.progress import Progress
 from swquant.version import __version__
 
-__all__ = ["Prepared", "write_all"]
-
-_CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What is known before anything is written. team: who rounds the tensors; None: this process."""
-
-    checkpoint: Checkpoint
-    found: Found
-    plan: Plan
-    low_memory: bool = False
-    device: torch.device = _CPU
-    team: Team | None = None
+__all__ = ["write_all"]
 
 
 def write_all(prepared: Prepared, journal: Journal, folder: Path, progress: Progress) -> CheckpointManifest:
@@ -91,32 +69,6 @@ def write_all(prepared: Prepared, journal: Journal, folder: Path, progress: Prog
     )
 
 
-def _rounded(
-    prepared: Prepared, tensors: Sequence[TensorPlan], bar: Bar, text: SelfText | None
-) -> Iterator[tuple[TensorPlan, RoundedTensor]]:
-    """Tensors in the order of the plan, one in memory at a time."""
-    found, refinement = prepared.found, prepared.plan.options.refinement
-    if prepared.team is not None:
-        tasks = ((tensor, evidence_for(tensor, found, refinement, text)) for tensor in tensors)
-        made = prepared.team.in_order(round_there, source_of(prepared.checkpoint), tasks, task_bytes)
-        for (tensor, _), rounded in made:
-            bar.advance(tensor.name, tensor.source.nbytes)
-            yield tensor, rounded
-        return
-    for tensor in tensors:
-        bar.advance(tensor.name, tensor.source.nbytes)
-        # No name for the weight: it would live on beside the next one.
-        yield (
-            tensor,
-            round_tensor(
-                tensor,
-                prepared.checkpoint.read(tensor.name),
-                evidence_for(tensor, found, refinement, text),
-                prepared.device,
-            ),
-        )
-
-
 def _write_weights(
     prepared: Prepared, journal: Journal, folder: Path, progress: Progress
 ) -> tuple[dict[str, TensorRecord], dict[str, FileRecord]]:
@@ -138,7 +90,8 @@ def _write_weights(
             )
         bar = stack.enter_context(progress.bytes("Compressing", plan.source_bytes))
         bar.advance("", sum(tensor.source.nbytes for tensor in before))
-        for tensor, rounded in _rounded(prepared, rest, bar, text):
+        known = partial(evidence_for, found=found, refinement=plan.options.refinement, text=text)
+        for tensor, rounded in in_order(prepared, rest, round_tensor, known, bar):
             digests = files.write(rounded)
             steps.add({**digests, "measured": measured_record(tensor, rounded, found, plan.options)}, tensor.nbytes)
             del rounded  # before the next one is made

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from calibrationless import Probe, Scalar, detect, moved, one_thread_per_operation, run_probe
+from calibrationless import CPU, Probe, Scalar, detect, moved, one_thread_per_operation, run_probe
 from exporters.errors import SwquantError, first_line
 from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.tokenizer import encode
@@ -32,8 +32,6 @@ from swquant.models.stock import empty_model
 
 __all__ = ["find_super_weights", "probed_model", "prompt_tokens", "run_text", "watchable"]
 
-_CPU = torch.device("cpu")
-
 # Evidence needs one short prompt; a longer one costs memory and finds the same.
 MAX_PROMPT_TOKENS = 512
 
@@ -49,7 +47,7 @@ def prompt_tokens(checkpoint: Checkpoint, prompt: str) -> tuple[int, ...]:
 
 
 @contextmanager
-def probed_model(checkpoint: Checkpoint, low_memory: bool, device: torch.device = _CPU) -> Iterator[PreTrainedModel]:
+def probed_model(checkpoint: Checkpoint, low_memory: bool, device: torch.device = CPU) -> Iterator[PreTrainedModel]:
     """The model in float32, its weights left in their files where memory is too small or `low_memory` asks for it. On a
     GPU where `place_for` finds room for it, which is then no question of memory."""
     if not low_memory and (place := place_for(checkpoint, torch.float32, device)[0]).type != "cpu":
@@ -79,7 +77,7 @@ def watchable(model: PreTrainedModel) -> Iterator[None]:
 def run_text(model: PreTrainedModel, architecture: Architecture, tokens: torch.Tensor, **options: Any) -> Probe:
     """One pass of int64 [texts, tokens]. options: those of `run_probe`. Its logits are [texts, tokens, vocabulary]. The
     model may be on any device; what was seen is on the CPU."""
-    device = _CPU if model.device.type == "meta" else model.device  # of a model whose weights stay in their files
+    device = CPU if model.device.type == "meta" else model.device  # of a model whose weights stay in their files
     probe = run_probe(
         model,
         lambda: model(input_ids=tokens.to(device), use_cache=False).logits,
@@ -87,7 +85,7 @@ def run_text(model: PreTrainedModel, architecture: Architecture, tokens: torch.T
         architecture.layers,
         **moved(options, device),
     )
-    return moved(probe, _CPU)
+    return moved(probe, CPU)
 
 
 @contextmanager
@@ -110,7 +108,7 @@ def find_super_weights(
     low_memory: bool = False,
     model: PreTrainedModel | None = None,
     folds: bool = False,
-    device: torch.device = _CPU,
+    device: torch.device = CPU,
 ) -> Found:
     """Find the super weights of a checkpoint with forward passes of one prompt.
 

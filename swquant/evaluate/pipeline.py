@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from calibrationless import CPU
 from exporters.errors import SwquantError, first_line
 from swquant.checkpoints.base import Checkpoint, ModelFolder
 from swquant.checkpoints.guard import failures_of
@@ -48,8 +49,6 @@ __all__ = [
     "score_window",
     "window_logits",
 ]
-
-_CPU = torch.device("cpu")
 
 # Rows of logits whose log-softmax is held at a time: 128 rows of 262,144 words take 134 MB, up to three times.
 _ROWS = 128
@@ -112,7 +111,7 @@ def fit_window(checkpoint: ModelFolder, window: int) -> int:
     return window if context is None else min(window, context - 1)
 
 
-def runnable_model(checkpoint: ModelFolder, device: torch.device = _CPU) -> PreTrainedModel | OnnxModel:
+def runnable_model(checkpoint: ModelFolder, device: torch.device = CPU) -> PreTrainedModel | OnnxModel:
     """The model in float32, on `device` if it fits there; an ONNX graph in what it was exported for, where ONNX Runtime
     runs it."""
     if isinstance(checkpoint, OnnxFolder):
@@ -187,7 +186,7 @@ def evaluate_model(
     *,
     window: int = 2048,
     limit: int | None = None,
-    device: torch.device = _CPU,
+    device: torch.device = CPU,
     progress: Progress = silent,
 ) -> Evaluation:
     """Evaluate a checkpoint on a text. Raises SwquantError where text, tokenizer or vocabulary do not fit.
@@ -246,7 +245,7 @@ def perplexity_of(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def generate_text(checkpoint: ModelFolder, prompt: str, *, tokens: int = 40, device: torch.device = _CPU) -> str:
+def generate_text(checkpoint: ModelFolder, prompt: str, *, tokens: int = 40, device: torch.device = CPU) -> str:
     """Continue a prompt greedily by at most `tokens` tokens. Returns prompt and continuation."""
     if tokens < 1:
         raise SwquantError(f"{tokens} tokens are nothing to generate; give 1 or more")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from swquant.checkpoints.compressed import CompressedCheckpoint
     from swquant.compress.options import CompressOptions
     from swquant.compress.pipeline import Compressed
-    from swquant.compress.writing import Prepared
+    from swquant.compress.prepared import Prepared
     from swquant.export.gguf.pipeline import Written
     from swquant.export.onnx.pipeline import Exported
 
@@ -192,9 +192,10 @@ def _fitted_for_gguf(prepared: Prepared, options: GgufOptions) -> Prepared:
 
 
 def _write_gguf(planned: Planned, how: Carrying) -> Written:
-    from swquant.export.gguf.pipeline import write_gguf
+    from swquant.export.gguf.pipeline import Fitted, write_gguf
 
     overwrite, progress = how["overwrite"], how["progress"]
+    assert isinstance(planned.prepared, Fitted)
     return write_gguf(planned.prepared, planned.out, planned.export, overwrite=overwrite, progress=progress)
 
 

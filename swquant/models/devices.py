@@ -9,6 +9,7 @@ import re
 
 import torch
 
+from calibrationless import CPU
 from exporters.errors import SwquantError
 from swquant.checkpoints.base import Checkpoint
 from swquant.models.memory import bytes_as
@@ -25,10 +26,10 @@ def device_for(name: str) -> torch.device:
     if not _FORM.fullmatch(name):
         raise SwquantError(f"device {name!r} is not one of: auto, cpu, cuda, cuda:1 (or another number)")
     if name == "cpu":
-        return torch.device("cpu")
+        return CPU
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        return torch.device("cuda", 0) if count else torch.device("cpu")
+        return torch.device("cuda", 0) if count else CPU
     if not count:
         reason = "sees no GPU" if torch.version.cuda else "is a build without CUDA"
         raise SwquantError(
@@ -56,4 +57,4 @@ def place_for(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) 
     needed, (free, _) = bytes_as(checkpoint, dtype) * 6 // 5, torch.cuda.mem_get_info(device)
     if needed <= free:
         return device, named(device)
-    return torch.device("cpu"), f" on the CPU: it takes {human_bytes(needed)}, {device} has {human_bytes(free)} free"
+    return CPU, f" on the CPU: it takes {human_bytes(needed)}, {device} has {human_bytes(free)} free"

@@ -6,10 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.pretended import GPU, pretended_gpu
 from torch import Tensor
 
 from calibrationless import (
     SUPER_KINDS,
+    Evidence,
     Group,
     QuantizedTensor,
     Recipe,
@@ -17,6 +19,8 @@ from calibrationless import (
     feed_back,
     follow,
     inverse_factor,
+    loops,
+    moved,
     quantize_affine,
     quantize_super_blocks,
 )
@@ -152,3 +156,60 @@ def test_it_does_not_depend_on_threads_or_pieces() -> None:
     whole = quantize_super_blocks(weight, 4, importance=importance)
     part = quantize_super_blocks(weight[2500:], 4, importance=importance)
     assert torch.equal(whole.codes[2500:], part.codes)
+
+
+def odd_weight() -> tuple[Tensor, Tensor]:
+    """Super-blocks of zeros, of one number, of one sign, of numbers at float16's ends, and ordinary ones."""
+    weight, importance = weight_and_importance(40, 512)
+    weight[3], weight[5, :256], weight[7], weight[9] = 0.0, 0.25, weight[7].abs(), -weight[9].abs()
+    weight[11], weight[13, 40:60] = weight[11] * 1e-7, 0.0
+    importance[20:24] = 0.0
+    return weight, importance
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_batched_torch_finds_what_the_compiled_loop_finds(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, importance = odd_weight()
+    recipe = Recipe(Group(32), bits, offsets="super", super_weights=((2, 5),))
+    compiled = follow(recipe, weight, Evidence(importance, importance))
+    monkeypatch.setattr(loops, "COMPILED", frozenset())
+    plain = follow(recipe, weight, Evidence(importance, importance))
+    for rows in range(len(weight)):
+        part = slice(rows, rows + 1)
+        ours, theirs = (
+            float(((dequantize(one.quantized)[part] - weight[part]).double().square() * importance).sum())
+            for one in (plain, compiled)
+        )
+        assert ours == pytest.approx(theirs, rel=0.05, abs=1e-6 * float(weight[part].square().sum())), rows
+    assert plain.error.output == pytest.approx(compiled.error.output, rel=2e-3)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_another_device_gives_what_batched_torch_gives_on_the_cpu(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loops, "COMPILED", frozenset())
+    weight, importance = (values[..., :256] for values in odd_weight())
+    weight = weight[:12].contiguous()
+    inputs = torch.randn(300, 256, generator=torch.Generator().manual_seed(1))
+    recipe = Recipe(Group(32), bits, offsets="super", super_weights=((2, 5),))
+    for evidence in (Evidence(), Evidence(importance, importance, inverse_factor(inputs.T @ inputs))):
+        here = follow(recipe, weight, evidence)
+        with pretended_gpu() as gpu:
+            there = follow(recipe, weight.to(gpu), moved(evidence, gpu))
+            assert there.quantized.codes.device == GPU
+            back = moved(there, "cpu")
+        assert torch.equal(back.quantized.codes, here.quantized.codes)
+        for name, value in vars(here.quantized.super_blocks).items():
+            assert value is None or torch.equal(getattr(back.quantized.super_blocks, name), value), name
+        assert back.error == here.error
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("bits", BITS)
+def test_a_gpu_is_as_good_as_the_compiled_loop(bits: int) -> None:
+    weight, importance = weight_and_importance(512, 4096)
+    recipe, evidence = Recipe(Group(32), bits, offsets="super"), Evidence(importance, importance)
+    here = follow(recipe, weight, evidence)
+    there = moved(follow(recipe, weight.cuda(), moved(evidence, "cuda")), "cpu")
+    assert there.error.output == pytest.approx(here.error.output, rel=1e-3)
+    assert float((there.quantized.codes != here.quantized.codes).float().mean()) < 0.02

@@ -78,24 +78,31 @@ class Header:
                     f"--tokenizer {self.tokenizer}: has {count} tokens, the embedding of {self.checkpoint.name} {rows} rows; "
                     "take a file of the same model"
                 )
-        self.write(gguf.GGUFWriter(None, self.architecture.name), 0, {})
+        _ = self._keys
 
     def write(self, writer: gguf.GGUFWriter, file_type: int, options: Mapping[str, Any]) -> None:
-        """All keys but the architecture, which the writer has."""
-        if self._source is not None:
-            copied = {name: field for name, field in self._source.items() if not name.startswith(_OWN)}
-            copy_keys(writer, copied, ("general.", f"{self.architecture.name}."))
-        else:
-            self._numbers(writer)
+        """All keys but the architecture, which the writer has: the model's, then the file's own."""
+        writer.kv_data[0].update(self._keys)
         writer.add_file_type(file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_quantized_by("swquant")
         writer.add_string(MADE_BY, __version__)
         writer.add_string("swquant.options", json.dumps(options, sort_keys=True))
+
+    @cached_property
+    def _keys(self) -> Mapping[str, Any]:
+        """The model's own: made once, when they are checked. A vocabulary takes as long as some of the rounding."""
+        writer = gguf.GGUFWriter(None, self.architecture.name)
+        if self._source is not None:
+            copied = {name: field for name, field in self._source.items() if not name.startswith(_OWN)}
+            copy_keys(writer, copied, ("general.", f"{self.architecture.name}."))
+        else:
+            self._numbers(writer)
         if isinstance(vocabulary := self._vocabulary, Vocabulary):
             add_vocabulary(writer, vocabulary, self.checkpoint.folder)
         else:
             copy_keys(writer, vocabulary, ("tokenizer.",))
+        return writer.kv_data[0]
 
     def _numbers(self, writer: gguf.GGUFWriter) -> None:
         writer.add_type(gguf.GGUFType.MODEL)

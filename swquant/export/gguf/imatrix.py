@@ -18,7 +18,7 @@ from torch import Tensor
 
 from exporters.errors import SwquantError
 from exporters.gguf.names import Place
-from swquant.compress.writing import Prepared
+from swquant.compress.prepared import Prepared
 from swquant.output.destination import write_whole, writing
 from swquant.output.hidden import locked_file
 

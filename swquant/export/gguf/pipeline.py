@@ -9,9 +9,10 @@ twice. Of a checkpoint the codes are copied into the blocks that hold them as th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -19,26 +20,38 @@ import gguf
 import torch
 from torch import Tensor
 
+from calibrationless import Evidence, one_thread_per_operation
 from exporters.errors import SwquantError
 from exporters.gguf.blocks import TYPES
 from exporters.gguf.names import Place, places
 from exporters.gguf.write import Form, write_file
 from swquant.checkpoints.compressed import CompressedCheckpoint
-from swquant.compress.evidence import text_of
-from swquant.compress.plan import Plan
-from swquant.compress.tensor import SuperWeightCode
-from swquant.compress.writing import Prepared
+from swquant.compress.evidence import evidence_for, text_of
+from swquant.compress.plan import TensorPlan
+from swquant.compress.prepared import Prepared, in_order
+from swquant.detect.own_text import SelfText
 from swquant.export.gguf.file import check_file, whole_file
 from swquant.export.gguf.header import Header
 from swquant.export.gguf.imatrix import check_imatrix, write_imatrix
 from swquant.export.gguf.options import GgufOptions
 from swquant.export.gguf.suiting import chosen_type
-from swquant.export.gguf.tensors import Item, fitted_tensor, form_of, from_checkpoint, from_plan, made, with_embedding
+from swquant.export.gguf.tensors import (
+    Content,
+    Item,
+    arranged,
+    content_of,
+    fitted_tensor,
+    form_of,
+    from_checkpoint,
+    from_plan,
+    made,
+    with_embedding,
+)
 from swquant.output.destination import check_space, writing
 from swquant.progress import Progress, silent
 from swquant.version import __version__
 
-__all__ = ["GgufRecord", "Written", "export_gguf", "fitted", "write_gguf"]
+__all__ = ["Fitted", "GgufRecord", "Written", "export_gguf", "fitted", "write_gguf"]
 
 
 class GgufRecord(TypedDict):
@@ -66,7 +79,17 @@ class Written:
     manifest: GgufRecord
 
 
-def fitted(prepared: Prepared, options: GgufOptions) -> Prepared:
+@dataclass(frozen=True)
+class Fitted(Prepared):
+    """A plan with the types of a GGUF file, and what was made to see that the model fits. heads: stored names of
+    embedding and output head, where they are rounded."""
+
+    header: Header = field(kw_only=True)
+    placed: tuple[Place, ...] = field(kw_only=True)
+    heads: frozenset[str] = field(kw_only=True)
+
+
+def fitted(prepared: Prepared, options: GgufOptions) -> Fitted:
     """The plan with the types of a GGUF file. Raises SwquantError for a model that it cannot hold, before any work."""
     header = Header(prepared.checkpoint, options.tokenizer)
     if options.imatrix is not None:
@@ -88,26 +111,42 @@ def fitted(prepared: Prepared, options: GgufOptions) -> Prepared:
         if note is not None:
             notes[note] = None
     plan = replace(prepared.plan, tensors=tuple(tensors), shards=(tuple(tensors),), notes=tuple(notes))
-    return replace(prepared, plan=plan)
+    known = {item.name: getattr(prepared, item.name) for item in fields(Prepared)}
+    return Fitted(**{**known, "plan": plan}, header=header, placed=placed, heads=heads)
 
 
 def write_gguf(
-    prepared: Prepared, out: Path, options: GgufOptions, *, overwrite: bool = False, progress: Progress = silent
+    prepared: Fitted, out: Path, options: GgufOptions, *, overwrite: bool = False, progress: Progress = silent
 ) -> Written:
-    """Carry out a plan that `fitted` gave. `out` appears whole or not at all. Raises SwquantError."""
-    plan, header = prepared.plan, Header(prepared.checkpoint, options.tokenizer)
+    """Carry out a plan. `out` appears whole or not at all. Raises SwquantError."""
+    plan, placed = prepared.plan, prepared.placed
     check_file(out, overwrite, prepared.checkpoint)
-    placed = _places(header, [tensor.name for tensor in plan.tensors])
     if options.imatrix is not None:
         write_imatrix(Path(options.imatrix), prepared, placed)
-    record = {"compress": plan.options.as_dict(), "gguf": options.as_dict()}
-    with ExitStack() as stack:
-        text = stack.enter_context(
-            text_of(prepared.checkpoint, prepared.found, plan, low_memory=prepared.low_memory, progress=progress)
-        )
-        heads = _embeddings(placed) if options.embedding_type != "stored" else frozenset()
-        items = {item.name: item for item in from_plan(prepared, text, heads)}
-        return _write(header, placed, items, out, record, overwrite, progress, plan)
+    record = {"compress": plan.options.as_dict(), "gguf": options.as_dict(), "device": prepared.device.type}
+    by_name = {tensor.name: tensor for tensor in plan.tensors}
+    items = {item.name: item for item in from_plan(plan.tensors)}
+
+    def contents(text: SelfText | None) -> Generator[Content]:
+        tensors = [by_name[name] for place in placed for name in place.sources]
+        known = partial(_evidence, prepared, text)
+        with progress.bytes("Rounding", sum(tensor.source.nbytes for tensor in tensors)) as bar:
+            for _, content in in_order(prepared, tensors, made, known, bar):
+                yield content
+
+    with (
+        one_thread_per_operation(),
+        text_of(prepared.checkpoint, prepared.found, plan, low_memory=prepared.low_memory, progress=progress) as text,
+        closing(contents(text)) as stream,
+    ):
+        return _write(prepared.header, placed, items, stream, out, record, overwrite)
+
+
+def _evidence(prepared: Fitted, text: SelfText | None, tensor: TensorPlan) -> Evidence:
+    refinement = prepared.plan.options.refinement
+    if tensor.name in prepared.heads:  # read row by row, or by the last norm: no input of it was looked at
+        return Evidence(importance=None if refinement == "none" else torch.ones(tensor.shape[1]))
+    return evidence_for(tensor, prepared.found, refinement, text)
 
 
 def export_gguf(
@@ -131,7 +170,16 @@ def export_gguf(
     with progress.step("Looking for the type of every tensor"):
         items = {item.name: item for item in from_checkpoint(checkpoint, options.type, heads)}
     record = {"checkpoint": checkpoint.manifest["digest"], "gguf": options.as_dict()}
-    return _write(header, placed, items, out, record, overwrite, progress, left_out=_left_out(checkpoint, items))
+
+    def contents() -> Generator[Content]:
+        names = [name for place in placed for name in place.sources]
+        with progress.bytes("Writing", sum(checkpoint.tensors[name].nbytes for name in names)) as bar:
+            for name in names:
+                bar.advance(name, checkpoint.tensors[name].nbytes)
+                yield content_of(checkpoint, items[name])
+
+    with closing(contents()) as stream:
+        return _write(header, placed, items, stream, out, record, overwrite, _left_out(checkpoint, items))
 
 
 def _places(header: Header, names: Iterable[str]) -> tuple[Place, ...]:
@@ -149,7 +197,7 @@ def _left_out(checkpoint: CompressedCheckpoint, items: Mapping[str, Item]) -> li
     """What a checkpoint has and a GGUF file of its codes has not."""
     kept = 0
     for name in checkpoint.quantized_names:
-        if items[name].make.func == checkpoint.quantized:  # type: ignore[attr-defined]
+        if items[name].recipe is None:
             kept += sum(len(patch) for patch in checkpoint.patches(name))
     lost = [f"{kept} outliers that the sidecar keeps exactly: their codes stand for them"] if kept else []
     if checkpoint.manifest["activations"] is not None:
@@ -161,13 +209,13 @@ def _write(
     header: Header,
     placed: tuple[Place, ...],
     items: Mapping[str, Item],
+    contents: Iterator[Content],
     out: Path,
     options: Mapping[str, Any],
     overwrite: bool,
-    progress: Progress,
-    plan: Plan | None = None,
-    left_out: list[str] | None = None,
+    left_out: Iterable[str] = (),
 ) -> Written:
+    """The file. contents: of the sources of all places, in their order."""
     derived = header.architecture.derived(header.config)
     forms = [Form(name, "F32", tuple(values.shape)) for name, values in derived.items()]
     forms += [form_of(place, items) for place in placed]
@@ -177,12 +225,11 @@ def _write(
 
     def data() -> Iterator[Tensor]:
         yield from derived.values()
-        with progress.bytes("Writing", size) as bar:
-            for place, form in zip(placed, forms[len(derived) :], strict=True):
-                codes: list[SuperWeightCode] = []
-                bar.advance(form.name, form.nbytes)
-                yield made(place, items, form, codes)
-                held[form.name] = codes
+        for place, form in zip(placed, forms[len(derived) :], strict=True):
+            parts = [next(contents) for _ in place.sources]
+            held[form.name] = [code for part in parts for code in part.super_weights]
+            yield arranged(place, form, [part.data for part in parts])
+            del parts  # before the next ones are made
 
     with writing(out, size), whole_file(out, overwrite) as partial:
         digest = write_file(
@@ -202,7 +249,7 @@ def _write(
         "types": dict(sorted(types.items())),
         "tensors": {form.name: form.type for form in forms},
         "super_weights": weights,
-        "left_out": [*(left_out or ()), *header.architecture.unheld(header.config)],
+        "left_out": [*left_out, *header.architecture.unheld(header.config)],
         "bytes": written,
         "sha256": digest,
     }

@@ -1,42 +1,58 @@
-"""The tensors of a GGUF file: of which type each is, and how it is made, from a plan or from a checkpoint."""
+"""The tensors of a GGUF file: of which type each is, what the file holds of it, from a plan or a checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from calibrationless import Evidence, Group, QuantizedTensor, Recipe, dequantize, follow
+from calibrationless import CPU, Evidence, Group, QuantizedTensor, Recipe, dequantize, follow, moved
 from exporters.errors import SwquantError
 from exporters.gguf.blocks import TYPES, BlockType, encode, type_of
 from exporters.gguf.names import Place, row_order
 from exporters.gguf.write import Form, floats
-from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.compressed import CompressedCheckpoint
-from swquant.compress.evidence import evidence_for
 from swquant.compress.plan import TensorPlan
 from swquant.compress.tensor import SuperWeightCode, round_tensor
-from swquant.compress.writing import Prepared
 from swquant.detect.folds import fold_columns
-from swquant.detect.own_text import SelfText
 
-__all__ = ["Item", "fitted_tensor", "form_of", "from_checkpoint", "from_plan", "made", "recipe_of", "with_embedding"]
+__all__ = [
+    "Content",
+    "Item",
+    "arranged",
+    "content_of",
+    "fitted_tensor",
+    "form_of",
+    "from_checkpoint",
+    "from_plan",
+    "made",
+    "recipe_of",
+    "with_embedding",
+]
 
 
 @dataclass(frozen=True)
 class Item:
-    """One stored tensor on its way into the file. type: of GGUF. make: the rounded weight, or floats. super_weights:
-    places in it, as it is stored, that are looked at again; original: gives what they were."""
+    """One stored tensor on its way into the file. type: of GGUF. super_weights: (row, col) in it, as it is stored, that
+    are looked at again. recipe: how a checkpoint's weight is rounded again, None where its codes or floats are
+    copied."""
 
     name: str
     type: str
     shape: tuple[int, ...]
-    make: Callable[[], QuantizedTensor | Tensor]
     super_weights: tuple[tuple[int, int], ...] = ()
-    original: Callable[[], Tensor] | None = None
+    recipe: Recipe | None = None
+
+
+@dataclass(frozen=True)
+class Content:
+    """What the file holds of a stored tensor. data: uint8 [out, bytes of a row] of blocks, or floats. super_weights:
+    what it holds of them."""
+
+    data: Tensor
+    super_weights: tuple[SuperWeightCode, ...] = ()
 
 
 def recipe_of(kind: BlockType, super_weights: tuple[tuple[int, int], ...] = ()) -> Recipe:
@@ -79,24 +95,55 @@ def with_embedding(tensor: TensorPlan, kind: str) -> TensorPlan:
     return replace(tensor, recipe=recipe_of(row), reason="", layout=layout, stored_as=kind)
 
 
-def from_plan(prepared: Prepared, text: SelfText | None, embeddings: frozenset[str]) -> Iterator[Item]:
-    """What a plan makes of each tensor. embeddings: stored names of those that are rounded without evidence."""
-    checkpoint = prepared.checkpoint
-    for tensor in prepared.plan.tensors:
-        shape = tensor.source.shape
-        if tensor.recipe is None:
+def from_plan(tensors: Iterable[TensorPlan]) -> Iterator[Item]:
+    """The tensors of a plan. Raises SwquantError for floats that GGUF has no type for."""
+    for tensor in tensors:
+        ((dtype, _),) = tensor.layout.values()
+        kind = tensor.stored_as if tensor.recipe is not None else _float_type(tensor.name, dtype)
+        yield Item(tensor.name, kind, tensor.source.shape)
+
+
+def made(tensor: TensorPlan, weight: Tensor, evidence: Evidence, device: torch.device = CPU) -> Content:
+    """Carry out the plan of one tensor, as `round_tensor` does for a checkpoint: pure, so whoever calls it anywhere
+    gets the same bytes. device: where it is rounded; the result is on the CPU. Raises SwquantError."""
+    if tensor.fold is not None and tensor.name in tensor.fold.readers:
+        weight = fold_columns(weight, tensor.fold)
+        if tensor.recipe is None:  # no type holds it, the norm is scaled all the same
             ((dtype, _),) = tensor.layout.values()
-            yield Item(tensor.name, _float_type(tensor.name, dtype), shape, partial(_dense, checkpoint, tensor))
-            continue
-        evidence = partial(_evidence, tensor, prepared, text, tensor.name in embeddings)
-        yield Item(
-            tensor.name,
-            tensor.stored_as,
-            shape,
-            partial(_rounded, checkpoint, tensor, evidence),
-            tensor.super_weights,
-            partial(_weight, checkpoint, tensor),
-        )
+            return Content(weight.to(dtype))
+    if tensor.recipe is None:
+        return Content(round_tensor(tensor, weight, Evidence()).parts[tensor.name])
+    kind = TYPES[tensor.stored_as]
+    return _rounded(tensor.name, tensor.recipe, kind, weight, evidence, tensor.super_weights, device)
+
+
+def _rounded(
+    name: str,
+    recipe: Recipe,
+    kind: BlockType,
+    weight: Tensor,
+    evidence: Evidence,
+    super_weights: Sequence[tuple[int, int]],
+    device: torch.device = CPU,
+) -> Content:
+    try:
+        quantized = moved(follow(recipe, weight.to(device), moved(evidence, device)).quantized, CPU)
+    except ValueError as error:
+        raise SwquantError(f"{name}: {error}; the source is damaged, or no model for GGUF") from None
+    return Content(encode(quantized, kind), _held(quantized, weight, super_weights))
+
+
+def _held(
+    quantized: QuantizedTensor, original: Tensor, places: Sequence[tuple[int, int]]
+) -> tuple[SuperWeightCode, ...]:
+    """What llama.cpp decodes at some places: in float32."""
+    if not places:
+        return ()
+    plain = replace(quantized, scale=quantized.scale.to(torch.float32))
+    if plain.offset is not None:
+        plain = replace(plain, offset=plain.offset.to(torch.float32))
+    decoded = dequantize(plain, torch.float32)
+    return tuple(SuperWeightCode(row, col, float(original[row, col]), float(decoded[row, col])) for row, col in places)
 
 
 def _float_type(name: str, dtype: torch.dtype) -> str:
@@ -104,39 +151,6 @@ def _float_type(name: str, dtype: torch.dtype) -> str:
     if kind is None:
         raise SwquantError(f"{name} is stored as {str(dtype).removeprefix('torch.')}, which GGUF has no type for")
     return kind
-
-
-def _dense(checkpoint: Checkpoint, tensor: TensorPlan) -> Tensor:
-    if (
-        tensor.fold is not None and tensor.name in tensor.fold.readers
-    ):  # no type holds it, the norm is scaled all the same
-        ((dtype, _),) = tensor.layout.values()
-        return _weight(checkpoint, tensor).to(dtype)
-    return round_tensor(tensor, checkpoint.read(tensor.name), Evidence()).parts[tensor.name]
-
-
-def _weight(checkpoint: Checkpoint, tensor: TensorPlan) -> Tensor:
-    weight = checkpoint.read(tensor.name)
-    return weight if tensor.fold is None else fold_columns(weight, tensor.fold)
-
-
-def _evidence(tensor: TensorPlan, prepared: Prepared, text: SelfText | None, embedding: bool) -> Evidence:
-    if embedding:  # read row by row, or by the last norm: no input of it was looked at
-        ones = torch.ones(tensor.shape[1])
-        return Evidence(importance=None if prepared.plan.options.refinement == "none" else ones)
-    return evidence_for(tensor, prepared.found, prepared.plan.options.refinement, text)
-
-
-def _rounded(checkpoint: Checkpoint, tensor: TensorPlan, evidence: Callable[[], Evidence]) -> QuantizedTensor:
-    assert tensor.recipe is not None
-    return _followed(tensor.name, tensor.recipe, _weight(checkpoint, tensor), evidence())
-
-
-def _followed(name: str, recipe: Recipe, weight: Tensor, evidence: Evidence) -> QuantizedTensor:
-    try:
-        return follow(recipe, weight, evidence).quantized
-    except ValueError as error:
-        raise SwquantError(f"{name}: {error}; the source is damaged, or no model for GGUF") from None
 
 
 def from_checkpoint(checkpoint: CompressedCheckpoint, kind: str, embedding: Mapping[str, str]) -> Iterator[Item]:
@@ -152,21 +166,28 @@ def from_checkpoint(checkpoint: CompressedCheckpoint, kind: str, embedding: Mapp
                 row = TYPES[row.fallback]
             if stored.shape[1] % row.weights:
                 raise SwquantError(f"{name}: rows of {stored.shape[1]} weights fit no GGUF type; leave --type out")
-            evidence = Evidence(importance=torch.ones(stored.shape[1]))
-            make = partial(_again, checkpoint, name, recipe_of(row, places), evidence)
-            yield Item(name, row.name, stored.shape, make, places, partial(checkpoint.read, name))
+            yield Item(name, row.name, stored.shape, places, recipe_of(row, places))
         elif name in checkpoint.quantized_names:
             held = type_of(checkpoint.quantized(name))
             if isinstance(held, str):
                 raise SwquantError(f"{checkpoint.name}: {name} {held}, or export with --type Q8_0, which rounds again")
-            original = partial(checkpoint.read, name)
-            yield Item(name, held.name, stored.shape, partial(checkpoint.quantized, name), places, original)
+            yield Item(name, held.name, stored.shape, places)
         else:
-            yield Item(name, _float_type(name, stored.dtype), stored.shape, partial(checkpoint.read, name))
+            yield Item(name, _float_type(name, stored.dtype), stored.shape)
 
 
-def _again(checkpoint: CompressedCheckpoint, name: str, recipe: Recipe, evidence: Evidence) -> QuantizedTensor:
-    return _followed(name, recipe, checkpoint.read(name).to(torch.float32), evidence)
+def content_of(checkpoint: CompressedCheckpoint, item: Item) -> Content:
+    """What the file holds of a checkpoint's tensor. Raises SwquantError."""
+    if item.type not in TYPES:
+        return Content(checkpoint.read(item.name))
+    kind = TYPES[item.type]
+    if item.recipe is not None:
+        evidence = Evidence(importance=torch.ones(item.shape[1]))
+        weight = checkpoint.read(item.name).to(torch.float32)
+        return _rounded(item.name, item.recipe, kind, weight, evidence, item.super_weights)
+    quantized = checkpoint.quantized(item.name)
+    original = checkpoint.read(item.name) if item.super_weights else quantized.codes
+    return Content(encode(quantized, kind), _held(quantized, original, item.super_weights))
 
 
 def _super_weights(checkpoint: CompressedCheckpoint) -> dict[str, tuple[tuple[int, int], ...]]:
@@ -188,29 +209,11 @@ def form_of(place: Place, items: Mapping[str, Item]) -> Form:
     return Form(place.name, "F32" if place.float32 or len(shape) == 1 else first.type, tuple(shape))
 
 
-def made(place: Place, items: Mapping[str, Item], form: Form, held: list[SuperWeightCode]) -> Tensor:
-    """The bytes, or floats, of a place. held: what the file has of super weights is added."""
-    order = row_order(items[place.sources[0]].shape[0], place.heads) if place.heads else None
-    parts = []
-    for name in place.sources:
-        item = items[name]
-        value = item.make()
-        if isinstance(value, QuantizedTensor):
-            held += _held(item, value)
-            value = encode(value, TYPES[item.type])
-        else:
-            value = (value.to(torch.float32) + place.shift) if form.type == "F32" else value
-        parts.append(value if order is None else value[order])
-    return parts[0] if len(parts) == 1 else torch.stack(parts)
-
-
-def _held(item: Item, quantized: QuantizedTensor) -> Iterator[SuperWeightCode]:
-    if not item.super_weights:
-        return
-    assert item.original is not None
-    plain = replace(quantized, scale=quantized.scale.to(torch.float32))
-    if plain.offset is not None:
-        plain = replace(plain, offset=plain.offset.to(torch.float32))
-    decoded, original = dequantize(plain, torch.float32), item.original()
-    for row, col in item.super_weights:
-        yield SuperWeightCode(row, col, float(original[row, col]), float(decoded[row, col]))
+def arranged(place: Place, form: Form, parts: Sequence[Tensor]) -> Tensor:
+    """The bytes, or floats, of a place, made of the contents of its sources."""
+    if form.type == "F32":
+        parts = [part.to(torch.float32) + place.shift for part in parts]
+    if place.heads:
+        order = row_order(parts[0].shape[0], place.heads)
+        parts = [part[order] for part in parts]
+    return parts[0] if len(parts) == 1 else torch.stack(list(parts))

@@ -28,7 +28,7 @@ from swquant.checkpoints.compressed import CompressedCheckpoint
 from swquant.checkpoints.manifest import write_manifest
 from swquant.checkpoints.schema import CheckRecord, NodeRecord, OnnxManifest
 from swquant.compress.pipeline import written
-from swquant.compress.writing import Prepared
+from swquant.compress.prepared import Prepared
 from swquant.export.onnx.builder import check_builder
 from swquant.export.onnx.check import Reference, check_export, make_long_reference, make_reference
 from swquant.export.onnx.graph import dynamo_graph, embedding_scale, genai_graph, save_for_builder

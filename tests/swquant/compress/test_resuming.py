@@ -23,7 +23,7 @@ from swquant.checkpoints.open import open_checkpoint
 from swquant.compress import pipeline, report, resuming
 from swquant.compress.options import CompressOptions
 from swquant.compress.plan import TensorPlan
-from swquant.compress.writing import Prepared
+from swquant.compress.prepared import Prepared
 from swquant.output import hidden
 from swquant.output.destination import unfinished
 from swquant.output.journal import read_journal
