@@ -233,6 +233,7 @@ def export(
     *,
     format: str | None = None,
     overwrite: bool = False,
+    device: str = "auto",
     trust_remote_code: bool = False,
     progress: Progress = silent,
     **changes: Unpack[ExportWords],
@@ -240,27 +241,28 @@ def export(
     """Export a compressed checkpoint: to an ONNX folder, checked to give the same answers, or to a GGUF file.
 
     out: what to create. format: onnx or gguf; by default gguf where `out` ends in .gguf. options and changes: an
-    `ExportOptions` or `GgufOptions`, or its fields as keywords (graph, precision, accuracy_level, …; type, …). Returns
-    path and manifest. Raises SwquantError; then `out` does not exist. ONNX needs the extra `cpu` or `gpu`.
+    `ExportOptions` or `GgufOptions`, or its fields as keywords (graph, type, …). device: where torch says what ONNX is
+    compared with, or rounds for GGUF. Returns path and manifest. Raises SwquantError; then there is no `out`.
     """
     row, path = export_format(Path(out), format), Path(checkpoint)
     assert row.options is not None
     if options is not None and not isinstance(options, row.options):
         raise SwquantError(f"{type(options).__name__} say nothing of format {row.name}; give {row.options.__name__}")
-    ready = {} if options is None else asdict(options)
-    chosen = row.chosen({**ready, **changes}, int8=False, resolve=False)
+    chosen = row.chosen({**(asdict(options) if options else {}), **changes}, int8=False, resolve=False)
     row.require()
     from swquant.checkpoints.compressed import CompressedCheckpoint
     from swquant.checkpoints.manifest import MANIFEST
     from swquant.checkpoints.open import is_onnx_folder
+    from swquant.models.devices import device_for
 
+    place = device_for(device)
     if is_onnx_folder(path):
         raise SwquantError(f"{path}: already exported; give the checkpoint that it was made from")
     if not (path / MANIFEST).is_file():
         raise SwquantError(f"{path}: not a compressed checkpoint; make one first: swquant compress MODEL OUT")
     with CompressedCheckpoint(path, unrounded=True, trust_remote_code=trust_remote_code) as opened:
         assert row.export is not None
-        return row.export(opened, Path(out), chosen, overwrite, progress)
+        return row.export(opened, Path(out), chosen, {"overwrite": overwrite, "device": place, "progress": progress})
 
 
 def load(
@@ -374,6 +376,7 @@ def study(
     options: StudyOptions | None = None,
     *,
     text_name: str = "text",
+    device: str = "auto",
     trust_remote_code: bool = False,
     progress: Progress = silent,
     **changes: Unpack[StudyKeywords],
@@ -382,18 +385,15 @@ def study(
 
     text: what to measure on; text_name: what the report calls it. out: the folder of the report, `<name>-study` by
     default; an earlier study there gives what it measured already. options and changes: a `StudyOptions`, or its fields
-    as keywords (only, quick, window, limit, bits, prompt, …). Returns path, sections (sentences, tables, charts) and
+    as keywords (only, quick, …). device: as for `detect`. Returns path, sections (sentences, tables, charts) and
     the record that study.json holds. Raises SwquantError.
     """
     chosen = made_of(StudyOptions, options, changes)
     from swquant.checkpoints.open import open_checkpoint
+    from swquant.models.devices import device_for
     from swquant.study.pipeline import study_checkpoint
 
+    how: dict[str, Any] = {"text_name": text_name, "device": device_for(device), "progress": progress}
     with open_checkpoint(model, trust_remote_code=trust_remote_code) as checkpoint:
         target = Path(out) if out is not None else Path(f"{checkpoint.name}-study")
-        try:
-            return study_checkpoint(checkpoint, text, target, chosen, text_name=text_name, progress=progress)
-        except KeyboardInterrupt as interrupt:
-            if (target / "cache").is_dir():
-                interrupt.add_note(f"what was measured stays in {target} and is used by the next run")
-            raise
+        return study_checkpoint(checkpoint, text, target, chosen, **how)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from swquant.cli.options import OUTPUT, takes
-from swquant.cli.shared import CheckpointArgument, JsonOption, TrustOption, make_progress, show_written
+from swquant.cli.shared import CheckpointArgument, DeviceOption, JsonOption, TrustOption, make_progress, show_written
 from swquant.export.formats import EXPORTS
 
 __all__ = ["export"]
@@ -37,6 +37,7 @@ def export(
         bool, typer.Option("--overwrite", help="Replace TARGET if swquant made it.", rich_help_panel=OUTPUT)
     ] = False,
     as_json: JsonOption = False,
+    device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
     *,
     given: Mapping[str, Any],
@@ -49,6 +50,7 @@ def export(
         target,
         format=form,
         overwrite=overwrite,
+        device=device,
         trust_remote_code=trust_remote_code,
         progress=make_progress(as_json),
         **given,

@@ -9,6 +9,7 @@ import typer
 
 from swquant.cli.options import BASIC, takes
 from swquant.cli.shared import (
+    DeviceOption,
     JsonOption,
     ModelArgument,
     TrustOption,
@@ -47,6 +48,7 @@ def study(
         ),
     ] = None,
     as_json: JsonOption = False,
+    device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
     *,
     options: StudyOptions,
@@ -55,9 +57,15 @@ def study(
     from swquant.api import study as study_model
 
     result = study_model(
-        model, text_of(text), out_folder, options, text_name=text.name, trust_remote_code=trust_remote_code,
+        model,
+        text_of(text),
+        out_folder,
+        options,
+        text_name=text.name,
+        device=device,
+        trust_remote_code=trust_remote_code,
         progress=make_progress(as_json),
-    )  # fmt: skip
+    )
     if as_json:
         print_json({"path": str(result.path), **result.record})
         return

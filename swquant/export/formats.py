@@ -18,6 +18,8 @@ from swquant.export.onnx.options import ExportOptions
 from swquant.progress import Progress
 
 if TYPE_CHECKING:
+    import torch
+
     from swquant.checkpoints.base import Checkpoint
     from swquant.checkpoints.compressed import CompressedCheckpoint
     from swquant.compress.options import CompressOptions
@@ -34,6 +36,14 @@ class Carrying(TypedDict):
 
     overwrite: bool
     fresh: bool
+    progress: Progress
+
+
+class Exporting(TypedDict):
+    """How a checkpoint is exported, see `export_checkpoint` and `export_gguf`."""
+
+    overwrite: bool
+    device: torch.device
     progress: Progress
 
 
@@ -58,7 +68,7 @@ class Format:
     check_out: Callable[[Path, bool, Checkpoint], None]
     fitted: Callable[[Prepared, Any], Prepared]
     run: Callable[[Planned, Carrying], Compressed | Exported | Written]
-    export: Callable[[CompressedCheckpoint, Path, Any, bool, Progress], Exported | Written] | None = None
+    export: Callable[[CompressedCheckpoint, Path, Any, Exporting], Exported | Written] | None = None
     stock: bool = True
 
     def chosen(self, given: Mapping[str, Any], *, int8: bool, resolve: bool = True) -> Any:
@@ -165,12 +175,10 @@ def _write_onnx(planned: Planned, how: Carrying) -> Exported:
     return write_exported(planned.prepared, planned.out, planned.export, **how)
 
 
-def _export_onnx(
-    checkpoint: CompressedCheckpoint, out: Path, options: ExportOptions, overwrite: bool, progress: Progress
-) -> Exported:
+def _export_onnx(checkpoint: CompressedCheckpoint, out: Path, options: ExportOptions, how: Exporting) -> Exported:
     from swquant.export.onnx.pipeline import export_checkpoint
 
-    return export_checkpoint(checkpoint, out, options, overwrite=overwrite, progress=progress)
+    return export_checkpoint(checkpoint, out, options, **how)
 
 
 def _suited_for_gguf(options: CompressOptions, export: GgufOptions) -> CompressOptions:
@@ -199,12 +207,10 @@ def _write_gguf(planned: Planned, how: Carrying) -> Written:
     return write_gguf(planned.prepared, planned.out, planned.export, overwrite=overwrite, progress=progress)
 
 
-def _export_gguf(
-    checkpoint: CompressedCheckpoint, out: Path, options: GgufOptions, overwrite: bool, progress: Progress
-) -> Written:
+def _export_gguf(checkpoint: CompressedCheckpoint, out: Path, options: GgufOptions, how: Exporting) -> Written:
     from swquant.export.gguf.pipeline import export_gguf
 
-    return export_gguf(checkpoint, out, options, overwrite=overwrite, progress=progress)
+    return export_gguf(checkpoint, out, options, **how)
 
 
 _ROWS = (

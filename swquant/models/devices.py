@@ -12,10 +12,10 @@ import torch
 from calibrationless import CPU
 from exporters.errors import SwquantError
 from swquant.checkpoints.base import Checkpoint
-from swquant.models.memory import bytes_as
+from swquant.models.memory import available_memory, bytes_as
 from swquant.units import human_bytes
 
-__all__ = ["device_for", "named", "place_for"]
+__all__ = ["device_for", "free_memory", "named", "place_for"]
 
 _FORM = re.compile(r"auto|cpu|cuda(:\d+)?")
 
@@ -48,13 +48,20 @@ def named(device: torch.device) -> str:
     return "" if device.type == "cpu" else f" on {device} ({torch.cuda.get_device_name(device)})"
 
 
-def place_for(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> tuple[torch.device, str]:
-    """Where a model can run that is to run on `device`, and what to say of it. A GPU without room for its weights
-    and a fifth more, for what runs through them, leaves it to the CPU, which may read it layer by layer; tensors,
-    rounded one at a time, go to the GPU all the same."""
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated there."""
+    return available_memory() if device.type == "cpu" else int(torch.cuda.mem_get_info(device)[0])
+
+
+def place_for(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, *, copies: int = 1
+) -> tuple[torch.device, str]:
+    """Where a model can run that is to run on `device`, and what to say of it. A GPU without room for so many copies
+    of its weights and a fifth of one more, for what runs through them, leaves it to the CPU, which may read it layer by
+    layer; tensors, rounded one at a time, go to the GPU all the same."""
     if device.type == "cpu":
         return device, ""
-    needed, (free, _) = bytes_as(checkpoint, dtype) * 6 // 5, torch.cuda.mem_get_info(device)
+    needed, free = bytes_as(checkpoint, dtype) * (5 * copies + 1) // 5, free_memory(device)
     if needed <= free:
         return device, named(device)
     return CPU, f" on the CPU: it takes {human_bytes(needed)}, {device} has {human_bytes(free)} free"

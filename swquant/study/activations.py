@@ -40,7 +40,7 @@ KEPT = {
 def _keep(kept: str, inputs: Tensor, channels: Tensor, per_token: bool) -> Tensor | None:
     """bool, broadcast over inputs [..., in]: what is replaced before rounding."""
     if kept == "channels":
-        return channels if bool(channels.any()) else None
+        return channels.to(inputs.device) if bool(channels.any()) else None
     if kept == "nothing":
         return None
     magnitudes = inputs.abs()

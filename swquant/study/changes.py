@@ -25,6 +25,7 @@ from calibrationless import (
     dequantize,
     fit,
     follow,
+    moved,
     parse_block,
     restore,
     shape_of,
@@ -242,7 +243,7 @@ def _round(
     if fitted is None:
         return matrix
     recipe = _recipe(method, fitted, points, matrix.numel(), subject)
-    rounded = follow(recipe, matrix, Evidence(importance=energy))
+    rounded = follow(recipe, matrix, moved(Evidence(importance=energy), matrix.device))
     return restore(dequantize(rounded.quantized, torch.float32), *rounded.patches.values())
 
 

@@ -5,7 +5,7 @@ logits are computed first and kept, as many windows at a time as fit in memory, 
 
 Windows run side by side on threads that use one core each. torch would split every single product over the cores and
 wait for the slowest, which takes eight times as long when something else uses one of them; and the results would depend
-on the number of threads.
+on the number of threads. On a GPU one window follows the other.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from calibrationless import CPU
 from exporters.errors import SwquantError
 from swquant.evaluate.pipeline import Score, score_window, window_logits
-from swquant.models.memory import available_memory
+from swquant.models.devices import free_memory
 from swquant.progress import Progress, silent
 from swquant.study.cache import Cache
 from swquant.study.changes import Change, original
@@ -71,7 +72,7 @@ class Measured:
 def _groups(subject: Subject) -> Iterator[range]:
     """Windows whose logits fit in memory together, at least one."""
     vocabulary = subject.model.get_input_embeddings().get_parameter("weight").shape[0]
-    budget = _MEMORY * available_memory()
+    budget = _MEMORY * free_memory(subject.model.device)
     start, size = 0, 0.0
     for index, ids in enumerate(subject.windows.ids):
         nbytes = 4 * vocabulary * len(ids)
@@ -103,9 +104,9 @@ def _score(subject: Subject, change: Change, reference: _Reference) -> tuple[Sco
     logits = reference.logits
     if change.key != original().key:
         logits, _ = window_logits(subject.model, subject.windows.ids[reference.index], subject.windows.bos)
-    mass = torch.zeros(logits.shape[1], dtype=torch.float64) if change.mass else None
+    mass = torch.zeros(logits.shape[1], dtype=torch.float64, device=logits.device) if change.mass else None
     score = score_window(logits, reference.targets, reference.logits, mass)
-    return score, None if mass is None else (mass / score.tokens).to(torch.float32)
+    return score, None if mass is None else (mass / score.tokens).to(CPU, torch.float32)
 
 
 def measure(subject: Subject, changes: Iterable[Change], cache: Cache, progress: Progress = silent) -> Measured:
@@ -131,7 +132,7 @@ def _measure(
     told = False
     try:
         with (
-            ThreadPoolExecutor(threads) as pool,
+            ThreadPoolExecutor(threads if subject.model.device.type == "cpu" else 1) as pool,
             progress.tokens("Measuring", len(todo) * subject.windows.predicted) as bar,
         ):
             groups = list(_groups(subject))

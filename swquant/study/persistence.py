@@ -137,7 +137,7 @@ def _probe(subject: Subject, channel: int, ids: Sequence[int], pruned: Sequence[
     """(magnitudes float64 [layers + 1] with, the same without the super weights, position of the largest value)."""
     watches = [subject.watch(name) for name in sorted({scalar.name for scalar in pruned})]
     layers = subject.found.architecture.layers
-    tokens = torch.tensor([ids])
+    tokens = torch.tensor([ids], device=subject.model.device)
 
     def forward() -> Tensor:
         return subject.model(input_ids=tokens, use_cache=False).logits[0]

@@ -12,7 +12,8 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from calibrationless import CPU
 from exporters.errors import SwquantError
 from swquant.checkpoints.base import Checkpoint
 from swquant.detect.pipeline import find_super_weights
@@ -27,6 +29,7 @@ from swquant.drawing.charts import draw, standalone
 from swquant.drawing.page import facts, page, section_html
 from swquant.drawing.section import Cell, Interval, Section, Table
 from swquant.evaluate.pipeline import Windows, fit_window, make_windows
+from swquant.models.devices import place_for
 from swquant.models.loading import build_model
 from swquant.models.memory import available_memory, fits_in_memory
 from swquant.output.destination import check_space, write_whole, writing
@@ -88,22 +91,24 @@ def study_checkpoint(
     options: StudyOptions,
     *,
     text_name: str = "text",
+    device: torch.device = CPU,
     progress: Progress = silent,
 ) -> Study:
     """Make the experiments and write the report. Raises SwquantError for everything the user can mend.
 
-    What was measured stays in OUT/cache, also when the run is stopped, and is not measured again.
+    What was measured stays in OUT/cache, also when the run is stopped, and is not measured again. device: where the
+    model runs and is rounded, if it fits there.
     """
     check_study_folder(out)
     if options.tasks:
         check_tasks(options.tasks)
     windows = _windows(checkpoint, text, options)
     needed = _PAGES + 8 * len(windows.ids) * int(getattr(checkpoint.config.get_text_config(), "vocab_size", 0))
-    with writing(out, needed, option="--out"):
+    with writing(out, needed, option="--out"), _said_what_stays(out):
         (out / _TAG).parent.mkdir(parents=True, exist_ok=True)
         check_space(out, needed)
         (out / _TAG).write_text(_SIGNATURE, encoding="utf-8")
-        subject = _load(checkpoint, windows, options, progress)
+        subject = _load(checkpoint, windows, options, device, progress)
         cache = Cache(out / "cache", subject.fingerprint())
         sections = _experiment(subject, cache, options, progress)
         if options.tasks:
@@ -114,6 +119,16 @@ def study_checkpoint(
         record = _record(subject, sections, options, text_name)
         _write_all(out, subject, sections, record)
     return Study(out, sections, record)
+
+
+@contextmanager
+def _said_what_stays(out: Path) -> Iterator[None]:
+    """Whoever stops the run inside is told."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note(f"what was measured stays in {out} and is used by the next run")
+        raise
 
 
 def _windows(checkpoint: Checkpoint, text: str, options: StudyOptions) -> Windows:
@@ -127,15 +142,18 @@ def _windows(checkpoint: Checkpoint, text: str, options: StudyOptions) -> Window
     return windows
 
 
-def _load(checkpoint: Checkpoint, windows: Windows, options: StudyOptions, progress: Progress) -> Subject:
-    if not fits_in_memory(checkpoint, torch.float32):  # the factor two in there is the copy that rounding needs
+def _load(
+    checkpoint: Checkpoint, windows: Windows, options: StudyOptions, device: torch.device, progress: Progress
+) -> Subject:
+    place, said = place_for(checkpoint, torch.float32, device, copies=2)  # the second is what rounding puts back
+    if place.type == "cpu" and not fits_in_memory(checkpoint, torch.float32):  # the factor two is in there
         dense = 4 * sum(stored.numel for stored in checkpoint.tensors.values())
         raise SwquantError(
             f"{checkpoint.name}: a study holds the model twice in float32, {human_bytes(2 * dense)}, but only "
             f"{human_bytes(available_memory())} of memory are free; use a machine with more, or a smaller model"
         )
-    with progress.step(f"Loading {checkpoint.name}"):
-        model = build_model(checkpoint, torch.float32)
+    with progress.step(f"Loading {checkpoint.name}{said}"):
+        model = build_model(checkpoint, torch.float32, place)
     with progress.step(f"Probing {checkpoint.name} with one prompt"):
         found = find_super_weights(checkpoint, options.prompt, model=model)
     return Subject(checkpoint, found, model, windows, options.bits, options.quick)
@@ -155,6 +173,7 @@ def _record(subject: Subject, sections: Sequence[Section], options: StudyOptions
         "swquant": __version__,
         "model": subject.checkpoint.name,
         "fingerprint": subject.checkpoint.fingerprint,
+        "device": subject.model.device.type,
         "options": {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(options).items()},
         "text": {
             "name": text_name,

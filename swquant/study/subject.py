@@ -83,13 +83,14 @@ class Subject:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().data)
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         known = [
             self.model.config.to_dict(),
             [ids.tolist() for ids in self.windows.ids],
             self.windows.bos,
             [asdict(weight.scalar) for weight in self.super_weights],
             self.checkpoint.kind,
+            self.model.device.type,
         ]
         digest.update(json.dumps(known, sort_keys=True, default=str).encode())
         return digest.hexdigest()

@@ -20,7 +20,7 @@ import gguf
 import torch
 from torch import Tensor
 
-from calibrationless import Evidence, one_thread_per_operation
+from calibrationless import CPU, Evidence, one_thread_per_operation
 from exporters.errors import SwquantError
 from exporters.gguf.blocks import TYPES
 from exporters.gguf.names import Place, places
@@ -155,9 +155,11 @@ def export_gguf(
     options: GgufOptions,
     *,
     overwrite: bool = False,
+    device: torch.device = CPU,
     progress: Progress = silent,
 ) -> Written:
-    """Export a checkpoint opened with unrounded=True. `out` appears whole or not at all. Raises SwquantError."""
+    """Export a checkpoint opened with unrounded=True. `out` appears whole or not at all. device: where weights are
+    rounded again. Raises SwquantError."""
     if options.imatrix is not None:
         raise SwquantError(
             "--imatrix: a checkpoint has no energies; give it to swquant compress, with the original model"
@@ -169,14 +171,14 @@ def export_gguf(
     heads = dict.fromkeys(_embeddings(placed), options.embedding_type) if options.embedding_type != "stored" else {}
     with progress.step("Looking for the type of every tensor"):
         items = {item.name: item for item in from_checkpoint(checkpoint, options.type, heads)}
-    record = {"checkpoint": checkpoint.manifest["digest"], "gguf": options.as_dict()}
+    record = {"checkpoint": checkpoint.manifest["digest"], "gguf": options.as_dict(), "device": device.type}
 
     def contents() -> Generator[Content]:
         names = [name for place in placed for name in place.sources]
         with progress.bytes("Writing", sum(checkpoint.tensors[name].nbytes for name in names)) as bar:
             for name in names:
                 bar.advance(name, checkpoint.tensors[name].nbytes)
-                yield content_of(checkpoint, items[name])
+                yield content_of(checkpoint, items[name], device)
 
     with closing(contents()) as stream:
         return _write(header, placed, items, stream, out, record, overwrite, _left_out(checkpoint, items))

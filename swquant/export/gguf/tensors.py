@@ -176,15 +176,15 @@ def from_checkpoint(checkpoint: CompressedCheckpoint, kind: str, embedding: Mapp
             yield Item(name, _float_type(name, stored.dtype), stored.shape)
 
 
-def content_of(checkpoint: CompressedCheckpoint, item: Item) -> Content:
-    """What the file holds of a checkpoint's tensor. Raises SwquantError."""
+def content_of(checkpoint: CompressedCheckpoint, item: Item, device: torch.device = CPU) -> Content:
+    """What the file holds of a checkpoint's tensor. device: where it is rounded, if it is. Raises SwquantError."""
     if item.type not in TYPES:
         return Content(checkpoint.read(item.name))
     kind = TYPES[item.type]
     if item.recipe is not None:
         evidence = Evidence(importance=torch.ones(item.shape[1]))
         weight = checkpoint.read(item.name).to(torch.float32)
-        return _rounded(item.name, item.recipe, kind, weight, evidence, item.super_weights)
+        return _rounded(item.name, item.recipe, kind, weight, evidence, item.super_weights, device)
     quantized = checkpoint.quantized(item.name)
     original = checkpoint.read(item.name) if item.super_weights else quantized.codes
     return Content(encode(quantized, kind), _held(quantized, original, item.super_weights))

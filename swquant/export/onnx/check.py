@@ -20,6 +20,7 @@ import onnxruntime
 import torch
 from transformers import PreTrainedModel
 
+from calibrationless import CPU
 from exporters.errors import SwquantError
 from exporters.onnx.files import MODEL
 from swquant.checkpoints.schema import CheckRecord
@@ -55,13 +56,13 @@ def make_reference(model: PreTrainedModel, prompt: tuple[int, ...]) -> Reference
     """Run the torch model on a prompt and let it continue greedily."""
     chosen: list[int] = []
     logits: list[np.ndarray] = []
-    ids, past = torch.tensor([prompt]), None
+    ids, past = torch.tensor([prompt], device=model.device), None
     with torch.no_grad():
         while len(chosen) < _NEW_TOKENS:
             output = model(input_ids=ids, past_key_values=past, use_cache=True)
-            logits.append(output.logits.to(torch.float32).numpy())
+            logits.append(output.logits.to(CPU, torch.float32).numpy())
             chosen.append(int(logits[-1][0, -1].argmax()))
-            ids, past = torch.tensor([chosen[-1:]]), output.past_key_values
+            ids, past = torch.tensor([chosen[-1:]], device=model.device), output.past_key_values
     return Reference(prompt, tuple(chosen), logits[0], tuple(item[:, -1] for item in logits[1:]))
 
 
@@ -92,12 +93,12 @@ def make_long_reference(model: PreTrainedModel) -> LongReference | None:
         return LongReference(np.zeros((1, 0), np.int64), (), empty, empty, unreached)
     ids = np.random.RandomState(0).randint(0, text.vocab_size, (1, length_past(model.config, within))).astype(np.int64)
     pieces = tuple(pieces_of(within, ids.shape[1]))
-    stepped, past = [], None
+    stepped, past, tokens = [], None, torch.from_numpy(ids).to(model.device)
     with torch.no_grad():
-        whole = model(input_ids=torch.from_numpy(ids)).logits[0, -_TAIL:].to(torch.float32).numpy().copy()
+        whole = model(input_ids=tokens).logits[0, -_TAIL:].to(CPU, torch.float32).numpy().copy()
         for piece in pieces:
-            output = model(input_ids=torch.from_numpy(ids[:, piece]), past_key_values=past, use_cache=True)
-            stepped.append(output.logits[0, -1].to(torch.float32).numpy().copy())
+            output = model(input_ids=tokens[:, piece], past_key_values=past, use_cache=True)
+            stepped.append(output.logits[0, -1].to(CPU, torch.float32).numpy().copy())
             past = output.past_key_values
     return LongReference(ids, pieces, whole, np.stack(stepped), unreached)
 

@@ -109,7 +109,7 @@ def watch_peaks(model: PreTrainedModel, names: Mapping[str, object]) -> Iterator
 
     def hook(name: str) -> object:
         def see(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            peak = arguments[0].detach().abs().flatten(0, -2).amax(0).to(torch.float32)
+            peak = arguments[0].detach().abs().flatten(0, -2).amax(0).to("cpu", torch.float32)
             peaks[name] = torch.maximum(peaks[name], peak) if name in peaks else peak
 
         return see

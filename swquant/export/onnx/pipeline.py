@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir
 import torch
 
+from calibrationless import CPU
 from exporters.json_file import write_json
 from exporters.onnx.files import GENAI_CONFIG
 from exporters.onnx.nodes import DOMAIN, OPERATOR, PackedWeight, narrowed
@@ -44,6 +45,7 @@ from swquant.export.onnx.linears import (
 )
 from swquant.export.onnx.options import ExportOptions
 from swquant.models.architecture import Architecture, LinearKind, describe
+from swquant.models.devices import place_for
 from swquant.models.loading import build_model
 from swquant.output.destination import check_destination, check_space, replace, unfinished, writing
 from swquant.output.verification import file_table
@@ -67,9 +69,11 @@ def export_checkpoint(
     options: ExportOptions,
     *,
     overwrite: bool = False,
+    device: torch.device = CPU,
     progress: Progress = silent,
 ) -> Exported:
-    """Export a checkpoint opened with unrounded=True. `out` appears whole or not at all. Raises SwquantError."""
+    """Export a checkpoint opened with unrounded=True. `out` appears whole or not at all. device: where the torch model
+    says what the file is compared with, if it fits there. Raises SwquantError."""
     check_destination(out, overwrite, checkpoint)
     options = options.resolved(checkpoint.manifest["activations"] is not None)
     check_patches(checkpoint)
@@ -81,7 +85,7 @@ def export_checkpoint(
         unfinished(out) as folder,
         unfinished(out) as scratch,
     ):
-        traced = _trace(checkpoint, options, scratch, progress)
+        traced = _trace(checkpoint, options, scratch, device, progress)
         with progress.step("Writing"):
             check_space(out, weight_bytes(traced.graph))
             save(traced.graph, folder)
@@ -135,7 +139,9 @@ def write_exported(
         written(prepared, out, fresh=fresh, progress=progress) as made,
         CompressedCheckpoint(made.path, unrounded=True, trust_remote_code=source.trust_remote_code) as checkpoint,
     ):
-        return export_checkpoint(checkpoint, out, options, overwrite=overwrite, progress=progress)
+        return export_checkpoint(
+            checkpoint, out, options, overwrite=overwrite, device=prepared.device, progress=progress
+        )
 
 
 @dataclass(frozen=True)
@@ -147,7 +153,9 @@ class _Traced:
     reference: Reference
 
 
-def _trace(checkpoint: CompressedCheckpoint, options: ExportOptions, scratch: Path, progress: Progress) -> _Traced:
+def _trace(
+    checkpoint: CompressedCheckpoint, options: ExportOptions, scratch: Path, device: torch.device, progress: Progress
+) -> _Traced:
     dtype = torch.float16 if options.precision == "fp16" else torch.float32
     prompt = tuple(checkpoint.manifest["detection"]["token_ids"])
     with progress.step(f"Loading {checkpoint.name}"):
@@ -164,9 +172,13 @@ def _trace(checkpoint: CompressedCheckpoint, options: ExportOptions, scratch: Pa
             compact = any(weight.row_scales is not None for weight in weights.values())
             head_name, weights_of_head, tied = pack_head(model, options.lm_head_bits, dtype, compact=compact)
             weights[head_name] = weights_of_head
+    place, said = place_for(checkpoint, torch.float32, device)
+    with progress.step(f"Asking it what the file will be compared with{said}"):
+        model.to(place)
         with watch_peaks(model, weights) as peaks:
             reference = make_reference(model, prompt)
         reference = dataclasses.replace(reference, long=make_long_reference(model))
+        model.to(CPU)
         if options.accuracy_level:
             weights = at_level_4(weights, peaks, channels_of(checkpoint))
     with progress.step("Tracing the graph"):

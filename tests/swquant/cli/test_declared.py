@@ -67,9 +67,9 @@ OWN = {
         "trust_remote_code",
     },
     "distill": {"teacher", "out_folder", "text", "dry_run", "device", "as_json", "trust_remote_code"},
-    "export": {"checkpoint", "target", "form", "overwrite", "as_json", "trust_remote_code"},
+    "export": {"checkpoint", "target", "form", "overwrite", "as_json", "device", "trust_remote_code"},
     "moe": {"model", "out_folder", "text", "dry_run", "device", "as_json", "trust_remote_code"},
-    "study": {"model", "text", "out_folder", "as_json", "trust_remote_code"},
+    "study": {"model", "text", "out_folder", "as_json", "device", "trust_remote_code"},
     "tune": {
         "checkpoint",
         "out_folder",
@@ -241,12 +241,13 @@ def test_an_interrupted_study_says_what_stays(
     cli: Cli, planted_llama: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: object, **__: object) -> None:
-        (tmp_path / "out" / "cache").mkdir(parents=True)
+        assert (tmp_path / "out" / "cache").is_dir()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "study_checkpoint", interrupt)
-    (tmp_path / "text.txt").write_text("t5")
-    ran = cli("study", planted_llama.folder, "--text", tmp_path / "text.txt", "--out", tmp_path / "out")
+    monkeypatch.setattr(pipeline, "measure", interrupt)
+    (tmp_path / "text.txt").write_text("t5 t9 t7 t1 t2 t3")
+    words = ("--text", tmp_path / "text.txt", "--out", tmp_path / "out", "--window", 4, "--prompt", PROMPT)
+    ran = cli("study", planted_llama.folder, *words)
     assert ran.code == 130
     assert (
         ran.err.splitlines()[0]

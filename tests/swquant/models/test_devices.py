@@ -44,12 +44,12 @@ def test_what_is_no_device_is_refused_with_the_known_ones(name: str) -> None:
         device_for(name)
 
 
-@pytest.mark.parametrize("call", ["detect", "compress", "plan", "evaluate", "generate"])
+@pytest.mark.parametrize("call", ["detect", "compress", "plan", "evaluate", "generate", "study"])
 def test_a_gpu_that_is_not_there_is_refused_before_the_model_is_opened(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, call: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    text = {"evaluate": ("text",), "generate": ("text",)}.get(call, ())
+    text = {"evaluate": ("text",), "generate": ("text",), "study": ("text",)}.get(call, ())
     with pytest.raises(
         SwquantError, match=r"--device cuda: PyTorch .*; take --device cpu, or install PyTorch for CUDA"
     ):

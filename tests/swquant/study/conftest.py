@@ -6,6 +6,7 @@ import pytest
 from support.study_world import OPTIONS, World, make_world
 
 import swquant
+from calibrationless import CPU
 from swquant.checkpoints.open import open_checkpoint
 from swquant.progress import Progress
 from swquant.study.options import StudyOptions
@@ -39,4 +40,4 @@ def of_control(control: World) -> Study:
 def subject(planted: World) -> Subject:
     options = StudyOptions(**OPTIONS)
     with open_checkpoint(planted.folder) as checkpoint:
-        return _load(checkpoint, _windows(checkpoint, planted.text.read_text(), options), options, Progress())
+        return _load(checkpoint, _windows(checkpoint, planted.text.read_text(), options), options, CPU, Progress())
