@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from calibrationless.blocks import Block, Tile, from_blocks, scale_shape, shape_of, to_blocks
-from calibrationless.loops import run_loop
+from calibrationless.loops import cut_codes, run_loop
 from calibrationless.pieces import for_pieces
 from calibrationless.quantized import OCTAVE, Compact, QuantizedTensor, check_bits, compact_steps
 from calibrationless.search import block_importance
@@ -95,8 +95,8 @@ def _cut(blocks: Tensor, bits: int, scale: Tensor, offset: Tensor) -> Tensor:
     codes = torch.empty(blocks.shape, dtype=torch.uint8, device=blocks.device)
 
     def cut(piece: slice) -> None:
-        found = blocks[piece].to(torch.float32).sub(offset[piece].unsqueeze(1)).div_(scale[piece].unsqueeze(1)).round_()
-        codes[piece] = found.clamp_(0, (1 << bits) - 1).to(torch.int16).to(torch.uint8)
+        steps = scale[piece]
+        cut_codes(blocks[piece].to(torch.float32), steps, offset[piece], torch.zeros_like(steps), bits, codes[piece])
 
     for_pieces(cut, *blocks.shape, device=blocks.device)
     return codes

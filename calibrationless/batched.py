@@ -11,7 +11,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-__all__ = ["search_blocks", "search_lines", "settle_lines"]
+from calibrationless.pieces import row_sum
+
+__all__ = ["block_extremes", "cut_blocks", "error_sums", "search_blocks", "search_lines", "settle_lines"]
 
 
 def _importance_of(importance: Tensor, first: int, blocks: int) -> Tensor:
@@ -189,3 +191,26 @@ def settle_lines(
     offset.copy_((-found_scale * (found_zero * unit)).squeeze(1))
     exponents.copy_(found.squeeze(1))
     zeros.copy_(found_zero.squeeze(1))
+
+
+def block_extremes(weights: Tensor, low: Tensor, high: Tensor) -> None:
+    """See `passes.block_extremes`."""
+    low.copy_(weights.amin(dim=1))
+    high.copy_(weights.amax(dim=1))
+
+
+def cut_blocks(weights: Tensor, scale: Tensor, offset: Tensor, zero_point: Tensor, levels: int, codes: Tensor) -> None:
+    """See `passes.cut_blocks`."""
+    steps = weights.sub(offset.unsqueeze(1)).div_(scale.unsqueeze(1)).round_().add_(zero_point.unsqueeze(1))
+    codes.copy_(steps.clamp_(0, levels - 1).to(torch.int16))  # a cast from float to bytes is five times slower
+
+
+def error_sums(decoded: Tensor, weights: Tensor, importance: Tensor, first: int, sums: Tensor) -> None:
+    """See `passes.error_sums`."""
+    h = _importance_of(importance, first, len(weights))
+    difference = torch.sub(decoded, weights).abs_()
+    largest = difference.max().double()
+    own, total = weights.square(), []
+    for squares in (difference.square_(), own):
+        total += [row_sum(squares.view(1, -1)).squeeze(), row_sum(squares.mul_(h).view(1, -1)).squeeze()]
+    sums.copy_(torch.stack([total[0], total[2], largest, total[1], total[3]]))

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from calibrationless.blocks import element_position, to_blocks
+from calibrationless.loops import run_loop
 from calibrationless.patches import Patch, Points, covered
-from calibrationless.pieces import for_pieces, row_sum
+from calibrationless.pieces import for_pieces
 from calibrationless.quantized import QuantizedTensor, decode_blocks
 from calibrationless.search import block_importance
 
@@ -45,30 +46,25 @@ def measure(
     codes = to_blocks(quantized.codes, quantized.block)
     held = covered(patches, quantized.shape)
     exact = None if held is None else to_blocks(held, quantized.block)
-    pattern = None if importance is None else block_importance(importance, quantized.block, quantized.shape)
+    heavy = torch.ones(1, original.shape[1], device=original.device)
+    if importance is not None:
+        heavy = block_importance(importance, quantized.block, quantized.shape).contiguous()
 
     def work(piece: slice) -> Tensor:
-        """float64 [5]: sums of squared errors and weights, largest error, both sums weighted by importance."""
-        difference = decode_blocks(quantized, codes[piece], piece).sub_(original[piece])
+        """float64 [5], see `passes.error_sums`."""
+        decoded, weights = decode_blocks(quantized, codes[piece], piece), original[piece].to(torch.float32).contiguous()
         if exact is not None:
-            difference.masked_fill_(exact[piece], 0.0)
-        largest = difference.abs_().max().double()
-        error = _sum(difference.square_())
-        weighted = [torch.zeros((), dtype=torch.float64, device=error.device)] * 2
-        if pattern is not None:
-            weighted[0] = _sum(difference.mul_(_rows(pattern, piece)))
-        weights = torch.square(original[piece].to(torch.float32), out=difference)  # fresh memory costs more than this
-        total = _sum(weights)
-        if pattern is not None:
-            weighted[1] = _sum(weights.mul_(_rows(pattern, piece)))
-        return torch.stack([error, total, largest, *weighted])
+            decoded = torch.where(exact[piece], weights, decoded)
+        sums = torch.zeros(5, dtype=torch.float64, device=weights.device)
+        run_loop("error_sums", weights.device, decoded, weights, heavy, piece.start, sums)
+        return sums
 
     parts = torch.stack(for_pieces(work, *original.shape, device=original.device))
     error, total, _, weighted_error, weighted_total = parts.sum(dim=0).tolist()
     return WeightError(
         relative=_ratio(error, total),
         largest=float(parts[:, 2].max()),
-        output=None if pattern is None else _ratio(weighted_error, weighted_total),
+        output=None if importance is None else _ratio(weighted_error, weighted_total),
     )
 
 
@@ -81,11 +77,6 @@ def _rows(pattern: Tensor, piece: slice) -> Tensor:
     if pattern.shape[0] == 1:
         return pattern
     return pattern[torch.arange(piece.start, piece.stop, device=pattern.device) % pattern.shape[0]]
-
-
-def _sum(matrix: Tensor) -> Tensor:
-    """float64 scalar."""
-    return row_sum(matrix.view(1, -1)).squeeze()
 
 
 def worst(

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from calibrationless.moving import CPU
 
-__all__ = ["for_pieces", "one_thread_per_operation", "row_sum"]
+__all__ = ["PIECE", "for_pieces", "one_thread_per_operation", "row_sum"]
 
 # Elements per piece: 2 MiB of float32, so that the handful of temporaries stays in the cache.
-_PIECE = 1 << 19
+PIECE = 1 << 19
 # And on other devices, whose kernels are each a launch: 1 GiB with the temporaries.
 _PIECE_ELSEWHERE = 1 << 25
 
@@ -48,19 +48,21 @@ def one_thread_per_operation() -> Iterator[None]:
         _threads = outer
 
 
-def for_pieces(work: Callable[[slice], T], rows: int, elements: int, *, device: torch.device = CPU) -> list[T]:
+def for_pieces(
+    work: Callable[[slice], T], rows: int, elements: int, *, device: torch.device = CPU, piece: int = PIECE
+) -> list[T]:
     """Call `work` with slices that cover `rows` rows of `elements` elements each. Returns its results in order.
 
     `work` runs on several threads at once and must touch only its own rows. device: where the rows lie; off the CPU
-    pieces are larger, and one follows the other.
+    pieces are larger, and one follows the other. piece: elements of one on the CPU.
     """
     on_cpu = device.type == "cpu"
-    step = max(1, (_PIECE if on_cpu else _PIECE_ELSEWHERE) // max(elements, 1))
+    step = max(1, (piece if on_cpu else _PIECE_ELSEWHERE) // max(elements, 1))
     slices = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
     before = torch.get_num_threads()
     threads = before if _threads is None else _threads
     if threads == 1 or len(slices) <= 1 or not on_cpu:
-        return [work(piece) for piece in slices]
+        return [work(part) for part in slices]
     try:
         with ThreadPoolExecutor(min(threads, len(slices)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(work, slices))

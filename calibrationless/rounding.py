@@ -15,17 +15,22 @@ what was minimized. Weights stream through in pieces that fit the processor's ca
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from calibrationless.blocks import Block, Tile, from_blocks, scale_shape, shape_of, to_blocks
 from calibrationless.clipping import Clip, clip_threshold
-from calibrationless.pieces import for_pieces
+from calibrationless.loops import cut_codes, run_loop
+from calibrationless.pieces import PIECE, for_pieces
 from calibrationless.quantized import QuantizedTensor, check_bits
 from calibrationless.search import block_importance, search_scale
 
 __all__ = ["choose_scale", "quantize", "round_to_codes"]
 
+# Compiled loops go through a piece twice, whatever its size; what is left of torch takes as long for fewer blocks.
+_PIECE = 2 * PIECE
 _NOT_FINITE = "a weight is NaN or infinite"
 
 
@@ -46,8 +51,8 @@ def choose_scale(
     (see `search_scale`), but for the blocks of `keep_extreme`, bool [blocks].
     Raises ValueError where a weight is NaN or infinite, or where the scale does not fit `dtype`.
     """
-    # Two passes, not torch.aminmax: along rows that is one loop without vectors, 15 times slower than both together.
-    low, high = blocks.amin(dim=1, keepdim=True), blocks.amax(dim=1, keepdim=True)
+    low, high = (torch.empty(len(blocks), 1, device=blocks.device) for _ in range(2))
+    run_loop("block_extremes", blocks.device, blocks.contiguous(), low.view(-1), high.view(-1))
     top, half = (1 << bits) - 1, 1 << (bits - 1)
     if symmetric:
         wide = torch.where(high >= -low, high, low) / -half
@@ -55,17 +60,17 @@ def choose_scale(
         low, high = low.clamp_(max=0), high.clamp_(min=0)
         wide = (high - low) / top
     zero_point = None
-    if importance is not None and bool(torch.isfinite(wide).all()):
+    if importance is not None and _finite(wide):
         searched, zero_point = search_scale(blocks, importance, first, bits, symmetric=symmetric)
         wide = searched if keep_extreme is None else torch.where(keep_extreme.unsqueeze(1), wide, searched)
     scale = wide.to(dtype)
-    if not bool(torch.isfinite(scale).all()):
-        if bool(torch.isfinite(wide).all()):
+    if not _finite(scale):
+        if _finite(wide):
             raise ValueError(f"a scale of {wide.abs().max():.3g} does not fit {str(dtype).removeprefix('torch.')}")
         raise ValueError(_NOT_FINITE)
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    scale = scale.masked_fill(scale == 0, 1)
     if symmetric:
-        _check_decodes(scale * -half, low, high)
+        _check_decodes(scale.abs().amax(dim=0) * half, low, high)
         return scale, None
     plain = torch.round(-low / scale.to(torch.float32))
     if zero_point is None:
@@ -78,9 +83,14 @@ def choose_scale(
     return scale, stored
 
 
+def _finite(values: Tensor) -> bool:
+    """Whether all are. Two passes, where torch.isfinite takes five."""
+    return math.isfinite(float(values.abs().max()))
+
+
 def _check_decodes(extreme: Tensor, low: Tensor, high: Tensor) -> None:
     """Refuse finite weights whose decoded value would overflow: a scale can fit a dtype that its multiples do not."""
-    if not bool(torch.isfinite(extreme).all()):
+    if not _finite(extreme):
         name = str(extreme.dtype).removeprefix("torch.")
         largest = max(float(high.max()), -float(low.min()))
         raise ValueError(f"a weight of {largest:.3g} does not fit {name}")
@@ -91,14 +101,13 @@ def round_to_codes(
 ) -> Tensor:
     """uint8 codes [blocks, elements]; ties go to the even code, as everywhere in torch.
 
-    blocks: float32 [blocks, elements]; scale, zero_point: [blocks, 1]. With `out`, the codes go there and `blocks` is
-    used up as scratch.
+    blocks: float32 [blocks, elements]; scale, zero_point: [blocks, 1]. out: where the codes go.
     """
-    steps = torch.div(blocks, scale.to(torch.float32), out=None if out is None else blocks).round_()
-    steps.add_(float(1 << (bits - 1)) if zero_point is None else zero_point.to(torch.float32))
-    steps.clamp_(0, (1 << bits) - 1)
-    codes = steps.to(torch.int16)  # a cast from float to bytes is not vectorized: five times slower than both of these
-    return codes.to(torch.uint8) if out is None else out.copy_(codes)
+    codes = torch.empty(blocks.shape, dtype=torch.uint8, device=blocks.device) if out is None else out
+    steps = scale.to(torch.float32).flatten()
+    middle = torch.full_like(steps, 1 << (bits - 1)) if zero_point is None else zero_point.to(torch.float32).flatten()
+    cut_codes(blocks, steps, torch.zeros_like(steps), middle, bits, codes)
+    return codes
 
 
 def quantize(
@@ -128,14 +137,14 @@ def quantize(
     pattern = None if importance is None else block_importance(importance, block, shape)
 
     def work(piece: slice) -> tuple[Tensor, Tensor | None]:
-        part = blocks[piece].to(torch.float32, copy=True)
+        part = blocks[piece].to(torch.float32).contiguous()
         if clip is not None:
             if not bool(torch.isfinite(part).all()):  # a clipped Inf would pass for an ordinary weight
                 raise ValueError(_NOT_FINITE)
             threshold = clip_threshold(part, clip)
             if keep_extreme is not None:
                 threshold = threshold.masked_fill(keep_extreme[piece].unsqueeze(1), torch.inf)
-            part.clamp_(-threshold, threshold)
+            part = part.clamp(-threshold, threshold)
         scale, zero_point = choose_scale(
             part,
             bits,
@@ -148,7 +157,7 @@ def quantize(
         round_to_codes(part, scale, zero_point, bits, out=codes[piece])
         return scale, zero_point
 
-    scales, zero_points = zip(*for_pieces(work, *blocks.shape, device=blocks.device), strict=True)
+    scales, zero_points = zip(*for_pieces(work, *blocks.shape, device=blocks.device, piece=_PIECE), strict=True)
     stored = scale_shape(block, shape)
     return QuantizedTensor(
         codes=from_blocks(codes, block, shape) if isinstance(block, Tile) else codes.view(shape),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from calibrationless.affine import search_affine
 from calibrationless.blocks import Group, shape_of
-from calibrationless.loops import run_loop
+from calibrationless.loops import cut_codes, run_loop
 from calibrationless.pieces import for_pieces
 from calibrationless.quantized import QuantizedTensor, SuperBlocks
 from calibrationless.search import block_importance, search_scale
@@ -161,10 +161,9 @@ def _assembled(blocks: Tensor, shape: tuple[int, int], bits: int, kind: SuperKin
     middle = 0 if kind.offsets else 1 << (bits - 1)
 
     def cut(piece: slice) -> None:
-        part = blocks[piece].to(torch.float32).view(-1, *codes.shape[1:])
-        steps = scale[piece].unsqueeze(2)
-        values = part.sub(offset[piece].unsqueeze(2)).div_(steps).round_()
-        codes[piece] = values.add_(middle).clamp_(0, (1 << bits) - 1).to(torch.int16).to(torch.uint8)
+        part = blocks[piece].to(torch.float32).reshape(-1, kind.block)
+        steps, low = scale[piece].flatten(), offset[piece].flatten()
+        cut_codes(part, steps, low, torch.full_like(steps, middle), bits, codes[piece].view_as(part))
 
     for_pieces(cut, *blocks.shape, device=blocks.device)
     of_block, of_super = (shape[0], shape[1] // kind.block), (shape[0], shape[1] // SUPER_BLOCK)
