@@ -1,7 +1,8 @@
-"""The loops of `kernels` as batched torch: all blocks at once, one candidate after the other. Runs on any device.
+"""The loops of `kernels` and its neighbours as batched torch: all blocks at once, one candidate after the other.
 
-Every function takes what its namesake in `kernels` takes, as tensors, and writes to the same outputs. What the compiled
-loops decide block by block with `if` and `break` is a mask here. The tests hold the two against each other.
+They run on any device. Every function takes what its namesake takes, as tensors, and writes to the same outputs. What
+the compiled loops decide block by block with `if` and `break` is a mask here. The tests hold the two against each
+other.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def search_lines(
     scale: Tensor,
     offset: Tensor,
 ) -> None:
-    """See `kernels.search_lines`."""
+    """See `line_kernels.search_lines`."""
     h = _importance_of(importance, first, len(weights))
     top = float(levels - 1)
     mass = h.sum(dim=1, keepdim=True)
@@ -160,7 +161,7 @@ def settle_lines(
     exponents: Tensor,
     zeros: Tensor,
 ) -> None:
-    """See `kernels.settle_lines`."""
+    """See `line_kernels.settle_lines`."""
     count, h = len(weights), _importance_of(importance, first, len(weights))
     top, unit = float(levels - 1), levels / 256
     mass = h.sum(dim=1, keepdim=True)

@@ -1,9 +1,10 @@
 """The inner loops of searching, rounding and measuring: compiled for the CPU, as batched torch on every other device.
 
-Both take the same arguments and write their results into the tensors that they are given: see `kernels`, `passes` and
-`super_kernels`, which say what each does. They do the same arithmetic in float32 and differ in the order of sums alone.
-Of a million random weights in 4 bits, with the energy of a few channels far above the others', 0.3 to 0.5 % of the
-codes came out otherwise (0.02 % with offsets), and the error of the output was the same to six digits.
+Both take the same arguments and write their results into the tensors that they are given: see `kernels`,
+`line_kernels`, `super_kernels` and `passes`, which say what each does. They do the same arithmetic in float32 and
+differ in the order of sums alone. Of a million random weights in 4 bits, with the energy of a few channels far above
+the others', 0.3 to 0.5 % of the codes came out otherwise (0.02 % with offsets), and the error of the output was the
+same to six digits.
 """
 
 from __future__ import annotations
@@ -33,16 +34,22 @@ def run_loop(
     *arguments: Any,
 ) -> None:
     """Call one of the loops with tensors on `device` and numbers. float32 tensors are contiguous."""
-    loops: Any
+    modules: tuple[Any, ...]
     if device.type in COMPILED:  # imported here: numba takes a while, and who reads a plan needs none
-        from calibrationless import kernels, passes, super_kernels
+        import calibrationless.kernels
+        import calibrationless.line_kernels
+        import calibrationless.passes
+        import calibrationless.super_kernels
 
-        loops = next(module for module in (kernels, passes, super_kernels) if name in module.__all__)
+        here = calibrationless
+        modules = (here.kernels, here.line_kernels, here.passes, here.super_kernels)
         arguments = tuple(value.numpy() if isinstance(value, Tensor) else value for value in arguments)
     else:
-        from calibrationless import batched, super_batched
+        import calibrationless.batched
+        import calibrationless.super_batched
 
-        loops = super_batched if name in super_batched.__all__ else batched
+        modules = (calibrationless.batched, calibrationless.super_batched)
+    loops = next(module for module in modules if name in module.__all__)
     getattr(loops, name)(*arguments)
 
 

@@ -1,6 +1,6 @@
 """The inner loop of `super_blocks`: small integers for the scales and offsets of 256 weights, compiled by numba.
 
-As in `kernels`, a super-block stays in the first cache while all trials run over it, and the tests compare the result
+A super-block stays in the first cache while all trials run over it, and the tests compare the result
 with a plain version.
 """
 
