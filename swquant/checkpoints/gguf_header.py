@@ -21,6 +21,8 @@ from gguf import GGUFValueType
 from transformers import modeling_gguf_pytorch_utils as theirs
 from transformers.integrations.gguf import reader as tokenizer_reader
 
+from swquant.checkpoints.gguf_blocks import PLAIN, decode_plain
+
 __all__ = ["Header", "config_by_transformers", "decoded", "shared"]
 
 _LOCK = threading.RLock()  # transformers' functions are replaced for a moment
@@ -85,6 +87,8 @@ def decoded(tensor: gguf.ReaderTensor) -> np.ndarray:
     data = np.asarray(tensor.data)
     if data.dtype != np.uint8 or data.ndim != 2:
         return gguf.dequantize(data, tensor.tensor_type)
+    if tensor.tensor_type.name in PLAIN:
+        return decode_plain(data, tensor.tensor_type.name)
     rows, width = data.shape
     per_block, block_bytes = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
     weights = width // block_bytes * per_block
