@@ -7,6 +7,8 @@ prints the least time of each. On a machine with something else to do seconds on
 time the least comes nearest to what an idle one would need. `--against FOLDER` runs another checkout of swquant in
 turn, so that both meet the same load; `--json FILE` keeps all numbers. The first run after an installation also
 compiles the loops of `calibrationless.kernels` into numba's cache; `--cold` shows what that adds, with an empty one.
+Run it where swquant is installed without the extra `bench`: transformers imports other quantizers where it finds them
+(hqq, torchao), which takes every command a second or more.
 """
 
 from __future__ import annotations
