@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["fused_layer", "loader_table"]
 
+_PLUGIN = "ignores the sidecar (swquant-vllm restores it)"
 # Modules that vLLM's models make one layer of: the `packed_modules_mapping` of those that write text.
 _FUSED = (
     ("q_proj", "k_proj", "v_proj"),
@@ -58,7 +59,7 @@ def _vllm(plan: Plan) -> str:
     if unlike := _unlike(plan):
         return f"no: it fuses layers whose weights must be stored alike, and {unlike}"
     if plan.int8_inputs:
-        return "yes, with integer products; ignores the sidecar and the channels kept in float"
+        return "yes, with integer products; ignores the sidecar and the channels kept in float (swquant-vllm restores both)"
     schemes = {plan.scheme(tensor) for tensor in plan.quantized}
     bits = sorted({scheme.bits for scheme in schemes} - {4})
     groups = sorted({scheme.group_size for scheme in schemes if scheme.group_size} - {32, 64, 128})
@@ -69,8 +70,8 @@ def _vllm(plan: Plan) -> str:
     elif bits and groups:
         why = f"others take groups of 32, 64, 128 or a channel, not {groups[0]}"
     else:
-        return f"{_where(plan, bits, groups)}; ignores the sidecar"
-    return f"on CUDA with Humming's kernels only, by its sources: {why}; ignores the sidecar"
+        return f"{_where(plan, bits, groups)}; {_PLUGIN}"
+    return f"on CUDA with Humming's kernels only, by its sources: {why}; {_PLUGIN}"
 
 
 def _where(plan: Plan, bits: Sequence[int], groups: Sequence[int]) -> str:
@@ -107,7 +108,7 @@ def loader_table(plan: Plan) -> dict[str, str]:
         ours, stock = f"{ours}, rounds activations", f"{stock}, rounds activations, all channels of them"
     elif plan.options.activations == "int8":
         ours, stock = f"{ours}, rounds activations", f"{stock}, leaves activations in float"
-        vllm = f"{vllm}, leaves activations in float" if vllm.endswith("sidecar") else vllm
+        vllm = f"{vllm}, leaves activations in float" if vllm.endswith(_PLUGIN) else vllm
     if plan.mixture:
         stock = "no: it knows no pr_moe by itself; after swquant.pr_moe.register(), yes, and ignores the sidecar"
         vllm = "no: it knows no pr_moe"

@@ -123,7 +123,7 @@ def test_ranks_together_compute_what_swquant_does(
         assert torch.equal(everywhere, decoded[rows, cols])
         patches = [added.taken(patch, held(rows, cols)) for patch in checkpoint.patches(NAME, (OUT, IN))]
         part = x[..., cols] @ decoded[rows, cols].T
-        for module in added.modules(added.differences(patches, at, width), torch.float32, torch.device("cpu")):
+        for module in added.modules(added.differences(patches, at, width), torch.float32):
             module(x[..., cols], part)
         y[..., rows] += part
     expected = x @ restore(decoded.clone(), *all_kinds().values()).T

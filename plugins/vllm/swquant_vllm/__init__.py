@@ -13,7 +13,7 @@ from __future__ import annotations
 
 __all__ = ["MADE_FOR", "register"]
 
-MADE_FOR = "0.32"
+MADE_FOR = "0.32 and 0.33"
 
 
 def register() -> None:

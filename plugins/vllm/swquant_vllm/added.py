@@ -161,7 +161,7 @@ class Columns(nn.Module):
         y.add_(x[..., self.cols] @ self.values)
 
 
-def modules(blocks: Iterable[Block], dtype: torch.dtype, device: torch.device) -> nn.ModuleList:
+def modules(blocks: Iterable[Block], dtype: torch.dtype) -> nn.ModuleList:
     """One module for all blocks of a size, in the numbers that the layer computes with."""
     by_side: dict[int, list[Block]] = {}
     for block in blocks:
@@ -175,4 +175,4 @@ def modules(blocks: Iterable[Block], dtype: torch.dtype, device: torch.device) -
             made.append(Points(rows.flatten(), cols.flatten(), values.flatten()))
         else:
             made.append(Blocks(rows, cols, values))
-    return nn.ModuleList(made).to(device)
+    return nn.ModuleList(made)

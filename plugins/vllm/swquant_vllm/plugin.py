@@ -76,7 +76,7 @@ class CheckedConfig(CompressedTensorsConfig):
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         super().apply_vllm_mapper(hf_to_vllm_mapper)
         if self.checkpoint is not None:
-            self.names = {hf_to_vllm_mapper._map_name(name) or name: stored for name, stored in self.names.items()}
+            self.names = {hf_to_vllm_mapper.map_name(name) or name: stored for name, stored in self.names.items()}
 
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
         method = super().get_quant_method(layer, prefix)
@@ -161,20 +161,19 @@ class _Loading:
         lost = set(self.stored.values()) - {self.stored.get(shard) for shard in self.sizes}
         if lost:
             raise SidecarError(f"{min(lost)}: vLLM loads no such weight into {self.prefix}; {WITHOUT}")
-        parts, cut_columns = [], isinstance(layer, RowParallelLinear)
+        parts, axis = [], 1 if isinstance(layer, RowParallelLinear) else 0
+        own = (_weight(layer).shape[0], width)[axis]
         for shard in self.stored.keys() & self.sizes.keys():
-            rows, columns = torch.arange(self.sizes[shard]), torch.arange(layer.input_size)
-            if cut_columns:
-                here = self._here(layer, torch.full((1, width), -1), columns.view(1, -1), shard)
-            else:
-                here = self._here(layer, torch.full((_weight(layer).shape[0], 1), -1), rows.view(-1, 1), shard)
-            rows = rows if cut_columns else positions(here, rows.numel())
-            columns = positions(here, columns.numel()) if cut_columns else columns
-            parts.append(Part(self.stored[shard], rows, columns))
+            whole = (self.sizes[shard], layer.input_size)
+            places = [torch.arange(size) for size in whole]
+            places[axis] = positions(self._here(layer, own, whole[axis], axis, shard), whole[axis])
+            parts.append(Part(self.stored[shard], *places))
         return parts
 
-    def _here(self, layer: Any, empty: Tensor, numbers: Tensor, shard: Hashable) -> Tensor:
-        """Which of these numbers the layer's own loader puts at each place, -1 where it puts none."""
+    def _here(self, layer: Any, own: int, whole: int, axis: int, shard: Hashable) -> Tensor:
+        """Which of `whole` rows or columns the layer's own loader puts at each of its `own`, -1 where it puts none."""
+        shape = (1, -1) if axis else (-1, 1)
+        empty, numbers = torch.full((own,), -1).view(shape), torch.arange(whole).view(shape)
         parameter = ModelWeightParameter(data=empty, input_dim=1, output_dim=0, weight_loader=self.load)
         parameter.tp_rank, parameter.tp_size = layer.tp_rank, layer.tp_size
         self.load(parameter, numbers, *(() if shard is None else (shard,)))
@@ -213,7 +212,8 @@ class PatchedScheme(CompressedTensorsScheme):
         """Makes what is added, then lets the kernel pack the codes its own way."""
         self.loading.check()
         if self.loading.stored:
-            self._make(layer)
+            with torch.device("cpu"):  # whatever vLLM makes its tensors on
+                self._make(layer)
         else:
             layer.scheme = self.scheme
         self.scheme.process_weights_after_loading(layer)
@@ -224,15 +224,18 @@ class PatchedScheme(CompressedTensorsScheme):
             codes.data.cpu(), layer.weight_scale.data.cpu(), None if zero is None else zero.data.cpu(), self.width
         )
         parts = self.loading.parts(layer, self.width)
-        layer.swquant = modules(self.loading.blocks(parts, at, self.width), self.dtype, codes.device)
-        kept = self.loading.kept(parts)
-        columns = at(torch.arange(codes.shape[0]).unsqueeze(0), kept.unsqueeze(1))
-        layer.swquant_columns = Columns(kept, columns.to(self.dtype)).to(codes.device) if kept.numel() else None
+        layer.swquant = modules(self.loading.blocks(parts, at, self.width), self.dtype)
+        layer.swquant_columns = None
+        if (kept := self.loading.kept(parts)).numel():
+            columns = at(torch.arange(codes.shape[0]).unsqueeze(0), kept.unsqueeze(1))
+            layer.swquant_columns = Columns(kept, columns.to(self.dtype))
+            layer.swquant.append(layer.swquant_columns)
+        layer.swquant.to(codes.device)
 
     def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-        columns = layer.swquant_columns
-        y = self.scheme.apply_weights(layer, x if columns is None else columns.hidden(x), bias)
-        for module in (*layer.swquant, *(() if columns is None else (columns,))):
+        seen = x if layer.swquant_columns is None else layer.swquant_columns.hidden(x)
+        y = self.scheme.apply_weights(layer, seen, bias)
+        for module in layer.swquant:
             module(x, y)
         return y
 
@@ -252,7 +255,10 @@ class PatchedDense(UnquantizedLinearMethod):
         self.loading.check()
         weight = layer.weight.data
         width = weight.shape[1]
-        for block in self.loading.blocks(self.loading.parts(layer, width), lambda *at: weight[at].float().cpu(), width):
+        with torch.device("cpu"):
+            parts = self.loading.parts(layer, width)
+            changed = self.loading.blocks(parts, lambda *at: weight[at].float().cpu(), width)
+        for block in changed:
             rows, cols = block.rows.clamp(min=0).unsqueeze(2), block.cols.clamp(min=0).unsqueeze(1)
             weight.index_put_((rows, cols), block.values.to(weight), accumulate=True)
         super().process_weights_after_loading(layer)

@@ -43,7 +43,7 @@ def verdict(folder: Path, **options: object) -> str:
         ({"bits": 8, "block": "16"}, HUMMING + "groups of 32, 64, 128 or a channel, not 16"),
         ({"block": "16"}, "yes on a CPU; on CUDA, by its sources, Marlin's kernels take groups of 32, 64, 128 or a channel, not 16"),
         ({"bits": 8, "activations": "int8", "block": "channel"}, "yes, with integer products; ignores the sidecar"),
-        ({"activations": "int8"}, "yes; ignores the sidecar, leaves activations in float"),
+        ({"activations": "int8"}, "yes; ignores the sidecar (swquant-vllm restores it), leaves activations in float"),
         ({"dense": ("o_proj", "down_proj")}, "yes; ignores the sidecar"),  # which nothing is fused with
     ],
 )  # fmt: skip
