@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from exporters.errors import SwquantError
     from swquant.api import compress, detect, evaluate, export, generate, inspect, load, plan, study, verify
     from swquant.compress.options import CompressOptions
-    from swquant.derive import distill, moe, tune
+    from swquant.derive import distill, moe, push, tune
     from swquant.distill.options import DistillOptions
     from swquant.export.gguf.options import GgufOptions
     from swquant.export.onnx.options import ExportOptions
@@ -47,6 +47,7 @@ _HOMES = {
     "load": "swquant.api",
     "moe": "swquant.derive",
     "plan": "swquant.api",
+    "push": "swquant.derive",
     "study": "swquant.api",
     "tune": "swquant.derive",
     "verify": "swquant.api",
@@ -80,6 +81,7 @@ __all__ = [
     "load",
     "moe",
     "plan",
+    "push",
     "study",
     "tune",
     "verify",

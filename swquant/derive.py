@@ -1,6 +1,7 @@
-"""The Python interface, continued: models that are made of models. Users import it from `swquant`.
+"""The Python interface, continued: models that are made of models, and where they go.
 
-As in `api`, the rooms of the verbs are imported when a function is called, and `progress` is told what goes on.
+Users import it from `swquant`. As in `api`, the rooms of the verbs are imported when a function is called, and
+`progress` is told what goes on.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ if TYPE_CHECKING:
     from swquant.distill.plan import DistillPlan
     from swquant.moe.pipeline import Mixed
     from swquant.moe.plan import MoePlan
+    from swquant.push.pipeline import Pushed
     from swquant.tune.pipeline import Tuned
     from swquant.tune.plan import TunePlan
 
-__all__ = ["distill", "moe", "tune"]
+__all__ = ["distill", "moe", "push", "tune"]
 
 Model = str | os.PathLike[str]
 
@@ -93,6 +95,24 @@ def moe(
         if on_plan is not None:
             on_plan(plan)
         return None if dry_run else moe_checkpoint(plan, Path(out), text=text, device=device, progress=progress)
+
+
+def push(
+    checkpoint: Model,
+    repository: str,
+    *,
+    private: bool = False,
+    dry_run: bool = False,
+    progress: Progress = silent,
+) -> Pushed:
+    """Publish a compressed checkpoint on the Hugging Face hub, if every byte of it is as it was written.
+
+    repository: OWNER/NAME, made where there is none; private: only then. dry_run: only verify, and say what would be
+    sent. Returns the files with their sizes, and the commit's address. Raises SwquantError; then nothing was published.
+    """
+    from swquant.push.pipeline import push_folder
+
+    return push_folder(Path(checkpoint), repository, private=private, dry_run=dry_run, progress=progress)
 
 
 def tune(

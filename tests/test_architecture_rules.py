@@ -27,7 +27,7 @@ LAYERS = (
     {"cluster", "models", "output"},
     {"detect", "doctor", "evaluate", "ort"},
     {"compress", "training"},
-    {"distill", "export", "moe", "study", "tune"},
+    {"distill", "export", "moe", "push", "study", "tune"},
     {"api", "derive", "terminal"},
     {"cli"},
     {"__init__", "__main__"},

@@ -27,6 +27,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from exporters.errors import SwquantError
 from swquant.checkpoints.generation import GENERATION, read_generation
 from swquant.checkpoints.guard import failures_of, silent_stdout, silent_transformers
+from swquant.checkpoints.origin import cached_repository, front_matter, license_id
 from swquant.checkpoints.schema import SourceKind
 
 __all__ = ["Checkpoint", "ModelFolder", "Stored", "check_depth"]
@@ -101,6 +102,16 @@ class ModelFolder(ABC):
         """What generation_config.json says of how the model is to be asked, {} where there is none."""
         path = self.folder / GENERATION
         return read_generation(path) if path.is_file() else {}
+
+    @property
+    def repository(self) -> str | None:
+        """OWNER/NAME of the original on the hub, None where nothing says so."""
+        return cached_repository(self.folder)
+
+    @property
+    def license(self) -> str | None:
+        """The license, as the hub calls it, that the model's own card names; None where there is none."""
+        return license_id(front_matter(self.folder).get("license"))
 
     @property
     def end_tokens(self) -> tuple[int, ...]:

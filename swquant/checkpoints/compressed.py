@@ -22,6 +22,7 @@ from swquant.checkpoints.base import Checkpoint, Stored
 from swquant.checkpoints.companions import copy_companions
 from swquant.checkpoints.configuration import handed_on, load_config
 from swquant.checkpoints.manifest import MANIFEST, is_onnx, read_manifest
+from swquant.checkpoints.origin import front_matter, repository_id
 from swquant.checkpoints.patch_sets import open_patches
 from swquant.checkpoints.schema import TensorRecord
 from swquant.checkpoints.shards import shard_names
@@ -31,19 +32,25 @@ __all__ = ["CompressedCheckpoint"]
 
 
 class CompressedCheckpoint(Checkpoint):
-    """Reads the folder that `compress` writes. restored: whether `read` lays the patches over. unrounded: decode to
-    float32; otherwise every weight is rounded to the dtype of its scale, as stock loaders of the format do and runtimes
-    do not."""
+    """Reads the folder that `compress` writes. name: for people, the folder's by default. restored: whether `read` lays
+    the patches over. unrounded: decode to float32; otherwise every weight is rounded to the dtype of its scale, as
+    stock loaders of the format do and runtimes do not."""
 
     kind = "swquant"
 
     def __init__(
-        self, folder: Path, *, restored: bool = True, unrounded: bool = False, trust_remote_code: bool = False
+        self,
+        folder: Path,
+        *,
+        name: str | None = None,
+        restored: bool = True,
+        unrounded: bool = False,
+        trust_remote_code: bool = False,
     ) -> None:
         self.folder = folder
         self._unrounded = unrounded
         self.restored = restored
-        self.name = folder.resolve().name
+        self.name = name or folder.resolve().name
         self.trust_remote_code = trust_remote_code
         manifest = read_manifest(folder)
         if is_onnx(manifest):
@@ -73,6 +80,10 @@ class CompressedCheckpoint(Checkpoint):
     @property
     def is_compressed(self) -> bool:
         return True
+
+    @property
+    def repository(self) -> str | None:
+        return repository_id(front_matter(self.folder).get("base_model"))
 
     def _reader(self, name: str, *parts: str) -> SafetensorsReader:
         """What reads a tensor's file. Raises SwquantError unless that holds what the manifest says, and these parts."""

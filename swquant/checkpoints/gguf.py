@@ -27,12 +27,15 @@ from exporters.text import shown
 from swquant.checkpoints.base import Checkpoint, Stored, check_depth
 from swquant.checkpoints.gguf_rope import rope_scaling
 from swquant.checkpoints.guard import silent_transformers
+from swquant.checkpoints.origin import license_id, repository_id
 from swquant.scratch import temporary_folder
 
 __all__ = ["GgufCheckpoint"]
 
 # Said by the configuration (see gguf_rope), so not a weight.
 _DERIVED = "rope_freqs.weight"
+# Where a header names the license, and the repository that the file was made of.
+_LICENSE, _SOURCES = "general.license", ("general.source.repo_url", "general.source.huggingface.repository")
 
 
 def _check_beginning(path: Path) -> None:
@@ -113,6 +116,9 @@ class GgufCheckpoint(Checkpoint):
         _check_layout(self.path, reader)
         self._encoded = {tensor.name: tensor for tensor in reader.tensors}
         self._has_vocabulary = "tokenizer.ggml.tokens" in reader.fields
+        stated = {key: reader.fields[key].contents() for key in (_LICENSE, *_SOURCES) if key in reader.fields}
+        self._license = license_id(stated.get(_LICENSE))
+        self._repository = next(filter(None, (repository_id(stated.get(key)) for key in _SOURCES)), None)
         self._bytes, self._parsed = reader.mapped.data, config_by_transformers(self.path, reader)
         parsed = dict(self._parsed)
         if (scaling := self._rope_scaling(reader.fields, parsed)) is not None:
@@ -167,6 +173,14 @@ class GgufCheckpoint(Checkpoint):
     @property
     def fills_folder(self) -> bool:
         return False
+
+    @property
+    def repository(self) -> str | None:
+        return self._repository
+
+    @property
+    def license(self) -> str | None:
+        return self._license
 
     @property
     def stores_floats(self) -> bool:

@@ -3,7 +3,7 @@
 a folder with swquant/manifest.json   CompressedCheckpoint; OnnxFolder where it has model.onnx, too
 a folder with config.json             SafetensorsCheckpoint
 a file that ends in .gguf             GgufCheckpoint
-OWNER/NAME                            fetched from the hub (safetensors only), then a folder
+OWNER/NAME                            fetched from the hub (safetensors only), then one of these folders
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from swquant.checkpoints.compressed import CompressedCheckpoint
 from swquant.checkpoints.gguf import GgufCheckpoint
 from swquant.checkpoints.manifest import MANIFEST
 from swquant.checkpoints.onnx import OnnxFolder
+from swquant.checkpoints.origin import CARD
 from swquant.checkpoints.safetensors import SafetensorsCheckpoint
 
 __all__ = ["is_onnx_folder", "open_checkpoint", "open_model"]
@@ -76,8 +77,10 @@ def open_checkpoint(
             )
         return SafetensorsCheckpoint(path, trust_remote_code=trust_remote_code)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
-        folder = _fetch(str(model), revision, code=trust_remote_code)
-        return SafetensorsCheckpoint(folder, name=str(model).rpartition("/")[2], trust_remote_code=trust_remote_code)
+        folder, name = _fetch(str(model), revision, code=trust_remote_code), str(model).rpartition("/")[2]
+        if (folder / MANIFEST).is_file():
+            return CompressedCheckpoint(folder, name=name, restored=restored, trust_remote_code=trust_remote_code)
+        return SafetensorsCheckpoint(folder, name=name, trust_remote_code=trust_remote_code)
     raise SwquantError(f"{model}: no such folder or file that can be read, and not a hub id (OWNER/NAME)")
 
 
@@ -86,7 +89,7 @@ def _fetch(repository: str, revision: str | None, *, code: bool) -> Path:
     who trusts it."""
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.json", *COMPANIONS, *(CODE if code else ())]
+    patterns = ["*.safetensors", "*.json", CARD, *COMPANIONS, *(CODE if code else ())]
     never = [f"*{suffix}" for suffix in (*NEVER, *(() if code else (".py",)))]
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=never))

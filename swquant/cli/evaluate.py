@@ -55,6 +55,9 @@ def evaluate(
         float | None,
         typer.Option(metavar="X", help="Exit with 1 above this KL divergence (with --against).", show_default=False),
     ] = None,
+    card: Annotated[
+        bool, typer.Option("--card", help="Write the result into README.md of MODEL, a checkpoint.")
+    ] = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
@@ -64,13 +67,32 @@ def evaluate(
 
     if max_kl is not None and against is None:
         raise SwquantError("--max-kl needs an original to compare with; add --against ORIGINAL")
+    if card:
+        _check_card(Path(model))
     result = evaluate_model(
         model, text_of(text), against, window=window, limit=limit, restore=restore, device=device,
         trust_remote_code=trust_remote_code, progress=make_progress(as_json),
     )  # fmt: skip
+    if card:
+        from swquant.output.card import Measured, add_evaluation
+
+        numbers = (result.tokens, result.windows, result.perplexity, result.original_perplexity, result.kl, result.top1)
+        add_evaluation(Path(model), Measured(text.name, restore, *numbers))
     _show(result, model, against, as_json)
     _check("perplexity", result.perplexity, max_perplexity)
     _check("KL divergence", result.kl, max_kl)
+
+
+def _check_card(folder: Path) -> None:
+    """Raise SwquantError unless MODEL has a card to write into: known before the work, not after it."""
+    from swquant.checkpoints.manifest import MANIFEST
+    from swquant.output.card import read_card
+
+    if not (folder / MANIFEST).is_file():
+        raise SwquantError(
+            f"{folder}: no compressed checkpoint, which alone has a card to write into; leave out --card"
+        )
+    read_card(folder)
 
 
 def _show(result: Evaluation, model: str, against: str | None, as_json: bool) -> None:

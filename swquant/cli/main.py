@@ -25,6 +25,7 @@ from swquant.cli.generate import generate
 from swquant.cli.inspect import inspect
 from swquant.cli.moe import moe
 from swquant.cli.options import Grouped
+from swquant.cli.push import push
 from swquant.cli.shared import err, out
 from swquant.cli.study import study
 from swquant.cli.tune import tune
@@ -54,6 +55,7 @@ for _command in (
     distill,
     moe,
     study,
+    push,
     doctor,
 ):
     app.command(name="eval" if _command is evaluate else _command.__name__, cls=Grouped)(_command)

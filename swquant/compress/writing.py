@@ -13,7 +13,7 @@ from pathlib import Path
 from exporters.json_file import write_json
 from exporters.safetensors_file import FileRecord
 from swquant.checkpoints.manifest import write_manifest
-from swquant.checkpoints.schema import CheckpointManifest, TensorRecord
+from swquant.checkpoints.schema import CheckpointContent, CheckpointManifest, TensorRecord
 from swquant.compress.config import checkpoint_config
 from swquant.compress.evidence import evidence_for, text_of
 from swquant.compress.loaders import loader_table
@@ -24,6 +24,7 @@ from swquant.compress.resuming import Steps
 from swquant.compress.tensor import round_tensor
 from swquant.compress.weights import WeightFiles
 from swquant.detect.record import detection_record
+from swquant.output.card import write_card
 from swquant.output.contents import remove_all_but
 from swquant.output.journal import Journal
 from swquant.output.verification import file_table
@@ -42,31 +43,31 @@ def write_all(prepared: Prepared, journal: Journal, folder: Path, progress: Prog
     write_json(folder / "config.json", checkpoint_config(checkpoint, plan, prepared.found.architecture), constants=True)
     page = checkpoint_report(checkpoint.name, prepared.found, plan, records)
     (folder / REPORT).write_text(page, encoding="utf-8")
-    files = file_table(folder, written)
-    return write_manifest(
-        folder,
-        {
-            "swquant": __version__,
-            "source": {"name": checkpoint.name, "kind": checkpoint.kind, "fingerprint": checkpoint.fingerprint},
-            "options": plan.options.as_dict(),
-            "fingerprint": plan.options.fingerprint(checkpoint.fingerprint),
-            "device": prepared.device.type,
-            "detection": detection_record(prepared.found),
-            "activations": activations_record(plan.options, declared=plan.int8_inputs),
-            "loaders": loader_table(plan),
-            "totals": {
-                "bits_per_quantized_weight": round(plan.bits_per_weight, 4),
-                "quantized_weights": sum(tensor.source.numel for tensor in plan.quantized),
-                "weights": sum(tensor.source.numel for tensor in plan.tensors),
-                "bytes": sum(record["bytes"] for record in files.values()),
-                "source_bytes": plan.source_bytes,
-            },
-            "notes": list(plan.notes),
-            "left_out": dict(plan.left_out),
-            "tensors": records,
-            "files": files,
+    content: CheckpointContent = {
+        "swquant": __version__,
+        "source": {"name": checkpoint.name, "kind": checkpoint.kind, "fingerprint": checkpoint.fingerprint},
+        "options": plan.options.as_dict(),
+        "fingerprint": plan.options.fingerprint(checkpoint.fingerprint),
+        "device": prepared.device.type,
+        "detection": detection_record(prepared.found),
+        "activations": activations_record(plan.options, declared=plan.int8_inputs),
+        "loaders": loader_table(plan),
+        "totals": {
+            "bits_per_quantized_weight": round(plan.bits_per_weight, 4),
+            "quantized_weights": sum(tensor.source.numel for tensor in plan.quantized),
+            "weights": sum(tensor.source.numel for tensor in plan.tensors),
+            "bytes": 0,
+            "source_bytes": plan.source_bytes,
         },
-    )
+        "notes": list(plan.notes),
+        "left_out": dict(plan.left_out),
+        "tensors": records,
+        "files": {},
+    }
+    write_card(folder, checkpoint, content)
+    content["files"] = file_table(folder, written)
+    content["totals"]["bytes"] = sum(entry["bytes"] for entry in content["files"].values())
+    return write_manifest(folder, content)
 
 
 def _write_weights(

@@ -18,6 +18,7 @@ from exporters.safetensors_file import FileRecord, SafetensorsReader
 from exporters.sidecar import SIDECAR, SidecarReader
 from exporters.text import shown
 from swquant.checkpoints.manifest import MANIFEST, read_manifest
+from swquant.checkpoints.origin import CARD
 from swquant.checkpoints.patch_sets import uncounted
 from swquant.checkpoints.schema import FileEntry, Manifest
 from swquant.checkpoints.stored import check_stored
@@ -48,8 +49,9 @@ def verify(folder: Path) -> list[str]:
     """What is wrong with a checkpoint, one sentence each; an empty list if nothing is.
 
     Checked: the manifest's own digest and bytes, that exactly the listed files exist and nothing else, the sha256 of
-    every file and every tensor, that every tensor lies in the file that is said to hold it, and what a loader would
-    refuse of weights and sidecar. Raises SwquantError where there is no manifest to hold anything against.
+    every file (of README.md, which may be rewritten, only that it is there) and every tensor, that every tensor lies in
+    the file that is said to hold it, and what a loader would refuse of weights and sidecar. Raises SwquantError where
+    there is no manifest to hold anything against.
     """
     manifest = read_manifest(folder)
     problems: list[str] = []
@@ -89,6 +91,8 @@ def _unlisted(folder: Path, name: str) -> str:
 
 def _verify_file(path: Path, name: str, manifest: Manifest) -> list[str]:
     listed, size = manifest["files"][name], path.stat().st_size
+    if name == CARD:  # a text for people, which they may rewrite; nothing loads it
+        return []
     if size != listed["bytes"]:
         return [f"{name}: {size} bytes, the manifest says {listed['bytes']}"]
     if name.endswith(".safetensors"):

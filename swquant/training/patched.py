@@ -1,4 +1,4 @@
-"""A checkpoint with one more set of blocks: every file as it was, but the sidecar and the manifest, written anew.
+"""A checkpoint with one more set of blocks: every file as it was, but sidecar, manifest and card, written anew.
 
 OUT appears whole or not at all. The shards, config.json and the tokenizer are byte for byte the old ones, so a loader
 that knows no sidecar sees the checkpoint that was trained on, and the older sets lie under the new one as before.
@@ -18,6 +18,7 @@ from swquant.checkpoints.compressed import CompressedCheckpoint
 from swquant.checkpoints.manifest import write_manifest
 from swquant.checkpoints.patch_sets import counted, open_patches
 from swquant.checkpoints.schema import CheckpointContent, CheckpointManifest, TuningRecord
+from swquant.output.card import write_card
 from swquant.output.destination import check_destination, check_space, replace, unfinished, writing
 from swquant.output.verification import file_table, verify
 from swquant.progress import Progress, silent
@@ -118,10 +119,12 @@ def _content(
     for name, patch in blocks.items():
         counts = {**tensors[name].get("blocks", {}), of_set: len(patch)}
         tensors[name] = cast(Any, {**tensors[name], "blocks": counts})
-    files = file_table(folder)
     totals = checkpoint.manifest["totals"].copy()
     more = 8 * record["bytes"] / max(totals["quantized_weights"], 1)
     totals["bits_per_quantized_weight"] = round(totals["bits_per_quantized_weight"] + more, 4)
-    totals["bytes"] = sum(entry["bytes"] for entry in files.values())
     tuned = {**checkpoint.manifest.get("tuned", {}), of_set: record}
-    return cast(CheckpointContent, {**content, "tensors": tensors, "files": files, "totals": totals, "tuned": tuned})
+    made = cast(CheckpointContent, {**content, "tensors": tensors, "totals": totals, "tuned": tuned})
+    write_card(folder, checkpoint, made)
+    made["files"] = file_table(folder)
+    totals["bytes"] = sum(entry["bytes"] for entry in made["files"].values())
+    return made

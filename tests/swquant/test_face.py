@@ -8,7 +8,7 @@ import sys
 
 from support.paths import PROJECT
 
-VERBS = ("compress", "detect", "evaluate", "export", "study")
+VERBS = ("compress", "detect", "evaluate", "export", "push", "study")
 # Each module is the first that a new swquant imports, in one process, because torch takes seconds to load.
 FIRST = """
 import importlib, json, sys

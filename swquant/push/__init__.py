@@ -1,0 +1,1 @@
+"""`push`: a compressed checkpoint onto the hub."""
