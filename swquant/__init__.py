@@ -22,9 +22,9 @@ from swquant.version import __version__
 
 if TYPE_CHECKING:
     from exporters.errors import SwquantError
-    from swquant.api import compress, detect, evaluate, export, generate, inspect, load, plan, study, verify
+    from swquant.api import compress, detect, evaluate, export, inspect, load, plan, study, verify
     from swquant.compress.options import CompressOptions
-    from swquant.derive import distill, moe, push, tune
+    from swquant.derive import distill, generate, moe, push, tune
     from swquant.distill.options import DistillOptions
     from swquant.export.gguf.options import GgufOptions
     from swquant.export.onnx.options import ExportOptions
@@ -42,7 +42,7 @@ _HOMES = {
     "distill": "swquant.derive",
     "evaluate": "swquant.api",
     "export": "swquant.api",
-    "generate": "swquant.api",
+    "generate": "swquant.derive",
     "inspect": "swquant.api",
     "load": "swquant.api",
     "moe": "swquant.derive",

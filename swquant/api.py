@@ -35,10 +35,11 @@ if TYPE_CHECKING:
     from swquant.detect.found import Found
     from swquant.evaluate.pipeline import Evaluation
     from swquant.export.gguf.pipeline import Written
+    from swquant.export.mlx.pipeline import MlxFolder
     from swquant.export.onnx.pipeline import Exported
     from swquant.study.pipeline import Study
 
-__all__ = ["compress", "detect", "evaluate", "export", "generate", "inspect", "load", "plan", "study", "verify"]
+__all__ = ["compress", "detect", "evaluate", "export", "inspect", "load", "plan", "study", "verify"]
 
 Model = str | os.PathLike[str]
 
@@ -100,11 +101,11 @@ def compress(
     on_plan: Callable[[Planned], None] | None = None,
     progress: Progress = silent,
     **changes: Unpack[Keywords],
-) -> Compressed | Exported | Written:
-    """Compress a model into a checkpoint that stock transformers and vLLM load, or at once into an ONNX folder or a
-    GGUF file.
+) -> Compressed | Exported | MlxFolder | Written:
+    """Compress a model into a checkpoint that stock transformers and vLLM load, or at once into an ONNX folder, a GGUF
+    file or a folder for MLX.
 
-    out: what to create, `<name>-w4-b128` in the current folder by default. format: checkpoint, onnx or gguf.
+    out: what to create, `<name>-w4-b128` in the current folder by default. format: checkpoint, onnx, gguf or mlx.
     options and changes: a `CompressOptions`, or its fields as keywords (bits, block, symmetric, clip, restore,
     outliers, dense, …), and for onnx and gguf those of `export`. memory, low_memory, device: as for `detect`. on_plan:
     is shown the plan before anything is written. A run that was interrupted is taken up by the same call; fresh: start
@@ -237,17 +238,17 @@ def export(
     trust_remote_code: bool = False,
     progress: Progress = silent,
     **changes: Unpack[ExportWords],
-) -> Exported | Written:
-    """Export a compressed checkpoint: to an ONNX folder, checked to give the same answers, or to a GGUF file.
+) -> Exported | MlxFolder | Written:
+    """Export a compressed checkpoint: to an ONNX folder, checked to give the same answers, a GGUF file, or MLX.
 
-    out: what to create. format: onnx or gguf; by default gguf where `out` ends in .gguf. options and changes: an
+    out: what to create. format: onnx, gguf or mlx; by default gguf where `out` ends in .gguf. options and changes: an
     `ExportOptions` or `GgufOptions`, or its fields as keywords (graph, type, …). device: where torch says what ONNX is
     compared with, or rounds for GGUF. Returns path and manifest. Raises SwquantError; then there is no `out`.
     """
     row, path = export_format(Path(out), format), Path(checkpoint)
-    assert row.options is not None
-    if options is not None and not isinstance(options, row.options):
-        raise SwquantError(f"{type(options).__name__} say nothing of format {row.name}; give {row.options.__name__}")
+    if options is not None and (row.options is None or not isinstance(options, row.options)):
+        needed = "leave them out" if row.options is None else f"give {row.options.__name__}"
+        raise SwquantError(f"{type(options).__name__} say nothing of format {row.name}; {needed}")
     chosen = row.chosen({**(asdict(options) if options else {}), **changes}, int8=False, resolve=False)
     row.require()
     from swquant.checkpoints.compressed import CompressedCheckpoint
@@ -344,29 +345,6 @@ def evaluate(
             return evaluate_model(checkpoint, text, **how)
         with open_model(against, trust_remote_code=trust_remote_code) as original:
             return evaluate_model(checkpoint, text, original, **how)
-
-
-def generate(
-    model: Model,
-    prompt: str,
-    *,
-    tokens: int = 40,
-    restore: bool = True,
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    progress: Progress = silent,
-) -> str:
-    """Continue a prompt greedily. Returns the prompt and what follows. Raises SwquantError."""
-    from swquant.checkpoints.open import open_model
-    from swquant.evaluate.pipeline import generate_text
-    from swquant.models.devices import device_for
-
-    place = device_for(device)
-    with (
-        progress.step("Generating"),
-        open_model(model, restored=restore, trust_remote_code=trust_remote_code) as checkpoint,
-    ):
-        return generate_text(checkpoint, prompt, tokens=tokens, device=place)
 
 
 def study(

@@ -17,7 +17,7 @@ from exporters.errors import SwquantError
 __all__ = ["GROUPS", "check_choices", "described", "flag", "made_of", "parse_rate"]
 
 # The panels of `--help`, from the top; a panel of options that go with one value of another comes before the last.
-GROUPS = ("basic", "rounding", "activations", "training", "output", "other")
+GROUPS = ("basic", "tensors", "rounding", "activations", "training", "output", "other")
 
 Options = TypeVar("Options")
 

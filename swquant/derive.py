@@ -1,4 +1,4 @@
-"""The Python interface, continued: models that are made of models, and where they go.
+"""The Python interface, continued: models that are made of models, what they say, and where they go.
 
 Users import it from `swquant`. As in `api`, the rooms of the verbs are imported when a function is called, and
 `progress` is told what goes on.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from swquant.tune.pipeline import Tuned
     from swquant.tune.plan import TunePlan
 
-__all__ = ["distill", "moe", "push", "tune"]
+__all__ = ["distill", "generate", "moe", "push", "tune"]
 
 Model = str | os.PathLike[str]
 
@@ -63,6 +63,35 @@ def distill(
         if on_plan is not None:
             on_plan(plan)
         return None if dry_run else distill_checkpoint(plan, Path(out), progress=progress)
+
+
+def generate(
+    model: Model,
+    prompt: str,
+    *,
+    tokens: int = 40,
+    chat: bool = False,
+    restore: bool = True,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    on_text: Callable[[str], None] | None = None,
+    progress: Progress = silent,
+) -> str:
+    """Continue a prompt greedily, until a token ends the text. Returns the prompt and what follows.
+
+    chat: the prompt is what a user says, put into the model's chat template; what comes back is the answer alone.
+    on_text: is given the text piece by piece, as it is written; together they are what is returned. Raises
+    SwquantError.
+    """
+    from swquant.checkpoints.open import open_model
+    from swquant.evaluate.writing import generate_text
+    from swquant.models.devices import device_for
+
+    place = device_for(device)
+    with open_model(model, restored=restore, trust_remote_code=trust_remote_code) as checkpoint:
+        return generate_text(
+            checkpoint, prompt, tokens=tokens, chat=chat, device=place, on_text=on_text, progress=progress
+        )
 
 
 def moe(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,14 @@ def control_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True, scope="session")
 def _two_threads() -> None:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(autouse=True)
+def _stock_transformers() -> Iterator[None]:
+    """What `import swquant.hf` tells transformers is taken back: the next test may ask what stock loaders do."""
+    yield
+    if (hf := sys.modules.pop("swquant.hf", None)) is not None:
+        hf.unregister()
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ LAYERS = (
     {"compress", "training"},
     {"distill", "export", "moe", "push", "study", "tune"},
     {"api", "derive", "terminal"},
-    {"cli"},
+    {"cli", "hf"},
     {"__init__", "__main__"},
 )
 MAX_LINES = 400

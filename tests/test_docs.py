@@ -185,6 +185,14 @@ def check_workflow(code: str) -> None:
                     check_script(words)
 
 
+def check_javascript(code: str, here: Path) -> None:
+    """It parses; `make test-js` runs it."""
+    (here / "example.mjs").write_text(code)
+    if (node := shutil.which("node")) is None:
+        pytest.skip("needs node")
+    subprocess.run([node, "--check", "example.mjs"], cwd=here, check=True)
+
+
 def test_the_documents_have_blocks() -> None:
     assert len(BLOCKS) > 10
     assert {block.language for block in BLOCKS} >= {"bash", "python", "json", "yaml"}
@@ -210,6 +218,8 @@ def test_a_block_does_what_it_says(block: CodeBlock, here: Path, cli: Cli, reque
             json.loads(block.code)
         case "yaml":
             check_workflow(block.code)
+        case "js":
+            check_javascript(block.code, here)
         case language:
             pytest.fail(f"{block}: nobody can run a block of {language!r}; tag it `text` if it is none")
 
@@ -242,7 +252,8 @@ def parameters() -> dict[str, dict[str, object]]:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_no_option_is_made_up(path: Path) -> None:
-    known = {flag for options in parameters().values() for flag in options} | {"--help", "--version"}
+    root = {flag for item in typer.main.get_command(app).params for flag in item.opts}
+    known = {flag for options in parameters().values() for flag in options} | root | {"--help"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", path.read_text())) <= known
 
 

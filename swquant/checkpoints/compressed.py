@@ -109,6 +109,14 @@ class CompressedCheckpoint(Checkpoint):
             raise SwquantError(f"{self.name}: {name} has no scales; run swquant verify")
         return Stored(torch.float32 if self._unrounded else dtype, tuple(record["shape"]))
 
+    def part_forms(self, name: str) -> dict[str, Stored]:
+        """Local name -> form of the parts of a rounded tensor, read from the header of its file."""
+        entries, module = self._reader(name).entries, name.removesuffix(".weight")
+        return {
+            part.removeprefix(f"{module}."): Stored(entries[part].dtype, entries[part].shape)
+            for part in self._records[name]["sha256"]
+        }
+
     @property
     def quantized_names(self) -> tuple[str, ...]:
         """The tensors that are stored as codes."""

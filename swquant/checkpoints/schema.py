@@ -75,6 +75,7 @@ class OptionsRecord(TypedDict):
     restore: bool
     outliers: float | None
     bits_budget: float | None
+    bits_for: NotRequired[list[str]]
     dense: list[str]
     strict_block: bool
     allow_dense: NotRequired[bool]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from swquant.cli.options import OTHER, OUTPUT, takes
+from swquant.cli.recipe import LikeOption, RecipeOption
 from swquant.cli.shared import (
     DeviceOption,
     JsonOption,
@@ -39,7 +40,7 @@ FormatOption = Annotated[
     typer.Option(
         "--format",
         metavar="|".join(FORMATS),
-        help=f"{' or '.join(f'{row.name} ({row.text})' for row in FORMATS.values())}.",
+        help=f"{', '.join(f'{row.name} ({row.text})' for row in FORMATS.values())}.",
         rich_help_panel=OUTPUT,
     ),
 ]
@@ -64,6 +65,8 @@ def compress(
         Path | None,
         typer.Argument(metavar="OUT", help="What to create; <name>-w4-b128 by default.", show_default=False),
     ] = None,
+    recipe: RecipeOption = None,
+    like: LikeOption = None,
     form: FormatOption = "checkpoint",
     dry_run: Annotated[
         bool,
@@ -88,7 +91,7 @@ def compress(
     options: CompressOptions,
     given: Mapping[str, Any],
 ) -> None:
-    """Compress MODEL into OUT, a checkpoint for transformers and vLLM, or at once an ONNX folder or a GGUF file."""
+    """Compress MODEL into OUT, a checkpoint for transformers and vLLM, or at once what ONNX, llama.cpp or MLX run."""
     from swquant.api import compress as compress_model
     from swquant.api import plan
     from swquant.terminal.plan import plan_record, show_plan

@@ -1,4 +1,4 @@
-"""`swquant export`: from a compressed checkpoint to an ONNX folder or a GGUF file."""
+"""`swquant export`: from a compressed checkpoint to an ONNX folder, a GGUF file or a folder for MLX."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def export(
     *,
     given: Mapping[str, Any],
 ) -> None:
-    """Export a compressed checkpoint to ONNX, checked to give the same answers, or to a GGUF file for llama.cpp."""
+    """Export a compressed checkpoint to ONNX, checked to give the same answers, a GGUF file for llama.cpp, or MLX."""
     from swquant.api import export as export_checkpoint
 
     result = export_checkpoint(

@@ -37,7 +37,6 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     name="swquant",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Compress large language models without calibration data: super weights are found with one prompt and kept.",

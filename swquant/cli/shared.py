@@ -17,6 +17,7 @@ from swquant.cli.options import BASIC, OTHER
 if TYPE_CHECKING:
     from swquant.compress.pipeline import Compressed
     from swquant.export.gguf.pipeline import Written
+    from swquant.export.mlx.pipeline import MlxFolder
     from swquant.export.onnx.pipeline import Exported
     from swquant.progress import Progress
 
@@ -123,7 +124,7 @@ def print_json(content: Any) -> None:
     sys.stdout.flush()  # a reader that went away is noticed here, not when Python ends
 
 
-def show_written(result: Compressed | Exported | Written, as_json: bool) -> None:
+def show_written(result: Compressed | Exported | MlxFolder | Written, as_json: bool) -> None:
     """Print what was written."""
     from swquant.terminal.formats import view_of
 

@@ -19,7 +19,7 @@ from swquant.checkpoints.base import Checkpoint, Stored
 from swquant.compress.options import CompressOptions
 from swquant.models.architecture import Architecture, Dense, LinearKind, LinearWeight
 
-__all__ = ["check_patterns", "choose_block", "dense_dtype", "expert_block", "shared_block"]
+__all__ = ["bits_of", "check_patterns", "choose_block", "dense_dtype", "expert_block", "shared_block"]
 
 # Weights in a block that may hold a super weight, at 4 bits: beyond a few hundred, the step that represents it rounds
 # all its neighbours to zero. Each further bit halves the step and doubles the limit.
@@ -32,12 +32,20 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern) if "*" in pattern else pattern in name
 
 
-def check_patterns(patterns: Sequence[str], names: Iterable[str]) -> None:
-    """Raise SwquantError for a --dense pattern that matches nothing."""
+def check_patterns(options: CompressOptions, names: Iterable[str]) -> None:
+    """Raise SwquantError for a pattern of --dense or --bits-for that matches nothing."""
     known = tuple(names)
-    for pattern in patterns:
+    patterns = [("--dense", pattern) for pattern in options.dense]
+    patterns += [("--bits-for", rule.rpartition("=")[0]) for rule in options.bits_for]
+    for flag, pattern in patterns:
         if not any(matches(pattern, name) for name in known):
-            raise SwquantError(f"--dense {pattern!r} matches no tensor; names look like {known[len(known) // 2]}")
+            raise SwquantError(f"{flag} {pattern!r} matches no tensor; names look like {known[len(known) // 2]}")
+
+
+def bits_of(name: str, options: CompressOptions) -> int:
+    """Bits of a tensor, if it is rounded: those of the last --bits-for that matches its name, otherwise --bits."""
+    rules = [rule.rpartition("=") for rule in options.bits_for]
+    return next((int(bits) for pattern, _, bits in reversed(rules) if matches(pattern, name)), options.bits)
 
 
 def dense_dtype(checkpoint: Checkpoint, stored: Stored, options: CompressOptions) -> torch.dtype:
@@ -88,10 +96,11 @@ def choose_block(
             f"{options.layout.name} cannot store block {block} on {name} {list(shape)}; "
             f"use {remedy(Group(128), shape)}{rows}"
         )
-    if super_weights and block_elements(block, shape) > _limit(options):
+    limit = _limit(bits_of(name, options))
+    if super_weights and block_elements(block, shape) > limit:
         return Dense(
             f"holds a super weight, which a block of {block_elements(block, shape)} weights cannot represent for loaders "
-            f"that ignore the sidecar (limit {_limit(options)})"
+            f"that ignore the sidecar (limit {limit})"
         )
     return block
 
@@ -113,8 +122,8 @@ def _common(shapes: Iterable[tuple[int, int]]) -> tuple[int, int]:
     return math.gcd(*rows), math.gcd(*cols)
 
 
-def _limit(options: CompressOptions) -> int:
-    return MAX_BLOCK_WITH_SUPER_WEIGHT << max(0, options.bits - 4)
+def _limit(bits: int) -> int:
+    return MAX_BLOCK_WITH_SUPER_WEIGHT << max(0, bits - 4)
 
 
 _EXPERTS = "transformers loads a mixture only if all its experts are packed with one symmetric scheme"
@@ -136,6 +145,12 @@ def expert_block(
     for pattern in options.dense:
         if matched := next((name for name in names if matches(pattern, name)), None):
             raise SwquantError(f"--dense {pattern} matches {matched}, but {_EXPERTS}; give a narrower pattern")
+    if len(bits := {bits_of(name, options): name for name in names}) > 1:
+        (one, first), (other, second) = list(bits.items())[:2]
+        raise SwquantError(
+            f"--bits-for gives {first} {one} bits and {second} {other}, but {_EXPERTS}; give a pattern that all of them match"
+        )
+    limit = _limit(next(iter(bits)))
     if odd := next((name for name in names if checkpoint.tensors[name].dtype not in _FLOATS), None):
         raise SwquantError(
             f"{odd} is stored as {checkpoint.tensors[odd].dtype}, but {_EXPERTS}; convert it to bfloat16"
@@ -154,10 +169,10 @@ def expert_block(
             f"block {options.block_name} does not divide {names[0]}; use {remedy(options.parsed_block, common)}"
         )
     for name, shape in zip(names, shapes, strict=True):
-        if coordinates.get(name) and block_elements(block, shape) > _limit(options):
+        if coordinates.get(name) and block_elements(block, shape) > limit:
             raise SwquantError(
                 f"{name} holds a super weight, which a block of {block_elements(block, shape)} weights cannot represent, but "
-                f"{_EXPERTS}; use a block of at most {_limit(options)} weights, for example --block 128"
+                f"{_EXPERTS}; use a block of at most {limit} weights, for example --block 128"
             )
     return block
 

@@ -97,13 +97,20 @@ class CompressOptions:
     bits_budget: float | None = described(
         None,
         "Stored bits per weight, on average: each tensor gets bits by what rounding it does to the model's own text.",
-        group="basic",
+        group="tensors",
         metavar="BITS",
+    )
+    bits_for: tuple[str, ...] = described(
+        (),
+        "PATTERN=N: other bits for tensors of such a name; the last that matches counts; repeatable.",
+        group="tensors",
+        metavar="PATTERN=N",
+        called="bits-for",
     )
     dense: tuple[str, ...] = described(
         (),
         "Leave tensors whose name contains PATTERN (or matches a * glob) alone; repeatable.",
-        group="basic",
+        group="tensors",
         metavar="PATTERN",
     )
     strict_block: bool = described(
@@ -159,6 +166,7 @@ class CompressOptions:
             raise SwquantError(
                 f"bits {self.bits} and a budget of {self.bits_budget:g} bits per weight contradict each other; give one of them"
             )
+        self._check_bits_for()
         if self.refinement != "none" and self.parsed_clip is not None:
             raise SwquantError(
                 f"clip {self.clip} belongs to plain rounding, and --refine {self.refine} decides itself what to cut; use one"
@@ -182,6 +190,22 @@ class CompressOptions:
         if parse_bytes(self.shard_size) < 1_000_000:
             raise SwquantError(f"shard size {self.shard_size} is below 1MB; the usual size is 5GB")
 
+    def _check_bits_for(self) -> None:
+        from calibrationless import check_bits
+
+        for rule in self.bits_for:
+            pattern, _, bits = rule.rpartition("=")
+            if not pattern or not bits.isdecimal():
+                raise SwquantError(f"--bits-for {rule} is not PATTERN=N, as in --bits-for down_proj=6")
+            try:
+                check_bits(int(bits))
+            except ValueError as error:
+                raise SwquantError(f"--bits-for {rule}: {error}") from None
+        if self.bits_for and self.bits_budget is not None:
+            raise SwquantError(
+                f"--bits-budget {self.bits_budget:g} chooses the bits of every tensor, and --bits-for of some; use one of the two"
+            )
+
     def _check_offsets(self) -> None:
         if self.offset_kind == "none":
             return
@@ -195,8 +219,9 @@ class CompressOptions:
             return
         if self.bits not in BITS:
             raise SwquantError(f"{given} with {self.bits} bits: the layout that holds offsets takes 2, 4 or 8")
-        if self.bits_budget is not None or self.activations != "none":
-            other = "--bits-budget" if self.activations == "none" else f"--activations {self.activations}"
+        if self.bits_budget is not None or self.bits_for or self.activations != "none":
+            other = "--bits-budget" if self.bits_budget is not None else "--bits-for"
+            other = other if self.activations == "none" else f"--activations {self.activations}"
             raise SwquantError(f"{given} does not go with {other}: one scheme for all weights, decoded while loading")
 
     def _check_activations(self) -> None:
@@ -323,6 +348,7 @@ class CompressKeywords(TypedDict, total=False):
     restore: bool
     outliers: float | None
     bits_budget: float | None
+    bits_for: tuple[str, ...]
     dense: tuple[str, ...]
     strict_block: bool
     allow_dense: bool

@@ -19,7 +19,7 @@ from exporters.compressed_tensors import Scheme
 from exporters.errors import SwquantError
 from exporters.sidecar import OUTLIERS, PlannedPatch
 from swquant.checkpoints.base import Checkpoint, Stored
-from swquant.compress.choice import check_patterns, choose_block, dense_dtype, expert_block, shared_block
+from swquant.compress.choice import bits_of, check_patterns, choose_block, dense_dtype, expert_block, shared_block
 from swquant.compress.options import CompressOptions
 from swquant.detect.folds import Fold
 from swquant.models.architecture import Architecture, Dense, LinearKind
@@ -153,7 +153,7 @@ def make_plan(
     """Decide for every tensor. bits: of tensors that are not to take those of the options. left_out: from
     `tied_copies`. decoded: see `Plan`. Raises SwquantError where an option fits nothing, or --strict-block fails."""
     coordinates = _coordinates(architecture, super_weights)
-    check_patterns(options.dense, checkpoint.tensors)
+    check_patterns(options, checkpoint.tensors)
     if left_out is None:
         left_out = tied_copies(checkpoint, architecture)
     asked = _with_one_block(checkpoint, architecture, options) if decoded else options
@@ -177,7 +177,7 @@ def make_plan(
             continue
         recipe = Recipe(
             block=choice,
-            bits=(bits or {}).get(name, options.bits),
+            bits=(bits or {}).get(name, bits_of(name, options)),
             symmetric=options.symmetric,
             offsets=options.offset_kind,
             clip=options.parsed_clip,
@@ -269,6 +269,7 @@ def _int8_inputs(architecture: Architecture, options: CompressOptions) -> bool:
     return (
         options.activations == "int8"
         and options.bits == 8
+        and not options.bits_for
         and options.symmetric
         and options.per_token
         and isinstance(options.parsed_block, Channel | Whole)

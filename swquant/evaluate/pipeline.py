@@ -19,16 +19,14 @@ from __future__ import annotations
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from calibrationless import CPU
-from exporters.errors import SwquantError, first_line
+from exporters.errors import SwquantError
 from swquant.checkpoints.base import Checkpoint, ModelFolder
-from swquant.checkpoints.guard import failures_of
 from swquant.checkpoints.onnx import OnnxFolder
 from swquant.checkpoints.tokenizer import context_of, encode
 from swquant.models.devices import place_for
@@ -42,7 +40,6 @@ __all__ = [
     "Windows",
     "evaluate_model",
     "fit_window",
-    "generate_text",
     "make_windows",
     "perplexity_of",
     "runnable_model",
@@ -243,43 +240,3 @@ def evaluate_model(
 def perplexity_of(loss: float) -> float:
     """exp that gives infinity instead of an error: a destroyed model has a loss of thousands."""
     return math.exp(loss) if loss < 700 else math.inf
-
-
-def generate_text(checkpoint: ModelFolder, prompt: str, *, tokens: int = 40, device: torch.device = CPU) -> str:
-    """Continue a prompt greedily by at most `tokens` tokens. Returns prompt and continuation."""
-    if tokens < 1:
-        raise SwquantError(f"{tokens} tokens are nothing to generate; give 1 or more")
-    with quiet():
-        ids = encode(checkpoint, prompt)
-        if not ids:
-            raise SwquantError("the prompt is empty; give some words to continue")
-        context = context_of(checkpoint.config)
-        if context is not None and len(ids) + tokens > context:
-            raise SwquantError(
-                f"{checkpoint.name}: a prompt of {len(ids)} tokens and {tokens} to generate are more than the {context} "
-                "that the model takes; shorten the prompt, or lower --tokens"
-            )
-        tokenizer = checkpoint.tokenizer()
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        model: Any = runnable_model(checkpoint, device)
-        inputs = torch.tensor([ids], device=model.device if isinstance(model, PreTrainedModel) else None)
-        try:
-            output = model.generate(
-                input_ids=inputs,
-                attention_mask=torch.ones_like(inputs),
-                max_new_tokens=tokens,
-                do_sample=False,
-                num_beams=1,
-                num_return_sequences=1,
-                return_dict_in_generate=False,
-                pad_token_id=pad,
-            )
-        except (ValueError, TypeError, LookupError, AttributeError) as error:  # a setting that fails where it is used
-            raise SwquantError(
-                f"{checkpoint.name}: transformers cannot write with these settings ({first_line(error)}); correct "
-                "generation_config.json, or move it away"
-            ) from None
-    with failures_of(
-        f"{checkpoint.name}: the tokenizer cannot write this text", "its tokenizer.json is damaged, fetch it again"
-    ):
-        return str(tokenizer.decode(output[0], skip_special_tokens=True))

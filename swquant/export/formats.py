@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from swquant.compress.pipeline import Compressed
     from swquant.compress.prepared import Prepared
     from swquant.export.gguf.pipeline import Written
+    from swquant.export.mlx.pipeline import MlxFolder
     from swquant.export.onnx.pipeline import Exported
 
 __all__ = ["EXPORTS", "FORMATS", "Format", "Planned", "export_format", "format_named", "option_names"]
@@ -67,8 +68,8 @@ class Format:
     require: Callable[[], None]
     check_out: Callable[[Path, bool, Checkpoint], None]
     fitted: Callable[[Prepared, Any], Prepared]
-    run: Callable[[Planned, Carrying], Compressed | Exported | Written]
-    export: Callable[[CompressedCheckpoint, Path, Any, Exporting], Exported | Written] | None = None
+    run: Callable[[Planned, Carrying], Compressed | Exported | MlxFolder | Written]
+    export: Callable[[CompressedCheckpoint, Path, Any, Exporting], Exported | MlxFolder | Written] | None = None
     stock: bool = True
 
     def chosen(self, given: Mapping[str, Any], *, int8: bool, resolve: bool = True) -> Any:
@@ -93,7 +94,9 @@ class Planned:
     export: Any
     left: str = ""
 
-    def run(self, *, overwrite: bool, fresh: bool = False, progress: Progress) -> Compressed | Exported | Written:
+    def run(
+        self, *, overwrite: bool, fresh: bool = False, progress: Progress
+    ) -> Compressed | Exported | MlxFolder | Written:
         """Carry it out. overwrite: OUT may be replaced. fresh: what an interrupted run left is not taken up."""
         return self.format.run(self, {"overwrite": overwrite, "fresh": fresh, "progress": progress})
 
@@ -213,6 +216,31 @@ def _export_gguf(checkpoint: CompressedCheckpoint, out: Path, options: GgufOptio
     return export_gguf(checkpoint, out, options, **how)
 
 
+def _suited_for_mlx(options: CompressOptions, _: Any) -> CompressOptions:
+    from swquant.export.mlx.suiting import suited
+
+    return suited(options)
+
+
+def _fitted_for_mlx(prepared: Prepared, _: Any) -> Prepared:
+    from swquant.export.mlx.pipeline import check_plan
+
+    check_plan(prepared)
+    return prepared
+
+
+def _write_mlx(planned: Planned, how: Carrying) -> MlxFolder:
+    from swquant.export.mlx.pipeline import write_mlx
+
+    return write_mlx(planned.prepared, planned.out, **how)
+
+
+def _export_mlx(checkpoint: CompressedCheckpoint, out: Path, _: Any, how: Exporting) -> MlxFolder:
+    from swquant.export.mlx.pipeline import export_mlx
+
+    return export_mlx(checkpoint, out, overwrite=how["overwrite"], progress=how["progress"])  # nothing is rounded
+
+
 _ROWS = (
     Format(
         name="checkpoint",
@@ -227,7 +255,7 @@ _ROWS = (
     ),
     Format(
         name="onnx",
-        text="a folder for ONNX Runtime, see export",
+        text="for ONNX Runtime",
         suffix="-onnx",
         options=ExportOptions,
         suited=_with_offsets("onnx", "byte", ("none", "float", "byte")),
@@ -239,7 +267,7 @@ _ROWS = (
     ),
     Format(
         name="gguf",
-        text="a file for llama.cpp",
+        text="for llama.cpp",
         suffix=".gguf",
         options=GgufOptions,
         suited=_suited_for_gguf,
@@ -249,6 +277,18 @@ _ROWS = (
         run=_write_gguf,
         export=_export_gguf,
         stock=False,
+    ),
+    Format(
+        name="mlx",
+        text="for mlx-lm",
+        suffix="-mlx",
+        options=None,
+        suited=_suited_for_mlx,
+        require=_nothing,
+        check_out=_check_folder,
+        fitted=_fitted_for_mlx,
+        run=_write_mlx,
+        export=_export_mlx,
     ),
 )
 FORMATS = {row.name: row for row in _ROWS}

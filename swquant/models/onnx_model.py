@@ -78,12 +78,19 @@ class OnnxModel:
         logits, _ = self.step(input_ids.numpy(), self.empty_past(len(input_ids)))
         return Output(torch.from_numpy(logits).to(torch.float32))
 
-    def generate(self, input_ids: Tensor, max_new_tokens: int, **_: Any) -> Tensor:
-        """Append the likeliest token up to `max_new_tokens` times, or until one that ends the text. One sequence."""
+    def generate(self, input_ids: Tensor, max_new_tokens: int, streamer: Any = None, **_: Any) -> Tensor:
+        """Append the likeliest token up to `max_new_tokens` times, or until one that ends the text. One sequence.
+        streamer: as transformers has them, is given the prompt's ids and then each token."""
         ids, past = input_ids.numpy(), self.empty_past(1)
         chosen: list[int] = []
+        if streamer is not None:
+            streamer.put(input_ids)
         while len(chosen) < max_new_tokens and not (chosen and chosen[-1] in self._eos):
             logits, past = self.step(ids, past)
             chosen.append(int(logits[0, -1].argmax()))
             ids = np.array([chosen[-1:]], dtype=np.int64)
+            if streamer is not None:
+                streamer.put(torch.from_numpy(ids))
+        if streamer is not None:
+            streamer.end()
         return torch.cat([input_ids, torch.tensor([chosen])], dim=1)

@@ -49,6 +49,7 @@ def suited(options: CompressOptions, export: GgufOptions) -> CompressOptions:
         (options.activations != "none", f"--activations {options.activations}: llama.cpp rounds activations itself"),
         (not options.symmetric, "--asymmetric: the GGUF types with an offset are Q4_1, Q5_1, Q4_K and Q5_K (--type)"),
         (options.parsed_clip, f"--clip {options.clip}: belongs to plain rounding into free blocks"),
+        (options.bits_for, "--bits-for: one type for all weights is written here"),
         (options.bits_budget, f"--bits-budget {options.bits_budget}: one type for all weights is written here"),
     ):
         if unheld:

@@ -41,6 +41,7 @@ OPTIONS = {
     "--no-restore": {"restore": False},
     "--outliers 0.01": {"outliers": 0.01},
     "--bits-budget 5.5": {"bits_budget": 5.5},
+    "--bits-for q_proj=6 --bits-for o_proj=8": {"bits_for": ["q_proj=6", "o_proj=8"]},
     "--dense q_proj --dense *.up_proj.*": {"dense": ["q_proj", "*.up_proj.*"]},
     "--activations int8 --block 32": {"activations": "int8", "block": "32"},
     "--activations int8 --activation-scale per-tensor": {"activations": "int8", "activation_scale": "per-tensor"},
@@ -57,7 +58,7 @@ OPTIONS = {
 def test_every_option_arrives(cli: Cli, planted_llama: Planted, tmp_path: Path, words: str) -> None:
     model = str(planted_llama.folder)
     given = ("compress", model, tmp_path / "out", *words.replace("MODEL", model).split(), "--dry-run", "--json")
-    default = {**asdict(CompressOptions()), "dense": [], "block": "128", "offsets": "none"}
+    default = {**asdict(CompressOptions()), "dense": [], "bits_for": [], "block": "128", "offsets": "none"}
     expected = {key: model if value == "MODEL" else value for key, value in OPTIONS[words].items()}
     assert document(cli(*given))["options"] == {**default, **expected}
 

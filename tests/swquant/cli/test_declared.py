@@ -54,6 +54,8 @@ OWN = {
     "compress": {
         "model",
         "out_folder",
+        "recipe",
+        "like",
         "form",
         "dry_run",
         "overwrite",
@@ -143,7 +145,18 @@ def test_a_panel_fits_a_screen(cli: Cli, monkeypatch: pytest.MonkeyPatch, comman
     assert all(1 + lines <= 25 for lines in shown.values()), shown
     titles = list(shown)
     of_formats = [f"With --format {name}" for name in FORMATS]
-    known = ["Arguments", "Options", BASIC, "Rounding", "Activations", "Training", OUTPUT, *of_formats, OTHER]
+    known = [
+        "Arguments",
+        "Options",
+        BASIC,
+        "Tensors",
+        "Rounding",
+        "Activations",
+        "Training",
+        OUTPUT,
+        *of_formats,
+        OTHER,
+    ]
     assert titles == [title for title in known if title in titles]
     assert "Options" not in titles or BASIC not in titles
 
@@ -294,10 +307,10 @@ def test_the_formats_are_the_choices(cli: Cli, planted_llama: Planted) -> None:
     assert all(f"{row.name} ({row.text})" in parameter.help for row in FORMATS.values())
     assert len({row.suffix for row in FORMATS.values()}) == len(FORMATS) == len(VIEWS)
     assert set(VIEWS) == set(FORMATS)
-    with pytest.raises(SwquantError, match="^format 'mlx' is not one of: checkpoint, onnx, gguf$"):
-        format_named("mlx")
-    line = one_line(cli("compress", planted_llama.folder, "--format", "mlx", "--dry-run"))
-    assert line == "error: format 'mlx' is not one of: checkpoint, onnx, gguf"
+    with pytest.raises(SwquantError, match="^format 'ggml' is not one of: checkpoint, onnx, gguf, mlx$"):
+        format_named("ggml")
+    line = one_line(cli("compress", planted_llama.folder, "--format", "ggml", "--dry-run"))
+    assert line == "error: format 'ggml' is not one of: checkpoint, onnx, gguf, mlx"
 
 
 def test_a_format_knows_its_options() -> None:

@@ -108,7 +108,7 @@ def test_generate_without_the_sidecar_is_another_model(
     cli: Cli, compressed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[bool] = []
-    monkeypatch.setattr("swquant.api.generate", lambda *_, restore, **__: seen.append(restore) or "text")
+    monkeypatch.setattr("swquant.derive.generate", lambda *_, restore, **__: seen.append(restore) or "text")
     cli("generate", compressed, "t5")
     cli("generate", compressed, "t5", "--no-restore")
     assert seen == [True, False]

@@ -6,7 +6,7 @@ import copy
 import io
 import json
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,13 @@ def test_progress_with_hostile_names_is_shown(hostile: str, terminal: bool) -> N
 
 def test_generated_text_is_whole_and_harmless(cli: Cli, compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = "one [bold]two[/bold]\n\tthree :fire: \x1b[2J\u202e " + "word " * 2000 + "end"
-    monkeypatch.setattr("swquant.api.generate", lambda *_, **__: said)
+
+    def say(*_: object, on_text: Callable[[str], None] | None, **__: object) -> str:
+        for start in range(0, len(said), 7) if on_text is not None else ():
+            on_text(said[start : start + 7])  # type: ignore[misc]
+        return said
+
+    monkeypatch.setattr("swquant.derive.generate", say)
     ran = cli("generate", compressed, "t5")
     assert ran.out == said.replace("\x1b", "\\x1b").replace("\u202e", "\\u202e") + "\n"
     check(ran.out.replace("\t", ""))

@@ -1,0 +1,1 @@
+"""Export to a folder for MLX; `pipeline` knows the order."""
