@@ -37,6 +37,7 @@ from swquant import pr_moe
 from swquant.api import compress
 from swquant.checkpoints.compressed import CompressedCheckpoint
 from swquant.checkpoints.manifest import MANIFEST
+from swquant.checkpoints.open import open_checkpoint
 from swquant.compress.options import CompressOptions
 from swquant.models.architecture import describe
 from swquant.models.rounded_inputs import round_inputs
@@ -176,7 +177,8 @@ class SwquantQuantizer(HfQuantizer):
                 raise SwquantError(
                     f"{checkpoint.name}: {type(model).__name__} has no place for {name}; use swquant.load"
                 )
-            round_inputs(model, checkpoint.manifest, describe(checkpoint))
+            if checkpoint.manifest["activations"] is not None:
+                round_inputs(model, checkpoint.manifest, describe(checkpoint))
         if hasattr(model.config, "swquant"):  # it points at files that a saved model does not have
             del model.config.swquant
         setattr(model, "_weight_conversions", None)  # noqa: B010 - of reading, which must not be turned around on saving
@@ -247,12 +249,14 @@ class _OnTheFly(SwquantQuantizer):
             raise SwquantError("SwquantConfig: the configuration does not say which model it is of; leave config out")
         self._temporary = tempfile.TemporaryDirectory(prefix="swquant-")
         options: Any = self.quantization_config
-        compress(
-            str(config.name_or_path),
-            Path(self._temporary.name) / "out",
-            CompressOptions(**options.options),
-            trust_remote_code=type(config).__module__.startswith("transformers_modules"),
+        trusted, commit = (
+            type(config).__module__.startswith("transformers_modules"),
+            getattr(config, "_commit_hash", None),
         )
+        with open_checkpoint(str(config.name_or_path), revision=commit, trust_remote_code=trusted) as source:
+            folder = source.folder  # of one on the hub, with all that transformers did not fetch
+        out = Path(self._temporary.name) / "out"
+        compress(folder, out, CompressOptions(**options.options), trust_remote_code=trusted)
         return super().update_attn_implementation(config)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **how: Any) -> Any:
