@@ -6,6 +6,7 @@ decides more than the method. It is chosen with the first seed; the others train
 
     blocks by recovery, gradient, fisher   what `swquant tune --select …` trains
     blocks by random, diagonal             controls; diagonal blocks are what DiaBlo trains
+    scales                                 what `swquant tune --train scales` trains: no bytes at all
     LoRA                                   peft's, of a rank that takes as many bytes at 16 bits, on every linear layer
 
     python benchmarks/tune.py CHECKPOINT ORIGINAL --json tuning.json [--steps N] [--methods …] [--seeds N]
@@ -29,13 +30,14 @@ from typing import Any
 import torch
 
 from swquant.checkpoints.base import Checkpoint
+from swquant.checkpoints.compressed import CompressedCheckpoint
 from swquant.checkpoints.open import open_checkpoint
 from swquant.detect.own_text import write_text
 from swquant.evaluate.pipeline import make_windows, score_window, window_logits
 from swquant.progress import silent
 from swquant.training.data import begins_with, text_windows, token_windows
 from swquant.training.loop import DivergedError, Schedule, train
-from swquant.training.model import lay, trainable_model
+from swquant.training.model import lay, trainable_model, trained_parameters
 from swquant.tune.options import TuneOptions
 from swquant.tune.plan import TunePlan, make_plan
 from swquant.tune.selection import chosen, scores
@@ -43,6 +45,7 @@ from swquant.tune.session import Session
 
 DATA = Path(__file__).parent.parent / "data"
 BLOCKS = ("recovery", "gradient", "fisher", "random", "diagonal")
+METHODS = (*BLOCKS, "scales", "lora")
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 
 
@@ -92,6 +95,23 @@ def blocks_of(world: World, select: str, seed: int) -> tuple[Any, Mapping[str, t
     return model, {name: layer.values for name, layer in layers.items()}, plan.nbytes
 
 
+def stored_scales(world: World) -> tuple[Any, Mapping[str, torch.nn.Parameter], int]:
+    """The same with the stored scales and offsets of all candidates."""
+    plan = world.plan
+    model = trainable_model(plan.checkpoint)
+    assert isinstance(plan.checkpoint, CompressedCheckpoint)
+    rounded = [name for name in plan.checkpoint.quantized_names if name in plan.pool]
+    weights = {name: candidate.weight for name, candidate in plan.pool.items()}
+    return model, trained_parameters(lay(model, plan.checkpoint, weights, {}, scales=rounded)), 0
+
+
+def made(world: World, method: str, seed: int) -> tuple[Any, Mapping[str, torch.nn.Parameter], int]:
+    """(model, parameters, bytes) of a method."""
+    if method == "scales":
+        return stored_scales(world)
+    return lora(world, seed) if method == "lora" else blocks_of(world, method, seed)
+
+
 def lora(world: World, seed: int) -> tuple[Any, Mapping[str, torch.nn.Parameter], int]:
     """The same with peft's LoRA, alpha twice the rank, on all candidates."""
     from peft import LoraConfig, get_peft_model
@@ -109,7 +129,7 @@ def lora(world: World, seed: int) -> tuple[Any, Mapping[str, torch.nn.Parameter]
 
 def run(world: World, method: str, rate: float, seed: int) -> dict[str, Any]:
     """Train once. Losses are nats per token; seconds are those of this process's processors, per step."""
-    model, parameters, nbytes = lora(world, seed) if method == "lora" else blocks_of(world, method, seed)
+    model, parameters, nbytes = made(world, method, seed)
     session, began = world.session(model, seed), time.process_time()
     try:
         train(parameters, session.loss_of, Schedule(world.plan.options.steps, rate))
@@ -117,7 +137,7 @@ def run(world: World, method: str, rate: float, seed: int) -> dict[str, Any]:
         return {"held_out": None, "kl": None, "bytes": nbytes, "seconds": None}
     seconds = (time.process_time() - began) / world.plan.options.steps
     with torch.no_grad():
-        for parameter in parameters.values():
+        for parameter in parameters.values() if method != "scales" else ():  # those are stored as they were trained
             parameter.copy_(parameter.to(torch.bfloat16))
     return {"held_out": session.held_out(), "kl": world.kl(model), "bytes": nbytes, "seconds": seconds}
 
@@ -165,7 +185,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=64)
     for name, usual in (("steps", 40), ("texts", 64), ("window", 256), ("batch", 2), ("seeds", 1)):
         parser.add_argument(f"--{name}", type=int, default=usual)
-    parser.add_argument("--methods", nargs="+", default=[*BLOCKS, "lora"], choices=[*BLOCKS, "lora"])
+    parser.add_argument("--methods", nargs="+", default=[*METHODS], choices=METHODS)
     parser.add_argument("--rates", nargs="+", type=float, default=[*RATES])
     args = parser.parse_args()
     if "lora" in args.methods and importlib.util.find_spec("peft") is None:

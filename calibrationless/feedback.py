@@ -87,13 +87,13 @@ def _cholesky(matrix: Tensor, info: Tensor, *, upper: bool) -> None:
     torch.linalg.cholesky_ex(matrix, upper=upper, check_errors=True, out=(matrix, info))
 
 
-def feed_back(weight: Tensor, quantized: QuantizedTensor, factor: Factor, *kept: Patch) -> QuantizedTensor:
+def feed_back(weight: Tensor, quantized: QuantizedTensor, factor: Factor | None, *kept: Patch) -> QuantizedTensor:
     """`quantized` with other codes: rounded column by column, with feedback. Scales, zero points and offsets stay.
 
-    weight: [out, in]; factor: from `inverse_factor`; kept: patches that the loader lays over the codes.
-    Rows do not depend on each other, and results not on the number of threads.
+    weight: [out, in]; factor: from `inverse_factor`, None for the nearest code of every weight by itself; kept: patches
+    that the loader lays over the codes. Rows do not depend on each other, and results not on the number of threads.
     """
-    order, upper = factor
+    order, upper = factor if factor is not None else (torch.arange(quantized.shape[1], device=weight.device), None)
     scale = expand(quantized.scale.to(torch.float32), quantized.block, quantized.shape)
     middle = float(1 << (quantized.bits - 1))
     zero = None
@@ -116,6 +116,10 @@ def feed_back(weight: Tensor, quantized: QuantizedTensor, factor: Factor, *kept:
         original, is_exact = w.clone(), exact[piece][:, order].T
         steps = scale[piece][:, order].T.contiguous()
         zeros = torch.full_like(steps, middle) if zero is None else zero[piece][:, order].T.to(torch.float32)
+        if upper is None:
+            found = cut(original, steps, zeros)
+            codes[piece] = found.T.to(torch.int16).to(torch.uint8)
+            return
         found = torch.empty_like(w)
         errors = torch.empty(_LAZY, w.shape[1], device=w.device)
         for start in range(0, len(order), _LAZY):

@@ -105,7 +105,7 @@ def _points(patch: Points, shape: tuple[int, int]) -> Entries:
 
 def _blocks(patch: Blocks, shape: tuple[int, int]) -> Entries:
     """Whole blocks as [n, B, 1], [n, 1, B], [n, B, B]; where some stick out, what is inside as [k] each."""
-    inner = torch.arange(patch.side)
+    inner = torch.arange(patch.side, device=patch.rows.device)
     rows = patch.rows.to(torch.int64).view(-1, 1, 1) * patch.side + inner.view(1, -1, 1)
     cols = patch.cols.to(torch.int64).view(-1, 1, 1) * patch.side + inner.view(1, 1, -1)
     inside = (rows < shape[0]) & (cols < shape[1])
@@ -161,7 +161,7 @@ def check_patch(patch: Patch, shape: tuple[int, int], tensor: str = "") -> None:
             raise ValueError(
                 f"{who}: {name} {list(part.shape)} of {part.dtype} do not belong to {patch.cols.numel()} of a {list(shape)} weight"
             )
-    places = torch.zeros(patch.cols.numel(), dtype=torch.int64)
+    places = torch.zeros(patch.cols.numel(), dtype=torch.int64, device=patch.cols.device)
     for name, word, size in zip(("rows", "cols"), ("row", "column"), kind.limits(shape, side), strict=True):
         index = parts.get(name)
         if index is None:

@@ -164,10 +164,10 @@ class SidecarReader:
             raise CheckpointError(f"{self._reader.path}: {error}") from None
         return patch
 
-    def read_all(self, tensor: str, shape: tuple[int, int], without: str | None = None) -> tuple[Patch, ...]:
-        """The patches of all sets, in the order in which they are laid over the weight. without: the name of a set that
-        is left out."""
-        sets = (of_set for of_set, counts in self.counts.items() if tensor in counts and of_set != without)
+    def read_all(self, tensor: str, shape: tuple[int, int], *without: str | None) -> tuple[Patch, ...]:
+        """The patches of all sets, in the order in which they are laid over the weight. without: names of sets that are
+        left out."""
+        sets = (of_set for of_set, counts in self.counts.items() if tensor in counts and of_set not in without)
         return tuple(self.read(of_set, tensor, shape) for of_set in sets)
 
     def sha256(self) -> str:

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from exporters.errors import SwquantError
     from swquant.api import compress, detect, evaluate, export, inspect, load, plan, study, verify
     from swquant.compress.options import CompressOptions
-    from swquant.derive import distill, generate, moe, push, tune
+    from swquant.derive import distill, generate, merge, moe, push, tune
     from swquant.distill.options import DistillOptions
     from swquant.export.gguf.options import GgufOptions
     from swquant.export.onnx.options import ExportOptions
+    from swquant.merge.options import MergeOptions
     from swquant.moe.options import MoeOptions
     from swquant.study.options import StudyOptions
     from swquant.tune.options import TuneOptions
@@ -45,6 +46,7 @@ _HOMES = {
     "generate": "swquant.derive",
     "inspect": "swquant.api",
     "load": "swquant.api",
+    "merge": "swquant.derive",
     "moe": "swquant.derive",
     "plan": "swquant.api",
     "push": "swquant.derive",
@@ -55,6 +57,7 @@ _HOMES = {
     "DistillOptions": "swquant.distill.options",
     "ExportOptions": "swquant.export.onnx.options",
     "GgufOptions": "swquant.export.gguf.options",
+    "MergeOptions": "swquant.merge.options",
     "MoeOptions": "swquant.moe.options",
     "StudyOptions": "swquant.study.options",
     "TuneOptions": "swquant.tune.options",
@@ -66,6 +69,7 @@ __all__ = [
     "DistillOptions",
     "ExportOptions",
     "GgufOptions",
+    "MergeOptions",
     "MoeOptions",
     "StudyOptions",
     "SwquantError",
@@ -79,6 +83,7 @@ __all__ = [
     "generate",
     "inspect",
     "load",
+    "merge",
     "moe",
     "plan",
     "push",

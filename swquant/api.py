@@ -269,6 +269,7 @@ def export(
 def load(
     path: Model,
     *,
+    base: Model | None = None,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     restore: bool = True,
@@ -277,15 +278,15 @@ def load(
 ) -> PreTrainedModel:
     """The transformers model of a compressed checkpoint (or of anything that `detect` takes), in evaluation mode.
 
-    Its weights are dense, every outlier has its original value, and int8 activations are simulated, exactly. dtype: of
-    the weights, the checkpoint's own by default. restore: False leaves the outliers as a loader sees them that ignores
-    the sidecar. trainable: in float32, and what `tune` trained (`values` of `PatchedLinear`s) is a parameter, for a
-    loop of one's own; all else is frozen, and the weights under it stay packed. Raises SwquantError.
+    Its weights are dense, every outlier has its original value, and int8 activations are simulated, exactly. base: the
+    model, where `tune` wrote patches alone. dtype: of the weights, by default their own. restore: False leaves outliers
+    as a loader sees them that ignores the sidecar. trainable: in float32, and what `tune` trained (`values` of
+    `PatchedLinear`s) is a parameter; all else is frozen, and weights under it stay packed. Raises SwquantError.
     """
     from swquant.checkpoints.open import open_checkpoint
     from swquant.models.loading import running_model
 
-    with open_checkpoint(path, restored=restore, trust_remote_code=trust_remote_code) as checkpoint:
+    with open_checkpoint(path, restored=restore, trust_remote_code=trust_remote_code, base=base) as checkpoint:
         if trainable:
             from swquant.training.model import load_trainable
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Unpack
 
 from swquant.declared import made_of
 from swquant.distill.options import DistillKeywords, DistillOptions
+from swquant.merge.options import MergeKeywords, MergeOptions
 from swquant.moe.options import MoeKeywords, MoeOptions
 from swquant.progress import Progress, silent
 from swquant.tune.options import TuneKeywords, TuneOptions
@@ -21,13 +22,14 @@ from swquant.tune.options import TuneKeywords, TuneOptions
 if TYPE_CHECKING:
     from swquant.distill.pipeline import Distilled
     from swquant.distill.plan import DistillPlan
+    from swquant.merge.pipeline import Merged
     from swquant.moe.pipeline import Mixed
     from swquant.moe.plan import MoePlan
     from swquant.push.pipeline import Pushed
     from swquant.tune.pipeline import Tuned
     from swquant.tune.plan import TunePlan
 
-__all__ = ["distill", "generate", "moe", "push", "tune"]
+__all__ = ["distill", "generate", "merge", "moe", "push", "tune"]
 
 Model = str | os.PathLike[str]
 
@@ -94,6 +96,52 @@ def generate(
         )
 
 
+def merge(
+    checkpoint: Model,
+    out: Model,
+    options: MergeOptions | None = None,
+    *,
+    eval_text: str | None = None,
+    against: Model | None = None,
+    base: Model | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+    **changes: Unpack[MergeKeywords],
+) -> Merged:
+    """Bake what was trained over a checkpoint (`tune`) into its codes, for loaders that know no sidecar.
+
+    Only the tensors that lose a patch are rounded anew, on their own scales, with error feedback from text that the
+    tuned model writes; all else is copied. eval_text: to measure on, as a stock loader sees the checkpoint before, as
+    `swquant.load` does, and merged; against: the original to compare with there, by default the tuned model itself.
+    options and changes: a `MergeOptions`, or its fields as keywords (set_, points, texts, seed). Returns path, manifest
+    and what it cost (`record`). Raises SwquantError; then `out` does not exist.
+
+    base: the original, where checkpoint is a folder of patches alone: OUT is then the whole model, an ordinary Hugging
+    Face folder, which costs nothing but rounding to its dtype.
+    """
+    chosen = made_of(MergeOptions, options, changes)
+    from swquant.checkpoints.open import open_checkpoint
+    from swquant.checkpoints.patched import PatchedCheckpoint
+    from swquant.merge.pipeline import make_plan, merge_checkpoint, merge_patches
+
+    with ExitStack() as stack:
+        opened = stack.enter_context(open_checkpoint(checkpoint, trust_remote_code=trust_remote_code, base=base))
+        original = None
+        if against is not None:
+            original = stack.enter_context(open_checkpoint(against, trust_remote_code=trust_remote_code))
+        if isinstance(opened, PatchedCheckpoint):
+            return merge_patches(opened, chosen, Path(out), overwrite=overwrite, progress=progress)
+        return merge_checkpoint(
+            make_plan(opened, chosen),
+            Path(out),
+            overwrite=overwrite,
+            progress=progress,
+            eval_text=eval_text,
+            against=original,
+        )
+
+
 def moe(
     model: Model,
     out: Model,
@@ -154,6 +202,8 @@ def tune(
     data: Model | None = None,
     text_name: str = "text",
     eval_text: str | None = None,
+    whole: bool = False,
+    device: str = "auto",
     overwrite: bool = False,
     trust_remote_code: bool = False,
     dry_run: bool = False,
@@ -161,7 +211,10 @@ def tune(
     progress: Progress = silent,
     **changes: Unpack[TuneKeywords],
 ) -> Tuned | None:
-    """Train a few blocks of weights over a compressed checkpoint, which stays as it is; they go into the sidecar.
+    """Train a few blocks of weights over a model, which stays as it is, and of a compressed one its scales.
+
+    checkpoint: a compressed checkpoint, with whose sidecar OUT has one more set; or an original, of which OUT holds
+    the blocks alone (`load(OUT, base=…)`), or with `whole` all of it, an ordinary Hugging Face folder.
 
     against: the original. Its predictions are learned, on text that it writes itself unless there is another. text: to
     train on; data: a jsonl file of prompts and responses. eval_text: to measure on before and after. out: the folder to
@@ -172,19 +225,23 @@ def tune(
 
     "Sparse Matrix in Large Language Model Fine-tuning", https://arxiv.org/abs/2405.15525
     """
+    from swquant.models.devices import device_for
     from swquant.output.destination import check_destination
     from swquant.tune.pipeline import tune_checkpoint
 
+    place = device_for(device)
     with _tune_plan(
-        checkpoint, made_of(TuneOptions, options, changes), against, text, data, text_name, trust_remote_code
+        checkpoint, made_of(TuneOptions, options, changes), against, text, data, text_name, whole, trust_remote_code
     ) as planned:
         if not dry_run:  # nobody is shown a plan to be refused
-            check_destination(Path(out), overwrite, planned.checkpoint)
+            check_destination(Path(out), overwrite if planned.checkpoint.is_compressed else None, planned.checkpoint)
         if on_plan is not None:
             on_plan(planned)
         if dry_run:
             return None
-        return tune_checkpoint(planned, Path(out), overwrite=overwrite, progress=progress, eval_text=eval_text)
+        return tune_checkpoint(
+            planned, Path(out), overwrite=overwrite, progress=progress, eval_text=eval_text, device=place
+        )
 
 
 @contextmanager
@@ -195,6 +252,7 @@ def _tune_plan(
     text: str | None,
     data: Model | None,
     text_name: str,
+    whole: bool,
     trust_remote_code: bool,
 ) -> Iterator[TunePlan]:
     """The plan, while its models are open."""
@@ -208,4 +266,4 @@ def _tune_plan(
             original = stack.enter_context(open_checkpoint(against, trust_remote_code=trust_remote_code))
         given = None if text is None else (text_name, text)
         file = None if data is None else Path(data)
-        yield make_plan(opened, options, against=original, text=given, data=file)
+        yield make_plan(opened, options, against=original, text=given, data=file, whole=whole)

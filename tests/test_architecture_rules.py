@@ -27,7 +27,7 @@ LAYERS = (
     {"cluster", "models", "output"},
     {"detect", "doctor", "evaluate", "ort"},
     {"compress", "training"},
-    {"distill", "export", "moe", "push", "study", "tune"},
+    {"distill", "export", "merge", "moe", "push", "study", "tune"},
     {"api", "derive", "terminal"},
     {"cli", "hf"},
     {"__init__", "__main__"},
@@ -148,7 +148,13 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
         visit(path, ())
 
 
-KERNELS = ("kernels.py", "line_kernels.py", "passes.py", "super_kernels.py", "tiles.py")  # the places with loops of our own
+KERNELS = (
+    "kernels.py",
+    "line_kernels.py",
+    "passes.py",
+    "super_kernels.py",
+    "tiles.py",
+)  # the places with loops of our own
 
 
 def test_calibrationless_needs_nothing_but_torch() -> None:

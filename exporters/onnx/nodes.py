@@ -27,7 +27,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from calibrationless import Channel, Group, Points, QuantizedTensor, check_patch, dequantize
+from calibrationless import Blocks, Channel, Group, Points, QuantizedTensor, check_patch, dequantize
+from exporters.onnx.trained import TrainedBlocks, taken, trained_blocks
+from exporters.onnx.trained import joined as join_blocks
 from exporters.ops import DOMAIN, OPERATOR
 from exporters.packing import pack
 
@@ -78,6 +80,7 @@ class PackedWeight:
     channels: Tensor | None = None
     accuracy_level: int = 0
     row_scales: Tensor | None = None
+    trained: tuple[TrainedBlocks, ...] = ()
 
     @property
     def zero_kind(self) -> str:
@@ -112,7 +115,8 @@ class PackedWeight:
     @property
     def nbytes(self) -> int:
         parts = (getattr(self, item.name) for item in fields(self))
-        return sum(part.numel() * part.itemsize for part in parts if isinstance(part, Tensor))
+        own = sum(part.numel() * part.itemsize for part in parts if isinstance(part, Tensor))
+        return own + sum(part.nbytes for part in self.trained)
 
     @property
     def form(self) -> tuple[object, ...]:
@@ -145,8 +149,10 @@ def _packed_rows(values: Tensor, bits: int) -> Tensor:
     return pack(values.contiguous(), bits).view(torch.uint8)[:, :used].contiguous()
 
 
-def pack_weight(quantized: QuantizedTensor, outliers: Points | None, dtype: torch.dtype) -> PackedWeight:
-    """Pack a weight whose block is a group or a channel, with scales of `dtype`.
+def pack_weight(
+    quantized: QuantizedTensor, outliers: Points | None, dtype: torch.dtype, trained: Sequence[Blocks] = ()
+) -> PackedWeight:
+    """Pack a weight whose block is a group or a channel, with scales of `dtype`. trained: blocks that are added to it.
 
     Raises ValueError for another block, where a scale does not fit `dtype`, and for an outlier outside the weight.
     """
@@ -168,7 +174,10 @@ def pack_weight(quantized: QuantizedTensor, outliers: Points | None, dtype: torc
 
     scales, zero_points, row_scales = _constants(quantized, dtype, of_blocks)
     codes = _packed_rows(torch.nn.functional.pad(quantized.codes, (0, blocks * block - inputs)), quantized.bits)
-    packed = PackedWeight(inputs, count, quantized.bits, block, codes, scales, zero_points, row_scales=row_scales)
+    added = tuple(trained_blocks(part, quantized.shape) for part in trained)
+    packed = PackedWeight(
+        inputs, count, quantized.bits, block, codes, scales, zero_points, row_scales=row_scales, trained=added
+    )
     if outliers is None or not len(outliers):
         return packed
     check_patch(outliers, quantized.shape)
@@ -245,6 +254,9 @@ def stack(weights: Sequence[PackedWeight]) -> PackedWeight:
         cols=joined("cols"),
         deltas=joined("deltas"),
         row_scales=joined("row_scales"),
+        trained=join_blocks(
+            [(start, part) for weight, start in zip(weights, starts, strict=True) for part in weight.trained]
+        ),
     )
 
 
@@ -257,6 +269,7 @@ def take_rows(weight: PackedWeight, start: int, stop: int) -> PackedWeight:
         scales=weight.scales[start:stop],
         zero_points=None if weight.zero_points is None else weight.zero_points[start:stop],
         row_scales=None if weight.row_scales is None else weight.row_scales[start:stop],
+        trained=tuple(part for whole in weight.trained if len(part := taken(whole, start, stop))),
     )
     if weight.rows is None or weight.cols is None or weight.deltas is None:
         return part

@@ -2,6 +2,7 @@
 
 plain                             MatMulNBits
 all others (see `nodes`)          LinearNBits, with a function for runtimes without our library
+trained blocks                    standard operators behind either (see `trained`)
 embedding tied to the head        Gather of its rows of codes and scales, decoded by standard operators
 """
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from calibrationless import compact_steps
 from exporters.onnx.function import Form, linear_function
 from exporters.onnx.nodes import DOMAIN, MICROSOFT, OPERATOR, PackedWeight, narrowed, with_zero_points
+from exporters.onnx.trained import product_nodes
 
 __all__ = ["Placer", "common_form"]
 
@@ -122,6 +124,9 @@ class Placer:
             inputs = [x, self._blocks(name, weight), scales, *([points] if points is not None else [])]
             attributes |= {"block_size": weight.block}
             nodes.append(onnx_ir.node("MatMulNBits", inputs, attributes, domain=MICROSOFT))
+        for index, part in enumerate(weight.trained):
+            y = nodes[-1].outputs[0]
+            nodes += product_nodes(x, y, f"{name}.trained.{index}", part, self._constant)
         self._put(node, name, nodes)
 
     def _blocks(self, name: str, weight: PackedWeight) -> onnx_ir.Value:

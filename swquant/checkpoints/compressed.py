@@ -147,8 +147,8 @@ class CompressedCheckpoint(Checkpoint):
         except ValueError as error:
             raise SwquantError(f"{self.name}: {name} is damaged ({error}); run swquant verify") from None
 
-    def patches(self, name: str, without: str | None = None) -> tuple[Patch, ...]:
-        """What is laid over a tensor, in order; nothing where patches are not to be restored. without: a set that is
+    def patches(self, name: str, *without: str | None) -> tuple[Patch, ...]:
+        """What is laid over a tensor, in order; nothing where patches are not to be restored. without: sets that are
         left out. Raises SwquantError where a patch does not fit."""
         if self._sidecar is None or name not in self._sidecar.tensors:
             return ()
@@ -156,7 +156,7 @@ class CompressedCheckpoint(Checkpoint):
         if len(shape) != 2:
             raise SwquantError(f"{self.name}: {name} has patches, but is no matrix; run swquant verify")
         try:
-            return self._sidecar.read_all(name, (shape[0], shape[1]), without)
+            return self._sidecar.read_all(name, (shape[0], shape[1]), *without)
         except CheckpointError as error:
             raise SwquantError(f"{error}; run swquant verify") from None
 
@@ -177,10 +177,10 @@ class CompressedCheckpoint(Checkpoint):
         return found
 
     def read(self, name: str) -> torch.Tensor:
-        return self.read_without(name, None)
+        return self.read_without(name)
 
-    def read_without(self, name: str, of_set: str | None) -> torch.Tensor:
-        """`read` as if a set of patches were not there."""
+    def read_without(self, name: str, *without: str | None) -> torch.Tensor:
+        """`read` as if some sets of patches were not there."""
         if "dense" in (record := self._records[name]):
             tensor = self._reader(name).read(name)
             try:
@@ -188,13 +188,13 @@ class CompressedCheckpoint(Checkpoint):
                 check_hashes(name, record, {name: tensor})
             except CheckpointError as error:
                 raise SwquantError(f"{self.name}: {error}") from None
-            patches = self.patches(name, of_set)
+            patches = self.patches(name, *without)
             return restore(tensor, *patches) if patches else tensor
         quantized = self.quantized(name)
         if self._unrounded:
             offset = None if quantized.offset is None else quantized.offset.to(torch.float32)
             quantized = replace(quantized, scale=quantized.scale.to(torch.float32), offset=offset)
-        weight = restore(dequantize(quantized), *self.patches(name, of_set))
+        weight = restore(dequantize(quantized), *self.patches(name, *without))
         try:
             check_decoded(name, weight)
         except CheckpointError as error:

@@ -1,6 +1,7 @@
 """From what a user types to a model: `open_model` opens whatever can be run, `open_checkpoint` what has tensors.
 
 a folder with swquant/manifest.json   CompressedCheckpoint; OnnxFolder where it has model.onnx, too
+a folder with swquant/patches.json    PatchedCheckpoint, over the model that is named as its base
 a folder with config.json             SafetensorsCheckpoint
 a file that ends in .gguf             GgufCheckpoint
 OWNER/NAME                            fetched from the hub (safetensors only), then one of these folders
@@ -21,6 +22,7 @@ from swquant.checkpoints.gguf import GgufCheckpoint
 from swquant.checkpoints.manifest import MANIFEST
 from swquant.checkpoints.onnx import OnnxFolder
 from swquant.checkpoints.origin import CARD
+from swquant.checkpoints.patched import PatchedCheckpoint, is_patches
 from swquant.checkpoints.safetensors import SafetensorsCheckpoint
 
 __all__ = ["is_onnx_folder", "open_checkpoint", "open_model"]
@@ -51,12 +53,18 @@ def open_checkpoint(
     restored: bool = True,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    base: str | os.PathLike[str] | None = None,
 ) -> Checkpoint:
     """Open a folder, a .gguf file or a hub id. Raises SwquantError with the remedy for anything else.
 
-    restored: for a compressed checkpoint, whether outliers are laid back while reading.
+    restored: for a compressed checkpoint, whether outliers are laid back while reading. base: for a folder of patches
+    alone, the model that they belong to.
     """
     path = Path(model)
+    if is_patches(path):
+        return _patched(path, base, trust_remote_code)
+    if base is not None:
+        raise SwquantError(f"{model}: is a model by itself, which has no base; leave out --base")
     if os.path.isfile(path):  # unlike Path.is_file, no error for a name that is too long
         if path.suffix.lower() != ".gguf":
             raise SwquantError(
@@ -82,6 +90,21 @@ def open_checkpoint(
             return CompressedCheckpoint(folder, name=name, restored=restored, trust_remote_code=trust_remote_code)
         return SafetensorsCheckpoint(folder, name=name, trust_remote_code=trust_remote_code)
     raise SwquantError(f"{model}: no such folder or file that can be read, and not a hub id (OWNER/NAME)")
+
+
+def _patched(path: Path, base: str | os.PathLike[str] | None, trust_remote_code: bool) -> PatchedCheckpoint:
+    """Patches over their base."""
+    if base is None:
+        raise SwquantError(
+            f"{path}: holds patches alone; swquant merge {path} OUT --base MODEL writes the whole model, swquant.load takes "
+            "base=MODEL"
+        )
+    opened = open_checkpoint(base, trust_remote_code=trust_remote_code)
+    try:
+        return PatchedCheckpoint(path, opened)
+    except BaseException:
+        opened.close()
+        raise
 
 
 def _fetch(repository: str, revision: str | None, *, code: bool) -> Path:

@@ -29,6 +29,7 @@ __all__ = [
     "InputsRecord",
     "LayerRecord",
     "Manifest",
+    "MergeRecord",
     "NodeRecord",
     "OnnxContent",
     "OnnxManifest",
@@ -232,6 +233,7 @@ TensorRecord = DenseRecord | RoundedRecord
 class TuneOptionsRecord(TypedDict):
     """The fields of `TuneOptions`."""
 
+    train: NotRequired[str]
     budget: str
     block: int
     select: str | None
@@ -247,13 +249,15 @@ class TuneOptionsRecord(TypedDict):
 
 
 class TuningRecord(TypedDict):
-    """How a set of blocks was trained. Losses are nats per token, held-out ones those of text that no step saw."""
+    """How a set of blocks was trained, or scales were. Losses are nats per token, held-out ones those of text that no
+    step saw."""
 
     base: str
     against: SourceRecord | None
     data: str
     options: TuneOptionsRecord
     blocks: int
+    scales: NotRequired[int]
     bytes: int
     tokens: int
     rate: float
@@ -261,6 +265,19 @@ class TuningRecord(TypedDict):
     held_out_before: float
     held_out_after: float
     losses: list[float]
+
+
+class MergeRecord(TypedDict):
+    """Sets of patches that became part of the codes, and how far from the model with the patches that is: KL on text of
+    its own, in nats per token, for whoever ignored the sidecar and for the merged one."""
+
+    base: str
+    sets: list[str]
+    texts: int
+    seed: int
+    tensors: int
+    kl_without: float
+    kl_merged: float
 
 
 class FileEntry(TypedDict):
@@ -318,6 +335,7 @@ class NodeRecord(TypedDict):
     block: int
     offsets: NotRequired[bool]
     outliers: int
+    trained_blocks: NotRequired[int]
     channels: int
     bytes: int
 
@@ -348,6 +366,7 @@ class CheckpointContent(_Common):
     notes: list[str]
     left_out: dict[str, str]
     tuned: NotRequired[dict[str, TuningRecord]]
+    merged: NotRequired[list[MergeRecord]]
 
 
 class OnnxContent(_Common):

@@ -23,6 +23,7 @@ from swquant.cli.evaluate import evaluate
 from swquant.cli.export import export
 from swquant.cli.generate import generate
 from swquant.cli.inspect import inspect
+from swquant.cli.merge import merge
 from swquant.cli.moe import moe
 from swquant.cli.options import Grouped
 from swquant.cli.push import push
@@ -51,6 +52,7 @@ for _command in (
     evaluate,
     generate,
     tune,
+    merge,
     distill,
     moe,
     study,

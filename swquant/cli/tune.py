@@ -1,4 +1,4 @@
-"""`swquant tune`: train a few blocks of weights over a compressed checkpoint."""
+"""`swquant tune`: train a few blocks of weights over a model, or the scales of a compressed one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swquant.cli.options import BASIC, OUTPUT, takes
-from swquant.cli.shared import JsonOption, TextOption, TrustOption, err, make_progress, out, print_json, text_of
+from swquant.cli.shared import (
+    DeviceOption,
+    JsonOption,
+    TextOption,
+    TrustOption,
+    err,
+    make_progress,
+    out,
+    print_json,
+    text_of,
+)
 from swquant.tune.options import TuneOptions
 
 if TYPE_CHECKING:
@@ -47,28 +57,40 @@ EvalOption = Annotated[
 ]
 
 
+ModelOption = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A folder made by `swquant compress`, or an original.", show_default=False),
+]
+MergeOption = Annotated[
+    bool,
+    typer.Option("--merge", help="Of an original: write all of it, not the patches alone.", rich_help_panel=OUTPUT),
+]
+DryOption = Annotated[
+    bool, typer.Option("--dry-run", help="Show what would be trained; write nothing.", rich_help_panel=OUTPUT)
+]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace OUT if it is a checkpoint already.", rich_help_panel=OUTPUT)
+]
+
+
 @takes(TuneOptions)
 def tune(
-    checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="A folder made by `swquant compress`.", show_default=False)
-    ],
+    checkpoint: ModelOption,
     out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to create.", show_default=False)],
     against: AgainstOption = None,
     text: TextOption = None,
     data: DataOption = None,
     eval_text: EvalOption = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be trained; write nothing.", rich_help_panel=OUTPUT)
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT if it is a checkpoint already.", rich_help_panel=OUTPUT)
-    ] = False,
+    whole: MergeOption = False,
+    dry_run: DryOption = False,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
+    device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
     *,
     options: TuneOptions,
 ) -> None:
-    """Train a few blocks of weights over CHECKPOINT, whose codes stay as they are; OUT holds both."""
+    """Train a few blocks of weights over MODEL, which stays as it is; of a compressed one, OUT holds both."""
     from swquant.derive import tune as tune_model
     from swquant.terminal.text import sentence
     from swquant.terminal.tune import show_tune_plan, show_tuned
@@ -87,7 +109,7 @@ def tune(
     try:
         result = tune_model(
             checkpoint, out_folder, options, against=against, text=given, data=data, eval_text=evaluated,
-            text_name="text" if text is None else text.name, overwrite=overwrite, dry_run=dry_run, on_plan=show,
+            text_name="text" if text is None else text.name, whole=whole, device=device, overwrite=overwrite, dry_run=dry_run, on_plan=show,
             trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
     except BaseException as error:
@@ -98,7 +120,13 @@ def tune(
         return
     if as_json:
         print_json(
-            {"path": str(result.path), "set": result.set, "evaluation": result.evaluation, "manifest": result.manifest}
+            {
+                "path": str(result.path),
+                "set": result.set,
+                "evaluation": result.evaluation,
+                "manifest": result.manifest,
+                "record": result.record,
+            }
         )
     else:
         show_tuned(out, result)

@@ -72,12 +72,13 @@ def write_text(
     """int64 [texts, length] sampled from the model; start: the BOS token, or None for random first tokens."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.get_output_embeddings().get_parameter("weight").shape[0]
+    place = torch.device("cpu") if model.device.type == "meta" else model.device  # meta: its weights are in their files
     first = torch.randint(vocabulary, (texts, 1), generator=generator)
     tokens = first if start is None else torch.full((texts, 1), start)
     cache, step = None, tokens
     with torch.no_grad(), progress.tokens("Writing text", texts * length) as bar:
         for _ in range(length - 1):
-            result = model(input_ids=step.to(model.device), past_key_values=cache, use_cache=True)
+            result = model(input_ids=step.to(place), past_key_values=cache, use_cache=True)
             cache = result.past_key_values
             likely = result.logits[:, -1].float().softmax(dim=-1).cpu()
             step = torch.multinomial(likely, 1, generator=generator)

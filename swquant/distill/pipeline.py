@@ -29,7 +29,7 @@ from swquant.distill.teaching import Lesson, teach, windows_of
 from swquant.models.architecture import describe
 from swquant.models.devices import named
 from swquant.models.loading import build_model
-from swquant.output.dense import dense_folder, nbytes_of
+from swquant.output.dense import dense_folder, nbytes_of, with_dtype
 from swquant.output.destination import check_destination
 from swquant.progress import Progress, silent
 from swquant.training.loop import State, fingerprint_of
@@ -86,7 +86,7 @@ def distill_checkpoint(plan: DistillPlan, out: Path, *, progress: Progress = sil
     del model, pupil
     tensors = student.written(trained)
     record = _record(teacher, options, keep, found, measured, difference, lesson)
-    with dense_folder(student, out, tensors, _config(student), (RECORD, record), progress):
+    with dense_folder(student, out, tensors, with_dtype(student.raw_config, tensors), (RECORD, record), progress):
         pass
     if state is not None:
         state.remove()
@@ -142,17 +142,6 @@ def _fingerprint(plan: DistillPlan, keep: tuple[int, ...]) -> str:
     return fingerprint_of(
         "distill", plan.teacher.fingerprint, list(keep), asdict(plan.options), given, plan.device.type
     )
-
-
-def _config(student: StudentCheckpoint) -> dict[str, Any]:
-    """The student's configuration, with the dtype that is written."""
-    forms = [item.form.dtype for item in student.written().values() if item.form.dtype.is_floating_point]
-    config = dict(student.raw_config)
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(max(forms, key=forms.count)).removeprefix("torch.")
-    if "text_config" in config:
-        config["text_config"] = {**config["text_config"], "dtype": config["dtype"]}
-    return config
 
 
 def _record(

@@ -12,7 +12,7 @@ from html import escape
 from swquant.drawing.charts import COLOURS
 from swquant.drawing.section import Cell, Interval, Section, Table, number
 
-__all__ = ["facts", "page", "section_html"]
+__all__ = ["appended", "facts", "page", "section_html"]
 
 _LIGHT = "".join(f"--{name}:{pair[0]};" for name, pair in COLOURS.items())
 _DARK = "".join(f"--{name}:{pair[1]};" for name, pair in COLOURS.items())
@@ -49,6 +49,7 @@ code{{overflow-wrap:anywhere}}
 """
 # Tables longer than this are folded, so that a page can be read from top to bottom.
 _LONG = 14
+_END = "\n</main>\n</body>\n</html>\n"
 
 
 def page(title: str, lead: Sequence[str], body: Sequence[str]) -> str:
@@ -61,8 +62,13 @@ def page(title: str, lead: Sequence[str], body: Sequence[str]) -> str:
         '<link rel="icon" href="data:,">\n'
         f"<style>{_CSS}</style>\n</head>\n<body>\n<main>\n<h1>{escape(title)}</h1>\n{paragraphs}\n"
         + "\n".join(body)
-        + "\n</main>\n</body>\n</html>\n"
+        + _END
     )
+
+
+def appended(document: str, body: str) -> str | None:
+    """A page with more at its end. body: HTML. None for a document that `page` did not write."""
+    return f"{document.removesuffix(_END)}\n{body}{_END}" if document.endswith(_END) else None
 
 
 def facts(pairs: Sequence[tuple[str, str]]) -> str:

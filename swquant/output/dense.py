@@ -24,7 +24,7 @@ from swquant.output.destination import check_destination, check_space, replace, 
 from swquant.pr_moe import AUTO_MAP, CODE, PrMoeConfig
 from swquant.progress import Progress, silent
 
-__all__ = ["Written", "dense_folder", "nbytes_of", "stored_form", "write_weights"]
+__all__ = ["Written", "dense_folder", "nbytes_of", "stored_form", "with_dtype", "write_weights"]
 
 _SHARD = 5_000_000_000  # bytes of one file of weights
 
@@ -100,6 +100,16 @@ def write_weights(folder: Path, tensors: Mapping[str, Written], progress: Progre
     if len(shards) > 1:
         index_of = {"metadata": {"total_size": nbytes_of(tensors)}, "weight_map": where}
         write_json(folder / "model.safetensors.index.json", index_of)
+
+
+def with_dtype(config: Mapping[str, Any], tensors: Mapping[str, Written]) -> dict[str, Any]:
+    """A configuration that says the dtype that most tensors are written as."""
+    forms = [item.form.dtype for item in tensors.values() if item.form.dtype.is_floating_point]
+    named = str(max(forms, key=forms.count)).removeprefix("torch.")
+    said = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": named}
+    if "text_config" in said:
+        said["text_config"] = {**said["text_config"], "dtype": named}
+    return said
 
 
 def stored_form(checkpoint: Checkpoint, name: str, shape: tuple[int, ...] | None = None) -> Stored:

@@ -13,6 +13,7 @@ from swquant.terminal.text import marked, marked_sentence, rates_tried, sentence
 from swquant.units import human_bytes
 
 if TYPE_CHECKING:
+    from swquant.checkpoints.patched import PatchesManifest
     from swquant.checkpoints.schema import CheckpointManifest
     from swquant.tune.pipeline import Tuned
     from swquant.tune.plan import TunePlan
@@ -26,17 +27,24 @@ def show_tune_plan(console: Console, plan: TunePlan) -> None:
     """What will be trained, on what, and what it takes."""
     options = plan.options
     goal = "the text itself" if plan.against is None else f"what {plan.against.name} predicts"
-    console.print(
-        sentence(
+    trained = []
+    if plan.count:
+        trained.append(
             f"{plan.count:,} of {plan.of_blocks:,} blocks of {options.block} x {options.block} on {plan.checkpoint.name}: "
             f"{human_bytes(plan.nbytes)}, {plan.more_bits:.3f} bits more per rounded weight"
-        ),
-        markup=False,
-    )
+        )
+    if plan.scales:
+        trained.append(
+            f"{sum(plan.scales.values()):,} scales and offsets of {len(plan.scales)} weights of {plan.checkpoint.name}: "
+            "not a byte more"
+        )
+    for line in trained:
+        console.print(sentence(line), markup=False)
+    chosen = f"Chosen by {plan.select} from {len(plan.pool)} weights ({options.from_}); " if plan.count else ""
     console.print(
         sentence(
-            f"Chosen by {plan.select} from {len(plan.pool)} weights ({options.from_}); {options.steps} steps on {plan.data}, "
-            f"{plan.tokens:,} tokens, towards {goal}; weights take {human_bytes(plan.memory)} of memory"
+            f"{chosen}{options.steps} steps on {plan.data}, {plan.tokens:,} tokens, towards {goal}; weights take "
+            f"{human_bytes(plan.memory)} of memory"
         ),
         markup=False,
     )
@@ -48,14 +56,19 @@ def show_tune_plan(console: Console, plan: TunePlan) -> None:
 
 def show_tuned(console: Console, result: Tuned) -> None:
     """What came of it."""
-    manifest = result.manifest
-    record = manifest["tuned"][result.set]
+    manifest, record = result.manifest, result.record
     if record["tried"]:
         console.print(rates_tried(record["tried"], record["rate"]))
-    show_blocks(console, manifest)
+    if manifest is not None:
+        show_blocks(console, manifest)
+    said = [f"{human_bytes(record['bytes'])} of blocks"] if record["blocks"] else []
+    said += [f"{record['scales']:,} scales and offsets"] if record.get("scales") else []
+    bits = ""
+    if manifest is not None and "totals" in manifest:
+        bits = f"; {manifest['totals']['bits_per_quantized_weight']:.3f} bits per rounded weight"
     console.print(
         f"Held-out loss {record['held_out_before']:.4f} -> [bold]{record['held_out_after']:.4f}[/] with "
-        f"{human_bytes(record['bytes'])} of blocks; {manifest['totals']['bits_per_quantized_weight']:.3f} bits per rounded weight"
+        f"{' and '.join(said)}{bits}"
     )
     if result.evaluation:
         table = make_table("On the text", ("", "left"), ("before", "right"), ("after", "right"))
@@ -65,7 +78,7 @@ def show_tuned(console: Console, result: Tuned) -> None:
     console.print(f"Written to [bold]{marked_sentence(str(result.path))}[/]", soft_wrap=True)
 
 
-def show_blocks(console: Console, manifest: CheckpointManifest) -> None:
+def show_blocks(console: Console, manifest: CheckpointManifest | PatchesManifest) -> None:
     """One row per set and kind of layer: how many blocks, and in which layers most."""
     for of_set in manifest.get("tuned", {}):
         kinds: dict[str, Counter[str]] = {}
@@ -73,6 +86,9 @@ def show_blocks(console: Console, manifest: CheckpointManifest) -> None:
             if count := record.get("blocks", {}).get(of_set, 0):
                 layer = match[1] if (match := _LAYER.search(name)) else "-"
                 kinds.setdefault(name.removesuffix(".weight").rpartition(".")[2], Counter())[layer] += count
+        if not kinds:
+            console.print(f"{marked(of_set)}: the scales were trained, no blocks")
+            continue
         total = sum(layers.total() for layers in kinds.values())
         table = make_table(
             f"Blocks of the set {marked(of_set)}",

@@ -9,7 +9,7 @@ not among them: their products are not those of one linear layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -25,11 +25,12 @@ from swquant.models.architecture import Architecture, LinearKind, LinearWeight, 
 from swquant.models.loading import build_model
 from swquant.training.data import Batch
 from swquant.training.patched_linear import DenseWeight, Frozen, PackedWeight, PatchedLinear
+from swquant.training.scales import ScaledWeight
 
-__all__ = ["lay", "linear_names", "load_trainable", "logits_of", "trainable_model"]
+__all__ = ["lay", "linear_names", "load_trainable", "logits_of", "trainable_model", "trained_parameters"]
 
 
-def trainable_model(checkpoint: Checkpoint, device: str = "cpu") -> PreTrainedModel:
+def trainable_model(checkpoint: Checkpoint, device: str | torch.device = "cpu") -> PreTrainedModel:
     """The model in float32, patches laid, without a trainable parameter. Raises SwquantError where its inputs are
     rounded: rounding has no gradient."""
     if isinstance(checkpoint, CompressedCheckpoint) and checkpoint.manifest["activations"]:
@@ -66,28 +67,49 @@ def lay(
     *,
     packed: bool = True,
     over: str | None = None,
+    scales: Collection[str] = (),
 ) -> dict[str, PatchedLinear]:
     """Replace the layers that have blocks. weights: from `linear_names`; blocks: stored name -> blocks that are added.
-    over: the set of the checkpoint that they are, which then is no part of the weight under them.
+    over: the set of the checkpoint that they are, which then is no part of the weight under them. scales: stored names
+    of rounded weights whose scales are trained, with blocks or without.
 
     packed: keep the codes of a compressed weight packed and decode them when they are needed, which takes a fifth of
-    the memory and a little time; False keeps the dense weight. Returns stored name -> layer.
+    the memory and, on the CPU, a little time; False keeps the dense weight, where the model is.
+    Returns stored name -> layer.
     """
     layers = {}
-    for name, places in blocks.items():
+    for name in (name for name in checkpoint.tensors if name in blocks or name in scales):
         weight = weights[name]
         module: Any = model.get_submodule(weight.module)
-        frozen = _packed(checkpoint, name, weight.transposed, over) if packed else None
+        frozen: Frozen | None = None
+        if name in scales:
+            assert isinstance(checkpoint, CompressedCheckpoint)
+            scaled = ScaledWeight(checkpoint.quantized(name), checkpoint.patches(name, over), weight.transposed)
+            frozen = scaled.on(module.weight.device)
+        elif packed:
+            frozen = _packed(checkpoint, name, weight.transposed, over)
         if frozen is None:
             dense: Tensor = module.weight.detach()
             if over is not None and isinstance(checkpoint, CompressedCheckpoint):
                 dense = checkpoint.read_without(name, over).to(dense)
             frozen = DenseWeight(dense.T.contiguous() if weight.transposed else dense)
-        layer = PatchedLinear(frozen, module.bias, places, transposed=weight.transposed)
+        layer = PatchedLinear(frozen, module.bias, blocks.get(name), transposed=weight.transposed)
         parent, _, leaf = weight.module.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer.to(module.weight.device))
         layers[name] = layer
     return layers
+
+
+def trained_parameters(layers: Mapping[str, PatchedLinear]) -> dict[str, nn.Parameter]:
+    """What is trained, by names that stay the same from run to run: for blocks those of the tensors, for scales and
+    offsets with /steps and /shifts behind them."""
+    found = {}
+    for name, layer in layers.items():
+        if layer.values.requires_grad:
+            found[name] = layer.values
+        if isinstance(layer.frozen, ScaledWeight):
+            found |= {f"{name}/{local}": parameter for local, parameter in layer.frozen.named_parameters()}
+    return found
 
 
 def load_trainable(checkpoint: Checkpoint, device: str = "cpu") -> PreTrainedModel:
@@ -105,7 +127,7 @@ def load_trainable(checkpoint: Checkpoint, device: str = "cpu") -> PreTrainedMod
     return model
 
 
-def _packed(checkpoint: Checkpoint, name: str, transposed: bool, over: str | None) -> Frozen | None:
+def _packed(checkpoint: Checkpoint, name: str, transposed: bool, over: str | None) -> PackedWeight | None:
     """A weight of a compressed checkpoint as its file holds it; None where it is stored dense."""
     if not isinstance(checkpoint, CompressedCheckpoint) or name not in checkpoint.quantized_names:
         return None

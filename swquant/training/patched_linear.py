@@ -6,6 +6,7 @@ W is never changed and never added to. The blocks' columns are gathered, multipl
 the rows that they belong to. Backward makes the gradients of the blocks alone, g[:, R]^T x[:, C], and that of the
 input: no dense weight gradient exists (Sparse Matrix Tuning, arXiv:2405.15525, makes 0.5 % of one). Of the input only
 the columns are kept that some block reads. A packed weight is decoded in forward and again in backward, not kept.
+Where its scales are trained, too (`scales`), the whole input is kept.
 
 A block that sticks out of the weight reads zeros and adds to nothing there, so its values outside stay 0.
 """
@@ -22,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from calibrationless import Blocks, Patch, dequantize, restore
 from exporters import layouts
+from swquant.training.scales import ScaledWeight
 
 __all__ = ["DenseWeight", "PackedWeight", "PatchedLinear"]
 
@@ -65,7 +67,7 @@ class PackedWeight:
         return sum(part.nbytes for part in self.parts.values())
 
 
-Frozen = DenseWeight | PackedWeight
+Frozen = DenseWeight | PackedWeight | ScaledWeight
 
 
 def _in_blocks(x: Tensor, side: int) -> Tensor:
@@ -87,52 +89,65 @@ def _add(y: Tensor, added: Tensor, places: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """x [tokens, in], values [n, B, B], the frozen weight, bias [out] or None, rows and columns int64 [n]."""
+    """x [tokens, in], values [n, B, B], the weight under them, bias [out] or None, rows and columns int64 [n], and the
+    parameters of the weight under them, if it has any."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, values: Tensor, frozen: Frozen, bias: Tensor | None, rows: Tensor, cols: Tensor
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        frozen: Frozen,
+        bias: Tensor | None,
+        rows: Tensor,
+        cols: Tensor,
+        *scales: Tensor,
     ) -> Tensor:
         y = nn.functional.linear(x, frozen.decoded(x), bias)
         used, place = torch.unique(cols, return_inverse=True)
         read = _in_blocks(x, values.shape[1]).index_select(1, used).transpose(0, 1).contiguous()  # [used, tokens, B]
         y = _add(y, torch.bmm(read[place], values.mT), rows)
         ctx.frozen = frozen
-        ctx.save_for_backward(read, place, values, rows, cols)
+        ctx.save_for_backward(read, place, values, rows, cols, *((x,) if scales else ()))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         (g,) = gradients
-        read, place, values, rows, cols = ctx.saved_tensors
+        read, place, values, rows, cols, *whole = ctx.saved_tensors
         of_rows = _in_blocks(g, values.shape[1]).index_select(1, rows).transpose(0, 1)  # [n, tokens, B]
         of_x = of_values = None
         if ctx.needs_input_grad[0]:
             of_x = _add(g @ ctx.frozen.decoded(g), torch.bmm(of_rows, values), cols)
         if ctx.needs_input_grad[1]:
             of_values = torch.bmm(of_rows.mT, read[place])
-        return of_x, of_values, None, None, None, None
+        of_scales = ctx.frozen.gradients(g.T @ whole[0]) if whole else ()
+        return of_x, of_values, None, None, None, None, *of_scales
 
 
 class PatchedLinear(nn.Module):
     """A layer with a frozen weight and trained blocks, which begin as zeros or as `blocks` says.
 
     frozen: the [out, in] weight; bias: [out] or None, frozen too. blocks: of a weight stored [out, in], or [in, out] if
-    transposed (GPT-2's Conv1D). `values` [n, B, B] is its only parameter, in float32 unless the blocks are float64.
+    transposed (GPT-2's Conv1D); None where nothing but its scales is trained. `values` [n, B, B] is its only parameter
+    beside those of a `ScaledWeight`, in float32 unless the blocks are float64.
     """
 
     rows: Tensor
     cols: Tensor
 
-    def __init__(self, frozen: Frozen, bias: Tensor | None, blocks: Blocks, *, transposed: bool = False) -> None:
+    def __init__(self, frozen: Frozen, bias: Tensor | None, blocks: Blocks | None, *, transposed: bool = False) -> None:
         super().__init__()
         self.frozen, self.transposed = frozen, transposed
+        nothing = torch.zeros(0, dtype=torch.int32)
+        blocks = blocks if blocks is not None else Blocks(nothing, nothing, torch.zeros(0, 1, 1))
         if blocks.mode != "add":
             raise ValueError(f"blocks that {blocks.mode} a weight cannot be trained; those that add to it can")
         rows, cols = (blocks.cols, blocks.rows) if transposed else (blocks.rows, blocks.cols)
         values = blocks.values.mT if transposed else blocks.values
-        self.values = nn.Parameter(values.to(torch.promote_types(values.dtype, torch.float32)).clone())
+        values = values.to(torch.promote_types(values.dtype, torch.float32)).clone()
+        self.values = nn.Parameter(values, requires_grad=len(rows) > 0)
         self.register_buffer("rows", rows.to(torch.int64), persistent=False)
         self.register_buffer("cols", cols.to(torch.int64), persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
@@ -144,7 +159,8 @@ class PatchedLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         flat = x.reshape(-1, x.shape[-1])
-        y: Tensor = _Product.apply(flat, values.to(x.dtype), self.frozen, bias, self.rows, self.cols)
+        scales = self.frozen.parameters() if isinstance(self.frozen, nn.Module) else ()
+        y: Tensor = _Product.apply(flat, values.to(x.dtype), self.frozen, bias, self.rows, self.cols, *scales)
         return y.unflatten(0, x.shape[:-1])
 
     @property
@@ -163,5 +179,5 @@ class PatchedLinear(nn.Module):
         return Blocks(rows, cols, values.clone())
 
     def extra_repr(self) -> str:
-        packed = "packed" if isinstance(self.frozen, PackedWeight) else "dense"
+        packed = "dense" if isinstance(self.frozen, DenseWeight) else "packed"
         return f"{len(self.values)} blocks of {self.values.shape[1]} on a {packed} weight"

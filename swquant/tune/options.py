@@ -50,6 +50,12 @@ class Budget:
 class TuneOptions:
     """What `tune` can be told. Raises SwquantError for values that make no sense."""
 
+    train: str = described(
+        "blocks",
+        "What is trained: blocks, the stored scales and offsets (not a byte more), or both.",
+        group="training",
+        choices=("blocks", "scales", "both"),
+    )
     budget: str = described(
         "0.1bits",
         "What the blocks may take: 1% of the parameters, 2MiB, or 0.1bits more per rounded weight.",
@@ -107,6 +113,14 @@ class TuneOptions:
             raise SwquantError(f"--window {self.window} predicts nothing; 256 is usual")
 
     @property
+    def trains_blocks(self) -> bool:
+        return self.train != "scales"
+
+    @property
+    def trains_scales(self) -> bool:
+        return self.train != "blocks"
+
+    @property
     def parsed_budget(self) -> Budget:
         return Budget.parse(self.budget)
 
@@ -122,6 +136,7 @@ class TuneOptions:
 class TuneKeywords(TypedDict, total=False):
     """The fields again, as keywords of `swquant.tune` that editors complete; a test compares the two."""
 
+    train: str
     budget: str
     block: int
     select: str | None

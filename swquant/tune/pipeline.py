@@ -16,33 +16,44 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from calibrationless import Blocks
+from calibrationless import Blocks, QuantizedTensor, moved, restore
 from swquant.checkpoints.compressed import CompressedCheckpoint
-from swquant.checkpoints.schema import CheckpointManifest
+from swquant.checkpoints.open import open_checkpoint
+from swquant.checkpoints.patched import PatchedCheckpoint, PatchesManifest, is_patches
+from swquant.checkpoints.schema import CheckpointManifest, TuningRecord
+from swquant.compress.report import REPORT
 from swquant.evaluate.pipeline import evaluate_model
+from swquant.models.devices import place_for
 from swquant.output.destination import check_destination
 from swquant.progress import Progress, silent
 from swquant.training.data import Corpus, begins_with, own_windows
 from swquant.training.loop import Schedule, State, fingerprint_of, train
-from swquant.training.model import lay, trainable_model
+from swquant.training.model import lay, trainable_model, trained_parameters
+from swquant.training.over_original import write_patches, write_whole
 from swquant.training.patched import free_name, write_patched
 from swquant.training.rates import settle
+from swquant.training.scales import ScaledWeight
 from swquant.tune.plan import TunePlan
 from swquant.tune.records import tuning_record
+from swquant.tune.report import tuning_page
 from swquant.tune.selection import chosen, scores
 from swquant.tune.session import Session
 
 __all__ = ["Tuned", "tune_checkpoint"]
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Tuned:
-    """The finished checkpoint, its manifest, and the name of the set of blocks. evaluation: measure -> (before, after)
-    on a text to evaluate on, {} where there is none."""
+    """What was written, and the name of the set of blocks. manifest: of the checkpoint; of an original, what
+    `patches.json` says, None where the whole model was written. record: how it was trained. evaluation: measure ->
+    (before, after) on a text to evaluate on, {} where there is none."""
 
     path: Path
-    manifest: CheckpointManifest
+    manifest: CheckpointManifest | PatchesManifest | None
     set: str
+    record: TuningRecord
     evaluation: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
@@ -54,28 +65,35 @@ def tune_checkpoint(
     progress: Progress = silent,
     name: str = "tuned",
     eval_text: str | None = None,
+    device: torch.device = _CPU,
 ) -> Tuned:
-    """Carry out a plan. `out` appears whole or not at all. name: of the set of blocks; a number is added where it is
-    taken. eval_text: to measure on, before and after. Raises SwquantError."""
-    check_destination(out, overwrite, plan.checkpoint)
-    state = State.at(out.with_name(out.name + ".tuning"), _fingerprint(plan))
-    of_set = free_name(plan.checkpoint.manifest, name)
-    with progress.step(f"Loading {plan.checkpoint.name}"):
-        model = trainable_model(plan.checkpoint)
-        teacher = None if plan.against is None else trainable_model(plan.against)
+    """Carry out a plan, on a device if the model fits there. `out` appears whole or not at all. name: of the set of
+    blocks; a number is added where it is taken. eval_text: to measure on, before and after. Raises SwquantError."""
+    check_destination(out, overwrite if plan.checkpoint.is_compressed else None, plan.checkpoint)
+    state = State.at(out.with_name(out.name + ".tuning"), _fingerprint(plan, device))
+    of_set = free_name(plan.checkpoint.manifest if isinstance(plan.checkpoint, CompressedCheckpoint) else None, name)
+    place, said = place_for(plan.checkpoint, torch.float32, device)
+    with progress.step(f"Loading {plan.checkpoint.name}{said}"):
+        model = trainable_model(plan.checkpoint, place)
+        teacher = None
+        if plan.against is not None:  # on a GPU, if it fits beside the other
+            teacher = trainable_model(plan.against, place_for(plan.against, torch.float32, place)[0])
     corpus, held = (plan.given or _own_text(plan, teacher, state, progress)).split()
     session = Session(model, teacher, corpus, held, plan.options)
-    places = _places(plan, session, state, progress)
-    layers = lay(model, plan.checkpoint, {name: plan.pool[name].weight for name in places}, places)
-    values = {name: layer.values for name, layer in layers.items()}
+    places = _places(plan, session, state, progress) if plan.count else {}
+    weights = {name: candidate.weight for name, candidate in plan.pool.items()}
+    layers = lay(model, plan.checkpoint, weights, places, packed=place.type == "cpu", scales=plan.scales)
+    values = trained_parameters(layers)
     schedule = Schedule(plan.options.steps, 0.0, tokens=plan.tokens // plan.options.steps)
     facts = state.saved.facts
     if "rate" not in facts:
         _settle_rate(session, values, schedule, state, progress)
     trained = train(values, session.loss_of, replace(schedule, rate=facts["rate"]), state=state, progress=progress)
-    blocks = {name: layer.trained(torch.bfloat16) for name, layer in layers.items()}
-    for layer in layers.values():  # what is measured is what is stored
-        layer.values.data.copy_(layer.values.to(torch.bfloat16))
+    blocks = {name: layers[name].trained(torch.bfloat16) for name in places}
+    for name in places:  # what is measured is what is stored; of scales it always was
+        layers[name].values.data.copy_(layers[name].values.to(torch.bfloat16))
+    frozen = {name: layer.frozen for name, layer in layers.items()}
+    scaled = {name: moved(item.trained, "cpu") for name, item in frozen.items() if isinstance(item, ScaledWeight)}
     with progress.step("Measuring held-out text"):
         after = session.held_out()
     if not after < facts["before"]:
@@ -84,15 +102,47 @@ def tune_checkpoint(
             "another --lr may help"
         )
     record = tuning_record(plan, blocks, facts, trained.losses, after)
-    manifest = write_patched(plan.checkpoint, out, of_set, blocks, record, overwrite=overwrite, progress=progress)
+    manifest = _written(plan, out, of_set, blocks, scaled, record, overwrite, progress)
     state.remove()
     evaluation = {} if eval_text is None else _evaluated(plan, out, eval_text, progress)
-    return Tuned(out, manifest, of_set, evaluation)
+    return Tuned(out, manifest, of_set, record, evaluation)
+
+
+def _written(
+    plan: TunePlan,
+    out: Path,
+    of_set: str,
+    blocks: Mapping[str, Blocks],
+    scaled: Mapping[str, QuantizedTensor],
+    record: TuningRecord,
+    overwrite: bool,
+    progress: Progress,
+) -> CheckpointManifest | PatchesManifest | None:
+    """OUT: the checkpoint with one more set; of an original, the blocks alone or the whole model."""
+    checkpoint = plan.checkpoint
+    if isinstance(checkpoint, CompressedCheckpoint):
+        report = checkpoint.folder / REPORT
+        old = report.read_text(encoding="utf-8") if report.is_file() else None
+        html = tuning_page(old, checkpoint.name, of_set, record, {name: len(patch) for name, patch in blocks.items()})
+        return write_patched(
+            checkpoint, out, of_set, blocks, record,
+            scaled=scaled, files={REPORT: html.encode()}, overwrite=overwrite, progress=progress,
+        )  # fmt: skip
+    if not plan.whole:
+        return write_patches(checkpoint, out, of_set, blocks, record)
+
+    def read(name: str) -> torch.Tensor:
+        tensor = checkpoint.read(name)
+        return restore(tensor.clone(), blocks[name]) if name in blocks else tensor
+
+    write_whole(checkpoint, out, read, record, progress)
+    return None
 
 
 def _evaluated(plan: TunePlan, out: Path, text: str, progress: Progress) -> dict[str, tuple[float, float]]:
     """What `evaluate` says of the checkpoint and of OUT, in windows of 512 tokens at most."""
-    with CompressedCheckpoint(out, trust_remote_code=plan.checkpoint.trust_remote_code) as tuned:
+    base, trust = plan.checkpoint, plan.checkpoint.trust_remote_code  # the base is closed twice, which it may be
+    with PatchedCheckpoint(out, base) if is_patches(out) else open_checkpoint(out, trust_remote_code=trust) as tuned:
         before, after = (
             asdict(evaluate_model(model, text, plan.against, window=512, progress=progress))
             for model in (plan.checkpoint, tuned)
@@ -117,10 +167,10 @@ def _settle_rate(
     state.write()
 
 
-def _fingerprint(plan: TunePlan) -> str:
-    """Of all that the result depends on."""
+def _fingerprint(plan: TunePlan, device: torch.device) -> str:
+    """Of all that the result depends on; another kind of device sums up otherwise."""
     against, given = (None if item is None else item.fingerprint for item in (plan.against, plan.given))
-    return fingerprint_of(plan.checkpoint.fingerprint, against, given, dict(plan.options.as_dict()))
+    return fingerprint_of(plan.checkpoint.fingerprint, against, given, dict(plan.options.as_dict()), device.type)
 
 
 def _own_text(plan: TunePlan, teacher: PreTrainedModel | None, state: State, progress: Progress) -> Corpus:

@@ -24,7 +24,8 @@ def plan_record(plan: TunePlan) -> dict[str, Any]:
         "select": plan.select,
         "blocks": plan.count,
         "of_blocks": plan.of_blocks,
-        "parameters": plan.count * plan.options.block**2,
+        "scales": sum(plan.scales.values()),
+        "parameters": plan.count * plan.options.block**2 + sum(plan.scales.values()),
         "bytes": plan.nbytes,
         "more_bits_per_quantized_weight": short(plan.more_bits, 4),
         "tokens": plan.tokens,
@@ -42,8 +43,8 @@ def tuning_record(
     against: SourceRecord | None = None
     if plan.against is not None:
         against = {"name": plan.against.name, "kind": plan.against.kind, "fingerprint": plan.against.fingerprint}
-    return {
-        "base": plan.checkpoint.manifest["digest"],
+    record: TuningRecord = {
+        "base": plan.checkpoint.fingerprint,
         "against": against,
         "data": plan.data,
         "options": plan.options.as_dict(),
@@ -56,3 +57,6 @@ def tuning_record(
         "held_out_after": short(after),
         "losses": [short(loss) for loss in losses],
     }
+    if plan.scales:
+        record["scales"] = sum(plan.scales.values())
+    return record

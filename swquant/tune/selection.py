@@ -166,7 +166,7 @@ def _watched(
             item = torch.zeros(stored)
         elif dense:
             item = _block_sums(item.abs_(), candidate.side) / candidate.side**2
-        found[name] = item.T if candidate.weight.transposed else item
+        found[name] = (item.T if candidate.weight.transposed else item).cpu()
     return found
 
 

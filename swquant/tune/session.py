@@ -22,7 +22,8 @@ __all__ = ["Session"]
 
 @dataclass(frozen=True)
 class Session:
-    """model: what is trained. teacher: the original, or None. corpus: to train on; held: text that no step sees."""
+    """model: what is trained, on whatever device. teacher: the original, on the same or another, or None. corpus: to
+    train on; held: text that no step sees."""
 
     model: Any
     teacher: Any
@@ -32,12 +33,14 @@ class Session:
 
     def loss(self, batch: Batch) -> Tensor:
         """Of a batch, in nats per token that counts."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.options.precision == "bfloat16"):
+        place = self.model.device
+        batch = batch.to(place)
+        with torch.autocast(place.type, torch.bfloat16, enabled=self.options.precision == "bfloat16"):
             logits = logits_of(self.model, batch)
             if self.teacher is None:
                 return cross_entropy(logits, batch.ids[:, 1:], batch.counted)
             with torch.no_grad():
-                goal = logits_of(self.teacher, batch)
+                goal = logits_of(self.teacher, batch.to(self.teacher.device)).to(place)
         return divergence(logits, goal, batch.counted)
 
     def batch_of(self, step: int) -> Batch:

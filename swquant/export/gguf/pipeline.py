@@ -25,6 +25,7 @@ from exporters.errors import SwquantError
 from exporters.gguf.blocks import TYPES
 from exporters.gguf.names import Place, places
 from exporters.gguf.write import Form, write_file
+from exporters.sidecar import SETS
 from swquant.checkpoints.compressed import CompressedCheckpoint
 from swquant.compress.evidence import evidence_for, text_of
 from swquant.compress.plan import TensorPlan
@@ -165,6 +166,11 @@ def export_gguf(
             "--imatrix: a checkpoint has no energies; give it to swquant compress, with the original model"
         )
     check_file(out, overwrite, checkpoint)
+    if trained := next((name for name in checkpoint.sets if name not in SETS), None):  # without it, another model
+        raise SwquantError(
+            f"{checkpoint.name}: a GGUF file holds codes alone, without its set {trained}; swquant merge bakes them into "
+            "the codes"
+        )
     header = Header(checkpoint, options.tokenizer)
     placed = _places(header, checkpoint.tensors)
     header.check()

@@ -16,12 +16,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calibrationless import Blocks, Group, dequantize, fit, massive_channels, quantize, quantize_affine, shape_of
+from calibrationless import (
+    Blocks,
+    Group,
+    Points,
+    dequantize,
+    fit,
+    massive_channels,
+    quantize,
+    quantize_affine,
+    shape_of,
+)
 from exporters.errors import SwquantError
 from exporters.onnx.nodes import PackedWeight, pack_weight
 from exporters.sidecar import SETS
 from swquant.checkpoints.compressed import CompressedCheckpoint
-from swquant.checkpoints.patch_sets import counted
 from swquant.models.architecture import LinearKind, describe
 from swquant.models.rounded_inputs import kept_channels
 
@@ -40,12 +49,12 @@ def unsupported(model: str, name: str) -> SwquantError:
 
 def check_patches(checkpoint: CompressedCheckpoint) -> None:
     """Raise SwquantError where a checkpoint has patches that no node can hold: without them it is another model."""
-    sets = [name for name in counted(checkpoint.manifest) if name not in SETS]
-    if sets and checkpoint.restored:
-        raise SwquantError(
-            f"{checkpoint.name}: ONNX export does not know trained blocks (its set {sets[0]}); export the checkpoint "
-            "that was tuned, or serve this one with swquant.load"
-        )
+    for of_set in checkpoint.sets:
+        if of_set not in SETS and any(patch.mode != "add" for patch in checkpoint.blocks(of_set).values()):
+            raise SwquantError(
+                f"{checkpoint.name}: ONNX export knows blocks that are added, those of its set {of_set} replace what they lie "
+                "on; serve the checkpoint with swquant.load"
+            )
 
 
 def pack_weights(
@@ -64,9 +73,10 @@ def pack_weights(
             raise unsupported(checkpoint.name, name)
         try:
             quantized = checkpoint.quantized(name)
-            (points,) = checkpoint.patches(name) or (None,)  # a node holds one set, of points: see `check_patches`
-            assert not isinstance(points, Blocks)
-            weights[linear.module] = pack_weight(quantized, points, dtype)
+            patches = checkpoint.patches(name)
+            points = next((patch for patch in patches if isinstance(patch, Points)), None)  # one set at most
+            blocks = [patch for patch in patches if isinstance(patch, Blocks)]
+            weights[linear.module] = pack_weight(quantized, points, dtype, blocks)
         except ValueError as error:
             raise SwquantError(f"{checkpoint.name}: {name}: {error}; use --precision fp32") from None
     return weights

@@ -174,11 +174,11 @@ def _trace(
             weights[head_name] = weights_of_head
     place, said = place_for(checkpoint, torch.float32, device)
     with progress.step(f"Asking it what the file will be compared with{said}"):
-        model.to(place)
+        model.to(place)  # type: ignore[arg-type]
         with watch_peaks(model, weights) as peaks:
             reference = make_reference(model, prompt)
         reference = dataclasses.replace(reference, long=make_long_reference(model))
-        model.to(CPU)
+        model.to(CPU)  # type: ignore[arg-type]
         if options.accuracy_level:
             weights = at_level_4(weights, peaks, channels_of(checkpoint))
     with progress.step("Tracing the graph"):
@@ -223,7 +223,7 @@ def _deltas(graph: onnx_ir.Model) -> dict[str, np.ndarray]:
 
 
 def _weight_record(weight: PackedWeight) -> NodeRecord:
-    return {
+    record: NodeRecord = {
         "shape": [weight.N, weight.K],
         "operator": weight.operator,
         "bits": weight.bits,
@@ -233,6 +233,9 @@ def _weight_record(weight: PackedWeight) -> NodeRecord:
         "channels": 0 if weight.channels is None else weight.channels.numel(),
         "bytes": narrowed(weight).nbytes,
     }
+    if blocks := sum(map(len, weight.trained)):
+        record["trained_blocks"] = blocks
+    return record
 
 
 def _write_manifest(

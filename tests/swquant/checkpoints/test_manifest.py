@@ -45,6 +45,7 @@ TABLES: dict[str, tuple[Any, ...]] = {
     "`tensors.NAME.super_weights`": (schema.PointRecord,),
     "`tuned.NAME`": (schema.TuningRecord,),
     "`tuned.NAME.options`, as in [commands](commands.md)": (schema.TuneOptionsRecord,),
+    "`merged`": (schema.MergeRecord,),
     "`files.NAME`": (schema.FileEntry,),
     "`totals` of a checkpoint": (schema.CheckpointTotals,),
     "`totals` of an ONNX folder": (schema.OnnxTotals,),

@@ -25,6 +25,7 @@ from swquant.distill.options import DistillKeywords, DistillOptions
 from swquant.export.formats import FORMATS, format_named, option_names
 from swquant.export.gguf.options import GgufKeywords, GgufOptions
 from swquant.export.onnx.options import ExportKeywords, ExportOptions
+from swquant.merge.options import MergeKeywords, MergeOptions
 from swquant.moe.options import MoeKeywords, MoeOptions
 from swquant.progress import Progress
 from swquant.study import pipeline
@@ -35,6 +36,7 @@ from swquant.tune.options import TuneKeywords, TuneOptions
 TAKEN: dict[str, type] = {
     "compress": CompressOptions,
     "distill": DistillOptions,
+    "merge": MergeOptions,
     "moe": MoeOptions,
     "study": StudyOptions,
     "tune": TuneOptions,
@@ -44,6 +46,7 @@ KEYWORDS: dict[type, type] = {
     DistillOptions: DistillKeywords,
     ExportOptions: ExportKeywords,
     GgufOptions: GgufKeywords,
+    MergeOptions: MergeKeywords,
     MoeOptions: MoeKeywords,
     StudyOptions: StudyKeywords,
     TuneOptions: TuneKeywords,
@@ -70,6 +73,16 @@ OWN = {
     },
     "distill": {"teacher", "out_folder", "text", "dry_run", "device", "as_json", "trust_remote_code"},
     "export": {"checkpoint", "target", "form", "overwrite", "as_json", "device", "trust_remote_code"},
+    "merge": {
+        "checkpoint",
+        "out_folder",
+        "base",
+        "eval_text",
+        "against",
+        "overwrite",
+        "as_json",
+        "trust_remote_code",
+    },
     "moe": {"model", "out_folder", "text", "dry_run", "device", "as_json", "trust_remote_code"},
     "study": {"model", "text", "out_folder", "as_json", "device", "trust_remote_code"},
     "tune": {
@@ -79,6 +92,8 @@ OWN = {
         "text",
         "data",
         "eval_text",
+        "whole",
+        "device",
         "dry_run",
         "overwrite",
         "as_json",

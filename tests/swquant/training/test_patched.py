@@ -1,49 +1,23 @@
 """Models that train blocks, and the checkpoints that hold them: what was trained is what every reader gets."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from support.patched import planned, record
 from support.tiny_models import PROMPT, TOKENS, Planted, planted_model, sample_text, save_model, tiny_model
 
 import swquant
-from calibrationless import Blocks
 from exporters.errors import SwquantError
 from exporters.sidecar import SIDECAR
 from swquant.checkpoints.compressed import CompressedCheckpoint
 from swquant.checkpoints.manifest import read_manifest
 from swquant.checkpoints.open import open_checkpoint
-from swquant.checkpoints.schema import TuneOptionsRecord, TuningRecord
 from swquant.models.architecture import describe
 from swquant.training.model import lay, linear_names, trainable_model
 from swquant.training.patched import free_name, write_patched
-
-OPTIONS: TuneOptionsRecord = {
-    "budget": "1%", "block": 16, "select": None, "from_": "all", "warmup": 1, "steps": 1, "lr": "auto", "batch": 1,
-    "window": 8, "texts": 1, "precision": "float32", "seed": 0,
-}  # fmt: skip
-
-
-def record(blocks: dict[str, Blocks]) -> TuningRecord:
-    return {
-        "base": "", "against": None, "data": "x", "options": OPTIONS, "blocks": sum(map(len, blocks.values())),
-        "bytes": sum(patch.values.nbytes + patch.rows.nbytes + patch.cols.nbytes for patch in blocks.values()),
-        "tokens": 1, "rate": 0.1, "tried": {}, "held_out_before": 1.0, "held_out_after": 0.5, "losses": [1.0],
-    }  # fmt: skip
-
-
-def planned(checkpoint: Any, names: Any, side: int = 16, scale: float = 0.05) -> dict[str, Blocks]:
-    """The first and the last block of every weight, of random values."""
-    blocks = {}
-    for name in names:
-        rows, cols = checkpoint.tensors[name].shape
-        corners = {(0, 0), (-(-rows // side) - 1, -(-cols // side) - 1)}
-        index = [torch.tensor(part, dtype=torch.int32) for part in zip(*sorted(corners), strict=True)]
-        values = scale * torch.randn(len(corners), side, side, generator=torch.Generator().manual_seed(1))
-        blocks[name] = Blocks(index[0], index[1], values.bfloat16())
-    return blocks
 
 
 @pytest.fixture(scope="module")
@@ -181,9 +155,14 @@ def test_evaluation_sees_the_blocks(compressed: Path, tmp_path: Path) -> None:
     assert swquant.evaluate(tmp_path / "out", text).perplexity != swquant.evaluate(compressed, text).perplexity
 
 
-def test_onnx_export_refuses_them(compressed: Path, tmp_path: Path) -> None:
+def test_exports_refuse_what_they_cannot_hold(compressed: Path, tmp_path: Path) -> None:
+    """Blocks that replace a weight have no node, and a GGUF file holds codes alone."""
     with CompressedCheckpoint(compressed) as checkpoint:
-        blocks = planned(checkpoint, [checkpoint.quantized_names[0]])
-        write_patched(checkpoint, tmp_path / "out", "tuned", blocks, record(blocks))
-    with pytest.raises(SwquantError, match=r"does not know trained blocks \(its set tuned\)"):
+        name = checkpoint.quantized_names[0]
+        blocks = planned(checkpoint, [name])
+        replacing = {name: replace(blocks[name], mode="replace")}
+        write_patched(checkpoint, tmp_path / "out", "tuned", replacing, record(blocks))
+    with pytest.raises(SwquantError, match="those of its set tuned replace what they lie on"):
         swquant.export(tmp_path / "out", tmp_path / "onnx")
+    with pytest.raises(SwquantError, match="its set tuned; swquant merge bakes them into"):
+        swquant.export(tmp_path / "out", tmp_path / "model.gguf")

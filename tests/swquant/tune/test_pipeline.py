@@ -62,7 +62,15 @@ def test_recovery_without_data(pair: Pair, tmp_path: Path) -> None:
     assert swquant.verify(tmp_path / "out", loads=True) == []
     assert not (tmp_path / "out.tuning").exists()
     old, new = files(checkpoint), files(tmp_path / "out")
-    assert {name for name in new if new[name] != old.get(name)} == {SIDECAR, "swquant/manifest.json"}
+    assert {name for name in new if new[name] != old.get(name)} == {
+        SIDECAR,
+        "swquant/manifest.json",
+        "swquant/report.html",
+    }
+    page = new["swquant/report.html"].decode()
+    for part in ("What was trained: tuned", "tuned-losses", "Chosen blocks by layer", "Chosen blocks by kind of layer"):
+        assert page.count(part) >= 1
+    assert page.startswith(old["swquant/report.html"].decode().removesuffix("\n</main>\n</body>\n</html>\n"))
     counted = sum(item["blocks"]["tuned"] for item in result.manifest["tensors"].values() if "blocks" in item)
     assert counted == record["blocks"]
     assert record["bytes"] <= 0.125 * result.manifest["totals"]["quantized_weights"]
@@ -232,7 +240,9 @@ def test_what_cannot_be_is_one_line_before_any_work(cli: Cli, pair: Pair, bf16_l
     other = save_model(tiny_model("llama", vocab_size=96), tmp_path / "other")
     small = ("--block", 16)
     for typed, problem in {
-        (original, out, *against): "not a compressed checkpoint; blocks are laid over one",
+        (original, out, *against, "--train", "scales"): "original is not compressed and has no scales; train blocks",
+        (original, out, *against, "--select", "recovery"): "in original nothing was rounded; take gradient",
+        (checkpoint, out, *against, "--merge"): "c is compressed; tune it, then swquant merge bakes",
         (checkpoint, out): "nothing to learn from; name the original with --against",
         (checkpoint, out, *against, "--budget", "100"): "--budget 100 holds no block of 64 x 64 (8,200 bytes)",
         (checkpoint, out, *against, "--budget", "much"): "is not understood",

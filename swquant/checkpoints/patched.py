@@ -1,0 +1,182 @@
+"""Patches alone: what `tune` writes of a model that is no compressed checkpoint, and that model with them laid over.
+
+    OUT/swquant/patches.json             which model they belong to, how they were trained
+    OUT/swquant/outliers.safetensors     the sets of blocks, as beside a compressed checkpoint
+
+A few megabytes that mean nothing without their base. A fingerprint tells a folder by its headers, and every model of a
+family has the same, so the sha256 of each tensor that is patched is kept, too: over any other weights they are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, cast, final
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from typing_extensions import TypedDict  # pydantic reads that of `typing` from Python 3.12 on
+
+from calibrationless import Blocks, Patch, restore
+from exporters.errors import CheckpointError, SwquantError
+from exporters.json_file import read_json
+from exporters.sidecar import SIDECAR, SidecarReader
+from swquant.checkpoints.base import Checkpoint, Stored
+from swquant.checkpoints.schema import SourceRecord, TuningRecord
+
+__all__ = ["PATCHES", "PatchedCheckpoint", "PatchedTensor", "PatchesManifest", "is_patches", "sha256_of"]
+
+PATCHES = "swquant/patches.json"
+
+
+class PatchedTensor(TypedDict):
+    """A tensor of the base: what it must be, and how many blocks of which set lie over it."""
+
+    shape: list[int]
+    sha256: str
+    blocks: dict[str, int]
+
+
+@final
+class PatchesManifest(TypedDict):
+    """What stands in `patches.json`. sidecar: sha256 of the file of blocks."""
+
+    format: Literal["swquant-patches-of-a-model"]
+    version: Literal[1]
+    swquant: str
+    base: SourceRecord
+    sidecar: str
+    tensors: dict[str, PatchedTensor]
+    tuned: dict[str, TuningRecord]
+
+
+def is_patches(path: Path) -> bool:
+    """Whether a folder holds patches alone."""
+    return (path / PATCHES).is_file()
+
+
+def sha256_of(tensor: torch.Tensor) -> str:
+    """Hexadecimal, of the bytes of a tensor."""
+    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
+
+
+@cache
+def _validator() -> Any:
+    from pydantic import TypeAdapter  # here, not above: most commands read no such file
+
+    return TypeAdapter(PatchesManifest)
+
+
+def _read(folder: Path) -> PatchesManifest:
+    from pydantic import ValidationError
+
+    content = read_json(folder / PATCHES)
+    try:
+        _validator().validate_python(content, strict=True, extra="forbid")
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise SwquantError(
+            f"{folder / PATCHES}: {where[:100]}: {first['msg'].lower()}; fetch it again, or update swquant"
+        ) from None
+    return cast(PatchesManifest, content)
+
+
+class PatchedCheckpoint(Checkpoint):
+    """A model with the patches of a folder laid over. base: the model, which is closed with this."""
+
+    def __init__(self, folder: Path, base: Checkpoint) -> None:
+        self.patches_folder, self.base = folder, base
+        self.manifest = _read(folder)
+        self.kind = base.kind  # type: ignore[misc]
+        self.name, self.folder = folder.resolve().name, base.folder
+        self.config, self.raw_config, self.tensors = base.config, base.raw_config, base.tensors
+        self.trust_remote_code = base.trust_remote_code
+        self.fingerprint = hashlib.sha256(f"{base.fingerprint} {self.manifest['sidecar']}".encode()).hexdigest()
+        self._sidecar = SidecarReader(folder / SIDECAR)
+        try:
+            self._check()
+        except BaseException:
+            self._sidecar.close()
+            raise
+
+    def _check(self) -> None:
+        """Raise SwquantError unless the file of blocks is the one that was written, and the base has these tensors."""
+        counted = {
+            (of_set, name): count
+            for name, record in self.manifest["tensors"].items()
+            for of_set, count in record["blocks"].items()
+        }
+        found = {(of_set, name): n for of_set, counts in self._sidecar.counts.items() for name, n in counts.items()}
+        if found != counted or self._sidecar.sha256() != self.manifest["sidecar"]:
+            raise SwquantError(f"{self.name}: {SIDECAR} is not what was written; fetch it again")
+        for name, record in self.manifest["tensors"].items():
+            form = self.base.tensors.get(name)
+            if form is None or list(form.shape) != record["shape"] or len(form.shape) != 2:
+                self._refuse(name)
+
+    def _refuse(self, name: str) -> None:
+        raise SwquantError(
+            f"{self.name}: its patches belong to {self.manifest['base']['name']}, and {name} of {self.base.name} is "
+            "another; name the model that was tuned"
+        )
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """The sets of blocks, in the order in which they are laid over a weight."""
+        return tuple(self._sidecar.counts)
+
+    def blocks(self, of_set: str) -> dict[str, Blocks]:
+        """Stored name -> blocks of a set."""
+        patches = {name: self._sidecar.read(of_set, name, self._shape(name)) for name in self._sidecar.counts[of_set]}
+        return cast(dict[str, Blocks], patches)
+
+    def patches(self, name: str) -> tuple[Patch, ...]:
+        """What is laid over a tensor. Raises SwquantError where it does not fit."""
+        try:
+            return self._sidecar.read_all(name, self._shape(name)) if name in self.manifest["tensors"] else ()
+        except CheckpointError as error:
+            raise SwquantError(f"{error}; fetch it again") from None
+
+    def _shape(self, name: str) -> tuple[int, int]:
+        rows, cols = self.base.tensors[name].shape
+        return rows, cols
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor = self.base.read(name)
+        record = self.manifest["tensors"].get(name)
+        if record is None:
+            return tensor
+        if sha256_of(tensor) != record["sha256"]:
+            self._refuse(name)
+        return restore(tensor.clone(), *self.patches(name))
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (*self.base.files, self.patches_folder / PATCHES, self.patches_folder / SIDECAR)
+
+    @property
+    def fills_folder(self) -> bool:
+        return self.base.fills_folder
+
+    @property
+    def stores_floats(self) -> bool:
+        return False
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        return self.base.generation
+
+    def dense_dtype(self, stored: Stored) -> torch.dtype:
+        return self.base.dense_dtype(stored)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.base.tokenizer()
+
+    def save_companions(self, folder: Path) -> None:
+        self.base.save_companions(folder)
+
+    def close(self) -> None:
+        self._sidecar.close()
+        self.base.close()

@@ -1,0 +1,85 @@
+"""What was trained over a model that is no compressed checkpoint: its blocks alone, or the whole model with them in it.
+
+write_patches   a folder of a few megabytes, bound to the model (`checkpoints.patched` reads it)
+write_whole     an ordinary Hugging Face folder in the model's own dtype: the blocks are added, once, in float32
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from calibrationless import Blocks
+from exporters.json_file import write_json
+from exporters.sidecar import SIDECAR, PlannedPatch, SidecarWriter
+from swquant.checkpoints.base import Checkpoint
+from swquant.checkpoints.patched import PATCHES, PatchesManifest, sha256_of
+from swquant.checkpoints.schema import TuningRecord
+from swquant.output.dense import Written, dense_folder, stored_form, with_dtype
+from swquant.output.destination import check_destination, check_space, replace, unfinished, writing
+from swquant.progress import Progress, silent
+from swquant.version import __version__
+
+__all__ = ["RECORD", "write_patches", "write_whole"]
+
+RECORD = "tuned.json"
+
+
+def write_patches(
+    checkpoint: Checkpoint, out: Path, of_set: str, blocks: Mapping[str, Blocks], record: TuningRecord
+) -> PatchesManifest:
+    """Write a set of blocks (stored name -> blocks) into OUT, which must not exist. Raises SwquantError; then it does
+    not exist."""
+    check_destination(out, None, checkpoint)
+    check_space(out, record["bytes"])
+    shapes = {name: (checkpoint.tensors[name].shape[0], checkpoint.tensors[name].shape[1]) for name in blocks}
+    planned = [
+        PlannedPatch(of_set, name, len(patch), shapes[name], patch.values.dtype, patch.side, patch.mode)
+        for name, patch in blocks.items()
+    ]
+    with writing(out, record["bytes"]), unfinished(out) as folder:
+        (folder / SIDECAR).parent.mkdir()
+        with closing(SidecarWriter(folder / SIDECAR, planned)) as writer:
+            for name, patch in blocks.items():
+                writer.write(of_set, name, patch)
+            writer.finish()
+        manifest: PatchesManifest = {
+            "format": "swquant-patches-of-a-model",
+            "version": 1,
+            "swquant": __version__,
+            "base": {"name": checkpoint.name, "kind": checkpoint.kind, "fingerprint": checkpoint.fingerprint},
+            "sidecar": hashlib.sha256((folder / SIDECAR).read_bytes()).hexdigest(),
+            "tensors": {
+                name: {
+                    "shape": list(shapes[name]),
+                    "sha256": sha256_of(checkpoint.read(name)),
+                    "blocks": {of_set: len(patch)},
+                }
+                for name, patch in blocks.items()
+            },
+            "tuned": {of_set: record},
+        }
+        write_json(folder / PATCHES, manifest)
+        replace(folder, out, False)
+    return manifest
+
+
+def write_whole(
+    checkpoint: Checkpoint,
+    out: Path,
+    read: Callable[[str], Tensor],
+    record: Mapping[str, Any],
+    progress: Progress = silent,
+) -> None:
+    """Write the model as an ordinary Hugging Face folder. read: stored name -> tensor, blocks in it. record: how they
+    were trained. Raises SwquantError; then `out` does not exist."""
+    tensors = {name: Written(stored_form(checkpoint, name), partial(read, name)) for name in checkpoint.tensors}
+    config = with_dtype(checkpoint.raw_config, tensors)
+    with dense_folder(checkpoint, out, tensors, config, (RECORD, record), progress):
+        pass
