@@ -33,7 +33,6 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from exporters.errors import SwquantError
-from swquant import pr_moe
 from swquant.api import compress
 from swquant.checkpoints.compressed import CompressedCheckpoint
 from swquant.checkpoints.manifest import MANIFEST
@@ -41,6 +40,7 @@ from swquant.checkpoints.open import open_checkpoint
 from swquant.compress.options import CompressOptions
 from swquant.models.architecture import describe
 from swquant.models.rounded_inputs import round_inputs
+from swquant.pr_moe import register as register_mixtures
 
 __all__ = ["SwquantConfig", "SwquantQuantizer", "register", "unregister"]
 
@@ -288,7 +288,7 @@ _STOCK: dict[str, Any] = {}  # what stood in the register before
 
 def register() -> None:
     """Tell transformers; importing this module does. Mixtures made by `swquant moe` are known from then on, too."""
-    pr_moe.register()
+    register_mixtures()
     if _STOCK:
         return
     for name in _REPLACED:

@@ -17,6 +17,7 @@ import swquant
 from exporters.errors import SwquantError
 from swquant.evaluate.writing import _Pieces
 
+START = "t5 t9 t33 t64"
 TEMPLATE = "{% for m in messages %}t5 {{ m.content }} t7{% endfor %}{% if add_generation_prompt %} t9{% endif %}"
 
 
@@ -54,23 +55,23 @@ def test_what_may_still_change_waits(texts: list[str], pieces: list[str]) -> Non
 
 def test_it_ends_where_generation_config_says(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(swquant.generate(folder, PROMPT, tokens=12))["input_ids"]
-    prompt = len(tokenizer(PROMPT)["input_ids"])
+    ids = tokenizer(swquant.generate(folder, START, tokens=12))["input_ids"]
+    prompt = len(tokenizer(START)["input_ids"])
     path = folder / "generation_config.json"
     settings = json.loads(path.read_text())
     for eos, stop in ((ids[prompt + 3], None), (None, f"t{ids[prompt + 3]}")):
         path.write_text(json.dumps({**settings, "eos_token_id": eos or 1, "stop_strings": stop and [stop]}))
-        out = tokenizer(swquant.generate(folder, PROMPT, tokens=12))["input_ids"]
+        out = tokenizer(swquant.generate(folder, START, tokens=12))["input_ids"]
         assert out == ids[: ids.index(ids[prompt + 3], prompt) + 1]
 
 
 def test_a_chat_is_asked_in_the_models_template(cli: Cli, folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    whole = swquant.generate(folder, "t5 t17 t33 t7 t9", tokens=6)
-    answer = swquant.generate(folder, "t17 t33", tokens=6, chat=True)
-    assert whole == f"t5 t17 t33 t7 t9 {answer}"
-    assert cli("generate", folder, "t17 t33", "--chat", "--tokens", "6").out == f"{answer}\n"
-    assert document(cli("generate", folder, "t17 t33", "--chat", "--tokens", "6", "--json"))["text"] == answer
+    whole = swquant.generate(folder, "t5 t21 t33 t7 t9", tokens=6)
+    answer = swquant.generate(folder, "t21 t33", tokens=6, chat=True)
+    assert whole == f"t5 t21 t33 t7 t9 {answer}"
+    assert cli("generate", folder, "t21 t33", "--chat", "--tokens", "6").out == f"{answer}\n"
+    assert document(cli("generate", folder, "t21 t33", "--chat", "--tokens", "6", "--json"))["text"] == answer
 
 
 def test_a_chat_needs_a_template(cli: Cli, folder: Path) -> None:
