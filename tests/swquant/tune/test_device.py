@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.pretended import GPU, pretended_gpu
+from support.tiny_models import sample_text
 
 import swquant
 from calibrationless import Blocks, Group, Points, quantize, quantize_affine
@@ -69,8 +70,12 @@ def test_a_run_on_another_device_recovers_as_much(
     gpu: torch.device, monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path, train: str
 ) -> None:
     original, checkpoint = pair
-    options: dict[str, Any] = {"train": train, "budget": "1bits", "block": 16, "steps": 4, "window": 32, "texts": 8}
-    options |= {"warmup": 2, "lr": "3e-3", "against": original}
+    options: dict[str, Any] = {"train": train, "budget": "1bits", "block": 16, "steps": 4, "window": 32, "warmup": 2}
+    options |= {
+        "lr": "3e-3",
+        "against": original,
+        "text": sample_text(32 * 12),
+    }  # a cache is made in C++, for known devices
     here = swquant.tune(checkpoint, tmp_path / "here", **options, device="cpu")
     seen = set()
     loss = Session.loss
