@@ -170,7 +170,7 @@ def odd_weight() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("bits", BITS)
 def test_batched_torch_finds_what_the_compiled_loop_finds(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, importance = odd_weight()
-    recipe = Recipe(Group(32), bits, offsets="super", super_weights=((2, 5),))
+    recipe = Recipe(Group(32), bits, offsets="super")
     compiled = follow(recipe, weight, Evidence(importance, importance))
     monkeypatch.setattr(loops, "COMPILED", frozenset())
     plain = follow(recipe, weight, Evidence(importance, importance))
