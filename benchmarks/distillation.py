@@ -15,7 +15,8 @@ The teacher should lie on no 4-bit grid, or rounding it loses nothing (`grid.py`
     python benchmarks/grid.py SmolLM2.gguf TEACHER
     python benchmarks/distillation.py TEACHER --json distillation.json [--parts figure4 …] [--plots docs/images]
 
-What it takes with the defaults: see below.
+With the defaults most of the time is `figure4`: half an hour of one core. A step of 256 tokens of SmolLM2's student is
+3.0 processor seconds, 4.2 with the teacher; there are 16 in each of 24 cells. --device cuda runs it on a GPU.
 """
 
 from __future__ import annotations

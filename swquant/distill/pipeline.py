@@ -76,7 +76,8 @@ def distill_checkpoint(plan: DistillPlan, out: Path, *, progress: Progress = sil
     student = StudentCheckpoint(teacher, keep, plan.layers)
     with progress.step("Comparing the student with the teacher without these layers"):
         pupil = build_model(student, torch.float32, plan.device).requires_grad_(False)
-        difference = _difference(student, model, pupil, [plan.layers[layer] for layer in _out(keep, found)])
+        out_of = [name for layer, name in enumerate(plan.layers) if layer not in keep]
+        difference = _difference(student, model, pupil, out_of)
     lesson, trained, state = None, {}, None
     if options.steps:
         state = State.at(out.with_name(out.name + ".training"), _fingerprint(plan, keep))
@@ -92,10 +93,6 @@ def distill_checkpoint(plan: DistillPlan, out: Path, *, progress: Progress = sil
         state.remove()
     roles, nbytes = super_layers(found), nbytes_of(tensors)
     return Distilled(out, keep, len(plan.layers), measured, roles, difference, nbytes, plan.nbytes[0], lesson, record)
-
-
-def _out(keep: tuple[int, ...], found: Found) -> list[int]:
-    return [layer for layer in range(len(found.architecture.layers)) if layer not in keep]
 
 
 def _kept(

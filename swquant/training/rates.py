@@ -1,8 +1,9 @@
 """The learning rate, found out: a short look at several, since the rate decides more than the method.
 
-Every rate trains for a quarter of the steps (at least six), from zeros, with its own fall to zero, and is judged by the
-loss on held-out text. The look begins at a usual rate and goes to three times as much, and to a third, as long as that
-is better; so it ends at a rate that is better than both of its neighbours. It is deterministic, and its cost is said.
+Every rate trains for a quarter of the steps (at least six), from where the parameters are, with its own fall to zero,
+and is judged by the loss on held-out text. The look begins at a usual rate and goes to three times as much, and to a
+third, as long as that is better; so it ends at a rate that is better than both of its neighbours. It is deterministic,
+and its cost is said.
 """
 
 from __future__ import annotations
