@@ -35,11 +35,11 @@ Cell = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """layers: those that students keep. scratch: tokens of `table2`'s models, in steps; experts: of its standard
-    mixture's layers. Of the other fields the command line tells."""
+    """layers: those that students keep, as `--layers auto` found them in SmolLM2. scratch: tokens of `table2`'s models,
+    in steps; experts: of its standard mixture's layers. Of the other fields the command line tells."""
 
     folder: Path
-    layers: str = "0-20,25-29"
+    layers: str = "0-12,15,18-29"
     steps: int = 16
     batch: int = 2
     window: int = 128

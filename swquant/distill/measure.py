@@ -52,7 +52,7 @@ def super_layers(found: Found) -> dict[int, str]:
     roles: dict[int, str] = {}
     for weight in found.detection.cancellers:
         roles[weight.layer] = "cancels"
-    for weight in found.detection.super_weights:
+    for weight in reversed(found.detection.super_weights):  # creators are first, and a companion is one in part
         roles[weight.layer] = "creates" if weight.role == "creator" else "amplifies"
     return roles
 

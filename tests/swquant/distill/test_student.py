@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import re
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +16,10 @@ from support.tiny_models import ARCHITECTURES, PROMPT, TOKENS, Planted, read_con
 from transformers import AutoModelForCausalLM
 
 import swquant
+from calibrationless.super_weights import Detection, SuperWeight
 from exporters.errors import SwquantError
 from swquant.checkpoints.open import open_checkpoint
-from swquant.distill.measure import _Trial, least_missed, leaving_out
+from swquant.distill.measure import _Trial, least_missed, leaving_out, super_layers
 from swquant.distill.student import cut_config, cut_names
 from swquant.models.loading import build_model
 
@@ -102,6 +105,17 @@ def test_what_is_not_computed_again_changes_nothing(family: str) -> None:
                 with leaving_out(model, [layers[other] for other in (*gone, layer)]):
                     expected = model(TOKENS, use_cache=False).logits[0]
                 torch.testing.assert_close(trial.without(layer, gone), expected, atol=0, rtol=0)
+
+
+def test_a_layer_with_a_creator_and_its_companions_creates() -> None:
+    """As SmolLM2's layer 11."""
+    weights = [
+        SuperWeight("w", layer, 0, 0, 1.0, role, 0, 1.0, 1.0, 1.0, 1.0)
+        for layer, role in ((1, "creator"), (2, "amplifier"), (1, "companion"), (2, "companion"))
+    ]
+    detection = Detection(tuple(weights), (replace(weights[0], layer=4, role="canceller"),))
+    found = SimpleNamespace(detection=detection)
+    assert super_layers(found) == {1: "creates", 2: "amplifies", 4: "cancels"}  # type: ignore[arg-type]
 
 
 def test_layers_of_super_activations_stay(planted_llama: Planted, tmp_path: Path) -> None:
