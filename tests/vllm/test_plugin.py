@@ -84,11 +84,13 @@ def compressed(source: Path, out: Path, **options: Any) -> Path:
     return swquant.compress(real_model(source), out, **options).path
 
 
-def tuned(source: Path, out: Path, lr: str = "1e-3", **options: Any) -> Path:
+def tuned(
+    source: Path, out: Path, lr: str = "1e-3", budget: str = "0.2bits", select: str | None = None, **options: Any
+) -> Path:
     """A checkpoint with blocks over it, of a size that divides no shape of SmolLM2's."""
     made = swquant.compress(source, out.with_name("base"), **options).path
-    short = {"block": 24, "steps": 4, "warmup": 2, "window": 32, "budget": "0.2bits", "texts": 8, "lr": lr}
-    result = swquant.tune(made, out, against=source, **short)
+    short = {"block": 24, "steps": 4, "warmup": 2, "window": 32, "texts": 8}
+    result = swquant.tune(made, out, against=source, lr=lr, budget=budget, select=select, **short)
     assert result is not None
     return result.path
 
@@ -132,7 +134,12 @@ SHAPES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
     "llama": ("llama", {"head_dim": 32}, {}, 1),
     "asymmetric": ("llama", {"head_dim": 32}, {"symmetric": False}, 1),
     "fused in the file": ("phi3", {"num_attention_heads": 2, "num_key_value_heads": 2}, {}, 1),
-    "two ranks, one head of keys": ("llama", {"head_dim": 32, "num_key_value_heads": 1}, {"dense": ("down_proj",)}, 2),
+    "two ranks, one head of keys": (
+        "llama",
+        {"head_dim": 32, "num_key_value_heads": 1},
+        {"dense": ("down_proj",), "select": "random"},
+        2,
+    ),
     "of a later version": ("llama", {"head_dim": 32}, {}, 1),
 }
 
@@ -157,7 +164,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any,
     for name, (architecture, shape, options, _) in SHAPES.items():
         here = root / name.replace(" ", "-").replace(",", "")
         source = planted_model(architecture, here / "model", **shape).folder
-        folders[name] = tuned(source, here / "out", "3e-2", **TINY, **options)
+        folders[name] = tuned(source, here / "out", "3e-2", "2bits", **TINY, **options)
     with_another_version(folders["of a later version"])
     prompts = [[int(word[1:]) for word in sample_text(100).split()]]
     said: dict[str, list[Any]] = {name: [] for name in folders}
@@ -178,6 +185,8 @@ def test_however_a_layer_is_cut_and_fused(name: str, tiny: dict[str, tuple[Path,
         assert "not swquant-patches 1, the version that is known; update swquant-vllm" in with_plugin["refusal"]
         return
     assert isinstance(with_plugin, list), with_plugin
+    patched = [record for record in swquant.inspect(folder)["tensors"].values() if record.get("blocks")]
+    assert any("dense" in record for record in patched) or "dense" not in SHAPES[name][2]
     found = divergence(folder, with_plugin), divergence(folder, without)
     print(f"{name}: KL {found[0]:.6f} with the plugin, {found[1]:.6f} without")
     assert found[1] > 20 * found[0]
