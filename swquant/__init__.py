@@ -22,9 +22,10 @@ from swquant.version import __version__
 
 if TYPE_CHECKING:
     from exporters.errors import SwquantError
+    from swquant.adapt.options import AdaptOptions
     from swquant.api import compress, detect, evaluate, export, inspect, load, plan, study, verify
     from swquant.compress.options import CompressOptions
-    from swquant.derive import distill, generate, merge, moe, push, tune
+    from swquant.derive import adapt, distill, export_set, generate, merge, moe, push, tune
     from swquant.distill.options import DistillOptions
     from swquant.export.gguf.options import GgufOptions
     from swquant.export.onnx.options import ExportOptions
@@ -38,11 +39,13 @@ if TYPE_CHECKING:
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
+    "adapt": "swquant.derive",
     "compress": "swquant.api",
     "detect": "swquant.api",
     "distill": "swquant.derive",
     "evaluate": "swquant.api",
     "export": "swquant.api",
+    "export_set": "swquant.derive",
     "generate": "swquant.derive",
     "inspect": "swquant.api",
     "load": "swquant.api",
@@ -53,6 +56,7 @@ _HOMES = {
     "study": "swquant.api",
     "tune": "swquant.derive",
     "verify": "swquant.api",
+    "AdaptOptions": "swquant.adapt.options",
     "CompressOptions": "swquant.compress.options",
     "DistillOptions": "swquant.distill.options",
     "ExportOptions": "swquant.export.onnx.options",
@@ -65,6 +69,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdaptOptions",
     "CompressOptions",
     "DistillOptions",
     "ExportOptions",
@@ -75,11 +80,13 @@ __all__ = [
     "SwquantError",
     "TuneOptions",
     "__version__",
+    "adapt",
     "compress",
     "detect",
     "distill",
     "evaluate",
     "export",
+    "export_set",
     "generate",
     "inspect",
     "load",

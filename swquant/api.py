@@ -273,6 +273,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     restore: bool = True,
+    task: str | None = None,
     trainable: bool = False,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
@@ -280,13 +281,15 @@ def load(
 
     Its weights are dense, every outlier has its original value, and int8 activations are simulated, exactly. base: the
     model, where `tune` wrote patches alone. dtype: of the weights, by default their own. restore: False leaves outliers
-    as a loader sees them that ignores the sidecar. trainable: in float32, and what `tune` trained (`values` of
-    `PatchedLinear`s) is a parameter; all else is frozen, and weights under it stay packed. Raises SwquantError.
+    as a loader sees them that ignores the sidecar. task: lays the set of the pool that serves it; `auto` lets every
+    input choose. trainable: in float32, and what `tune` trained (`values` of `PatchedLinear`s) is a parameter; all else
+    is frozen, and weights under it stay packed. Raises SwquantError.
     """
     from swquant.checkpoints.open import open_checkpoint
     from swquant.models.loading import running_model
 
-    with open_checkpoint(path, restored=restore, trust_remote_code=trust_remote_code, base=base) as checkpoint:
+    how: dict[str, Any] = {"restored": restore, "task": task, "base": base}
+    with open_checkpoint(path, trust_remote_code=trust_remote_code, **how) as checkpoint:
         if trainable:
             from swquant.training.model import load_trainable
 
@@ -305,8 +308,7 @@ def verify(path: Model, *, loads: bool = False, trust_remote_code: bool = False)
     """Read every byte of a compressed checkpoint and compare it with the manifest. Returns what is wrong.
 
     loads: also let the stock loader look at it, without memory for the weights (of an ONNX folder: with ONNX Runtime,
-    in full). Raises SwquantError where there is no intact manifest.
-    """
+    in full). Raises SwquantError where there is no intact manifest."""
     from swquant.output.verification import verify as verify_folder
 
     problems = verify_folder(Path(path))
@@ -326,22 +328,22 @@ def evaluate(
     window: int = 2048,
     limit: int | None = None,
     restore: bool = True,
+    task: str | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Evaluation:
     """Perplexity of a model on a text; against an original also KL divergence (nats), top-1 agreement and
-    the expected acceptance rate of speculative decoding (both 0 to 1).
+    the expected acceptance rate of speculative decoding (both 0 to 1), by the protocol of docs/evaluation.md.
 
-    window: tokens per window. limit: evaluate only the first so many windows. restore: see `load`. The protocol is
-    described in `swquant.evaluate.pipeline` and docs/evaluation.md. Raises SwquantError.
-    """
+    window: tokens per window. limit: evaluate only the first so many windows. restore, task: see `load`. Raises
+    SwquantError."""
     from swquant.checkpoints.open import open_model
     from swquant.evaluate.pipeline import evaluate_model
     from swquant.models.devices import device_for
 
     how: dict[str, Any] = {"window": window, "limit": limit, "device": device_for(device), "progress": progress}
-    with open_model(model, restored=restore, trust_remote_code=trust_remote_code) as checkpoint:
+    with open_model(model, restored=restore, task=task, trust_remote_code=trust_remote_code) as checkpoint:
         if against is None:
             return evaluate_model(checkpoint, text, **how)
         with open_model(against, trust_remote_code=trust_remote_code) as original:

@@ -7,11 +7,13 @@ Users import it from `swquant`. As in `api`, the rooms of the verbs are imported
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
+from exporters.errors import SwquantError
+from swquant.adapt.options import AdaptKeywords, AdaptOptions
 from swquant.declared import made_of
 from swquant.distill.options import DistillKeywords, DistillOptions
 from swquant.merge.options import MergeKeywords, MergeOptions
@@ -20,6 +22,9 @@ from swquant.progress import Progress, silent
 from swquant.tune.options import TuneKeywords, TuneOptions
 
 if TYPE_CHECKING:
+    from swquant.adapt.pipeline import Adapted
+    from swquant.adapt.plan import AdaptPlan
+    from swquant.checkpoints.pool_schema import DecisionRecord
     from swquant.distill.pipeline import Distilled
     from swquant.distill.plan import DistillPlan
     from swquant.merge.pipeline import Merged
@@ -29,9 +34,65 @@ if TYPE_CHECKING:
     from swquant.tune.pipeline import Tuned
     from swquant.tune.plan import TunePlan
 
-__all__ = ["distill", "generate", "merge", "moe", "push", "tune"]
+__all__ = ["adapt", "distill", "export_set", "generate", "merge", "moe", "push", "tune"]
 
 Model = str | os.PathLike[str]
+
+
+def adapt(
+    checkpoint: Model,
+    out: Model,
+    tasks: Mapping[str, Model],
+    options: AdaptOptions | None = None,
+    *,
+    drop: Sequence[str] = (),
+    imports: Sequence[Model] = (),
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    dry_run: bool = False,
+    on_plan: Callable[[AdaptPlan], None] | None = None,
+    progress: Progress = silent,
+    **changes: Unpack[AdaptKeywords],
+) -> Adapted | dict[str, DecisionRecord]:
+    """Learn tasks one after the other over a compressed checkpoint, which stays as it is: each in a set of the pool
+    that it does not hurt, or in a new one.
+
+    tasks: name -> a text, or a jsonl file of prompts and responses. drop: sets that leave the pool; imports: files of
+    sets that come in. out: the folder to create; an interrupted run leaves OUT.adapting beside it and goes on from
+    that. options and changes: an `AdaptOptions`, or its fields as keywords (policy, threshold, budget, steps, …).
+    on_plan: is shown the plan before the work. Returns path, manifest and the set of each task; after dry_run task ->
+    what would be decided about it next. Raises SwquantError; then `out` does not exist.
+
+    "LW2G: Learning Whether to Grow for Prompt-based Continual Learning", https://arxiv.org/abs/2409.18860
+    """
+    if not (tasks or drop or imports):
+        raise SwquantError("there is nothing to learn; name a task and its text: --task law=law.txt")
+    from swquant.adapt.pipeline import adapt_checkpoint, decide_only
+    from swquant.adapt.plan import make_plan
+    from swquant.checkpoints.open import open_checkpoint
+    from swquant.output.destination import check_destination
+
+    chosen = made_of(AdaptOptions, options, changes)
+    with open_checkpoint(checkpoint, trust_remote_code=trust_remote_code) as opened:
+        if not dry_run:
+            check_destination(Path(out), overwrite, opened)
+        named = [(name, Path(path)) for name, path in tasks.items()]
+        plan = make_plan(opened, named, chosen, drop=drop, imports=[Path(path) for path in imports])
+        if on_plan is not None:
+            on_plan(plan)
+        if dry_run:
+            return decide_only(plan, progress)
+        return adapt_checkpoint(plan, Path(out), overwrite=overwrite, progress=progress)
+
+
+def export_set(checkpoint: Model, of_set: str, out: Model, *, overwrite: bool = False) -> None:
+    """Copy a set of a checkpoint's pool into a file, which `adapt(…, imports=…)` takes into the pool of another
+    checkpoint of the same base. Raises SwquantError."""
+    from swquant.adapt.pool import export_set as copy_set
+    from swquant.checkpoints.compressed import CompressedCheckpoint
+
+    with CompressedCheckpoint(Path(checkpoint)) as opened:
+        copy_set(opened, of_set, Path(out), overwrite=overwrite)
 
 
 def distill(
@@ -74,6 +135,7 @@ def generate(
     tokens: int = 40,
     chat: bool = False,
     restore: bool = True,
+    task: str | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
     on_text: Callable[[str], None] | None = None,
@@ -82,15 +144,15 @@ def generate(
     """Continue a prompt greedily, until a token ends the text. Returns the prompt and what follows.
 
     chat: the prompt is what a user says, put into the model's chat template; what comes back is the answer alone.
-    on_text: is given the text piece by piece, as it is written; together they are what is returned. Raises
-    SwquantError.
+    on_text: is given the text piece by piece, as it is written; together they are what is returned. task: see `load`.
+    Raises SwquantError.
     """
     from swquant.checkpoints.open import open_model
     from swquant.evaluate.writing import generate_text
     from swquant.models.devices import device_for
 
     place = device_for(device)
-    with open_model(model, restored=restore, trust_remote_code=trust_remote_code) as checkpoint:
+    with open_model(model, restored=restore, task=task, trust_remote_code=trust_remote_code) as checkpoint:
         return generate_text(
             checkpoint, prompt, tokens=tokens, chat=chat, device=place, on_text=on_text, progress=progress
         )

@@ -28,6 +28,7 @@ LAYERS = (
     {"detect", "doctor", "evaluate", "ort"},
     {"compress", "training"},
     {"distill", "export", "merge", "moe", "push", "study", "tune"},
+    {"adapt"},
     {"api", "derive", "terminal"},
     {"cli", "hf"},
     {"__init__", "__main__"},

@@ -24,6 +24,7 @@ from swquant.checkpoints.configuration import handed_on, load_config
 from swquant.checkpoints.manifest import MANIFEST, is_onnx, read_manifest
 from swquant.checkpoints.origin import front_matter, repository_id
 from swquant.checkpoints.patch_sets import open_patches
+from swquant.checkpoints.pool import AUTO, ChosenSet, pool_of, set_of
 from swquant.checkpoints.schema import TensorRecord
 from swquant.checkpoints.shards import shard_names
 from swquant.checkpoints.stored import check_decoded, check_dense, check_hashes
@@ -34,7 +35,8 @@ __all__ = ["CompressedCheckpoint"]
 class CompressedCheckpoint(Checkpoint):
     """Reads the folder that `compress` writes. name: for people, the folder's by default. restored: whether `read` lays
     the patches over. unrounded: decode to float32; otherwise every weight is rounded to the dtype of its scale, as
-    stock loaders of the format do and runtimes do not."""
+    stock loaders of the format do and runtimes do not. task: lays the set of the pool
+    that serves it over all other patches; `auto` leaves it to the input which (`models.routing`)."""
 
     kind = "swquant"
 
@@ -45,6 +47,7 @@ class CompressedCheckpoint(Checkpoint):
         name: str | None = None,
         restored: bool = True,
         unrounded: bool = False,
+        task: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         self.folder = folder
@@ -68,14 +71,28 @@ class CompressedCheckpoint(Checkpoint):
                 delattr(self.config, key)
         self._readers: dict[str, SafetensorsReader] = {}
         self._sidecar: SidecarReader | None = None
+        self._chosen: ChosenSet | None = None
+        self.task = task
         try:
             for shard in shard_names(folder):
                 self._readers[shard] = SafetensorsReader(folder / shard)
             self._sidecar = open_patches(folder, self.manifest, self.name) if restored else None
+            self._chosen = self._choose(task)
             self.tensors = {name: self._stored(name, record) for name, record in self._records.items()}
         except BaseException:
             self.close()
             raise
+
+    def _choose(self, task: str | None) -> ChosenSet | None:
+        if task is None:
+            return None
+        if not self.restored:
+            raise SwquantError(f"{self.name}: --task lays blocks over the weights, --no-restore none; leave out one")
+        if task == AUTO:
+            pool_of(self.manifest, self.name)
+            return None
+        of_set = set_of(self.manifest, task, self.name)
+        return None if of_set is None else ChosenSet(self.folder, self.manifest, of_set, self.name)
 
     @property
     def is_compressed(self) -> bool:
@@ -150,13 +167,19 @@ class CompressedCheckpoint(Checkpoint):
     def patches(self, name: str, *without: str | None) -> tuple[Patch, ...]:
         """What is laid over a tensor, in order; nothing where patches are not to be restored. without: sets that are
         left out. Raises SwquantError where a patch does not fit."""
-        if self._sidecar is None or name not in self._sidecar.tensors:
+        sidecar, chosen = self._sidecar, self._chosen
+        if sidecar is not None and name not in sidecar.tensors:
+            sidecar = None
+        if chosen is not None and name not in chosen.weights:
+            chosen = None
+        if sidecar is None and chosen is None:
             return ()
         shape = self._records[name]["shape"]
         if len(shape) != 2:
             raise SwquantError(f"{self.name}: {name} has patches, but is no matrix; run swquant verify")
         try:
-            return self._sidecar.read_all(name, (shape[0], shape[1]), *without)
+            laid = () if sidecar is None else sidecar.read_all(name, (shape[0], shape[1]), *without)
+            return laid if chosen is None else (*laid, *chosen.blocks(name, (shape[0], shape[1])))
         except CheckpointError as error:
             raise SwquantError(f"{error}; run swquant verify") from None
 
@@ -207,5 +230,6 @@ class CompressedCheckpoint(Checkpoint):
     def close(self) -> None:
         for reader in self._readers.values():
             reader.close()
-        if self._sidecar is not None:
-            self._sidecar.close()
+        for opened in (self._sidecar, self._chosen):
+            if opened is not None:
+                opened.close()

@@ -37,20 +37,22 @@ def open_model(
     model: str | os.PathLike[str],
     *,
     restored: bool = True,
+    task: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Checkpoint | OnnxFolder:
     """Open anything that can be run: as `open_checkpoint`, or an ONNX folder."""
     path = Path(model)
-    if is_onnx_folder(path):
+    if is_onnx_folder(path) and task is None:
         return OnnxFolder(path, restored=restored, trust_remote_code=trust_remote_code)
-    return open_checkpoint(model, restored=restored, revision=revision, trust_remote_code=trust_remote_code)
+    return open_checkpoint(model, restored=restored, task=task, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def open_checkpoint(
     model: str | os.PathLike[str],
     *,
     restored: bool = True,
+    task: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     base: str | os.PathLike[str] | None = None,
@@ -58,13 +60,15 @@ def open_checkpoint(
     """Open a folder, a .gguf file or a hub id. Raises SwquantError with the remedy for anything else.
 
     restored: for a compressed checkpoint, whether outliers are laid back while reading. base: for a folder of patches
-    alone, the model that they belong to.
+    alone, the model that they belong to. task: of a compressed checkpoint's pool.
     """
     path = Path(model)
     if is_patches(path):
         return _patched(path, base, trust_remote_code)
     if base is not None:
         raise SwquantError(f"{model}: is a model by itself, which has no base; leave out --base")
+    if task is not None and not (path / MANIFEST).is_file():
+        raise SwquantError(f"{model}: --task {task} needs a compressed checkpoint with a pool (swquant adapt)")
     if os.path.isfile(path):  # unlike Path.is_file, no error for a name that is too long
         if path.suffix.lower() != ".gguf":
             raise SwquantError(
@@ -78,7 +82,7 @@ def open_checkpoint(
                 "use the checkpoint that it was made from"
             )
         if (path / MANIFEST).is_file():
-            return CompressedCheckpoint(path, restored=restored, trust_remote_code=trust_remote_code)
+            return CompressedCheckpoint(path, restored=restored, task=task, trust_remote_code=trust_remote_code)
         if not any(path.iterdir()):
             raise SwquantError(
                 f"{model}: the folder is empty; give a folder saved by save_pretrained(), or a .gguf file"

@@ -12,6 +12,8 @@ from typing import Literal, NotRequired, final
 
 from typing_extensions import TypedDict  # pydantic reads that of `typing` from Python 3.12 on
 
+from swquant.checkpoints.pool_schema import PoolRecord
+
 __all__ = [
     "FORMAT",
     "UNUSED",
@@ -367,6 +369,7 @@ class CheckpointContent(_Common):
     left_out: dict[str, str]
     tuned: NotRequired[dict[str, TuningRecord]]
     merged: NotRequired[list[MergeRecord]]
+    pool: NotRequired[PoolRecord]
 
 
 class OnnxContent(_Common):

@@ -15,6 +15,7 @@ from swquant.cli.shared import (
     JsonOption,
     ModelArgument,
     RestoreOption,
+    TaskOption,
     TrustOption,
     make_progress,
     out,
@@ -48,6 +49,7 @@ def evaluate(
         int | None, typer.Option(metavar="N", help="Evaluate only so many windows.", show_default=False)
     ] = None,
     restore: RestoreOption = True,
+    task: TaskOption = None,
     max_perplexity: Annotated[
         float | None, typer.Option(metavar="X", help="Exit with 1 above this perplexity.", show_default=False)
     ] = None,
@@ -70,7 +72,7 @@ def evaluate(
     if card:
         _check_card(Path(model))
     result = evaluate_model(
-        model, text_of(text), against, window=window, limit=limit, restore=restore, device=device,
+        model, text_of(text), against, window=window, limit=limit, restore=restore, task=task, device=device,
         trust_remote_code=trust_remote_code, progress=make_progress(as_json),
     )  # fmt: skip
     if card:
@@ -98,7 +100,12 @@ def _check_card(folder: Path) -> None:
 def _show(result: Evaluation, model: str, against: str | None, as_json: bool) -> None:
     if as_json:
         # A destroyed model has a perplexity beyond every float, for which JSON has no number.
-        print_json({key: value if value is None or isfinite(value) else None for key, value in asdict(result).items()})
+        print_json(
+            {
+                key: None if isinstance(value, float) and not isfinite(value) else value
+                for key, value in asdict(result).items()
+            }
+        )
         return
     from swquant.api import inspect
     from swquant.checkpoints.manifest import MANIFEST

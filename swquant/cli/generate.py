@@ -11,6 +11,7 @@ from swquant.cli.shared import (
     JsonOption,
     ModelArgument,
     RestoreOption,
+    TaskOption,
     TrustOption,
     make_progress,
     print_json,
@@ -28,6 +29,7 @@ def generate(
         bool, typer.Option("--chat", help="PROMPT is a user's: put it into the model's chat template.")
     ] = False,
     restore: RestoreOption = True,
+    task: TaskOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
@@ -41,6 +43,7 @@ def generate(
         tokens=tokens,
         chat=chat,
         restore=restore,
+        task=task,
         device=device,
         trust_remote_code=trust_remote_code,
         on_text=None if as_json else _show,

@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from exporters.errors import SwquantError
+from swquant.cli.adapt import adapt
 from swquant.cli.compress import compress
 from swquant.cli.detect import detect
 from swquant.cli.distill import distill
@@ -53,6 +54,7 @@ for _command in (
     generate,
     tune,
     merge,
+    adapt,
     distill,
     moe,
     study,

@@ -29,6 +29,7 @@ __all__ = [
     "MemoryOption",
     "ModelArgument",
     "RestoreOption",
+    "TaskOption",
     "TextOption",
     "TrustOption",
     "err",
@@ -97,6 +98,16 @@ DeviceOption = Annotated[
 RestoreOption = Annotated[
     bool,
     typer.Option("--restore/--no-restore", help="Lay the sidecar's outliers back, or see what a stock loader sees."),
+]
+
+TaskOption = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        metavar="NAME",
+        help="Answer with the set of the pool that serves this task; auto: the input chooses.",
+        show_default=False,
+    ),
 ]
 
 

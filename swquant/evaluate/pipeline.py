@@ -32,6 +32,7 @@ from swquant.checkpoints.tokenizer import context_of, encode
 from swquant.models.devices import place_for
 from swquant.models.loading import quiet, running_model
 from swquant.models.onnx_model import OnnxModel
+from swquant.models.routing import router_of
 from swquant.progress import Progress, silent
 
 __all__ = [
@@ -56,7 +57,7 @@ class Evaluation:
     """Means over the predicted tokens. tokens, windows: how many.
 
     None without an original to compare with: kl (nats), top1 (agreement, 0 to 1), accepted (expected acceptance rate of
-    speculative decoding, 0 to 1) and original_perplexity.
+    speculative decoding, 0 to 1) and original_perplexity. tasks: of a model that chooses, task -> windows; else None.
     """
 
     perplexity: float
@@ -66,6 +67,7 @@ class Evaluation:
     top1: float | None = None
     accepted: float | None = None
     original_perplexity: float | None = None
+    tasks: dict[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -188,8 +190,7 @@ def evaluate_model(
 ) -> Evaluation:
     """Evaluate a checkpoint on a text. Raises SwquantError where text, tokenizer or vocabulary do not fit.
 
-    window: tokens per window, BOS aside; cut to what the model takes. limit: evaluate only so many windows.
-    """
+    window: tokens per window, BOS aside; cut to what the model takes. limit: evaluate only so many windows."""
     window = fit_window(checkpoint, window)
     windows = make_windows(checkpoint, text, window, limit)
     if against is not None:
@@ -234,6 +235,7 @@ def evaluate_model(
         top1=sum(score.agree for score in scores) / count if originals else None,
         accepted=sum(score.accepted for score in scores) / count if originals else None,
         original_perplexity=perplexity_of(sum(score.nll for score in originals) / count) if originals else None,
+        tasks=None if (router := router_of(model)) is None else dict(router.counts),
     )
 
 

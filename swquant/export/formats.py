@@ -181,7 +181,13 @@ def _write_onnx(planned: Planned, how: Carrying) -> Exported:
 def _export_onnx(checkpoint: CompressedCheckpoint, out: Path, options: ExportOptions, how: Exporting) -> Exported:
     from swquant.export.onnx.pipeline import export_checkpoint
 
+    _say_pool(checkpoint, how["progress"])
     return export_checkpoint(checkpoint, out, options, **how)
+
+
+def _say_pool(checkpoint: CompressedCheckpoint, progress: Progress) -> None:
+    if (pool := checkpoint.manifest.get("pool")) is not None:
+        progress.note(f"The sets of the pool stay behind ({', '.join(pool['sets'])}): what is exported is their base")
 
 
 def _suited_for_gguf(options: CompressOptions, export: GgufOptions) -> CompressOptions:
@@ -213,6 +219,7 @@ def _write_gguf(planned: Planned, how: Carrying) -> Written:
 def _export_gguf(checkpoint: CompressedCheckpoint, out: Path, options: GgufOptions, how: Exporting) -> Written:
     from swquant.export.gguf.pipeline import export_gguf
 
+    _say_pool(checkpoint, how["progress"])
     return export_gguf(checkpoint, out, options, **how)
 
 

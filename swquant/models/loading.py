@@ -20,11 +20,13 @@ from transformers import GenerationConfig, PreTrainedModel
 from exporters.errors import SwquantError, first_line
 from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.compressed import CompressedCheckpoint
+from swquant.checkpoints.pool import AUTO
 from swquant.checkpoints.stored import all_finite
 from swquant.interrupts import sigterm_interrupts
 from swquant.models.architecture import describe
 from swquant.models.memory import check_memory
 from swquant.models.rounded_inputs import round_inputs
+from swquant.models.routing import route
 from swquant.models.stock import empty_model
 from swquant.models.streaming import stream
 from swquant.scratch import temporary_folder
@@ -99,11 +101,14 @@ def running_model(
     checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
     """The model as it is to be run: `build_model` with the settings of generation_config.json, and with activations
-    rounded where the checkpoint says so."""
+    rounded where the checkpoint says so. It chooses a set of the pool for every text where the task is `auto`."""
     model = build_model(checkpoint, dtype, device)
     _settle_generation(model, checkpoint)
-    if isinstance(checkpoint, CompressedCheckpoint) and checkpoint.manifest["activations"]:
-        return round_inputs(model, checkpoint.manifest, describe(checkpoint), restored=checkpoint.restored)
+    if isinstance(checkpoint, CompressedCheckpoint):
+        if checkpoint.task == AUTO:
+            route(model, checkpoint)
+        if checkpoint.manifest["activations"]:
+            return round_inputs(model, checkpoint.manifest, describe(checkpoint), restored=checkpoint.restored)
     return model
 
 

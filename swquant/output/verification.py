@@ -14,12 +14,14 @@ from types import MappingProxyType
 
 from exporters.errors import CheckpointError, SwquantError
 from exporters.json_file import json_bytes
+from exporters.pool_file import POOL, PoolFile
 from exporters.safetensors_file import FileRecord, SafetensorsReader
 from exporters.sidecar import SIDECAR, SidecarReader
 from exporters.text import shown
 from swquant.checkpoints.manifest import MANIFEST, read_manifest
 from swquant.checkpoints.origin import CARD
 from swquant.checkpoints.patch_sets import uncounted
+from swquant.checkpoints.pool import pool_file_problem
 from swquant.checkpoints.schema import FileEntry, Manifest
 from swquant.checkpoints.stored import check_stored
 from swquant.output.contents import contents
@@ -106,6 +108,10 @@ def _verify_weights(path: Path, name: str, manifest: Manifest) -> list[str]:
     try:
         if name == SIDECAR:
             return _verify_sidecar(path, manifest)
+        if name.startswith(f"{POOL}/"):
+            with PoolFile(path) as file:
+                problem = pool_file_problem(file, path.stem, manifest)
+            return [f"{name}: {problem}"] if problem else []
         with SafetensorsReader(path) as reader:
             records = {tensor: record for tensor, record in manifest["tensors"].items() if record["file"] == name}
             promised = {part for record in records.values() for part in record["sha256"]}

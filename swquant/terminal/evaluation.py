@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from swquant.terminal.table import make_table, show_table
+from swquant.terminal.text import marked
 
 if TYPE_CHECKING:
     from swquant.evaluate.pipeline import Evaluation
@@ -27,4 +28,6 @@ def show_evaluation(console: Console, result: Evaluation) -> None:
     table.add_row(
         "predicted tokens", f"{result.tokens:,} in {result.windows} window{'' if result.windows == 1 else 's'}"
     )
+    if result.tasks is not None:
+        table.add_row("answered by", ", ".join(f"{marked(task)} {count}" for task, count in result.tasks.items()))
     show_table(console, table)

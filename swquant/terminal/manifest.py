@@ -14,6 +14,7 @@ from swquant.checkpoints.manifest import rounded, stored_as
 from swquant.checkpoints.schema import CheckpointManifest, RoundedRecord
 from swquant.compress.options import CompressOptions
 from swquant.declared import flag
+from swquant.terminal.adapt import show_pool
 from swquant.terminal.table import make_table, short_name, show_table
 from swquant.terminal.text import marked, marked_sentence, sentence
 from swquant.terminal.tune import show_blocks
@@ -66,6 +67,7 @@ def show_manifest(console: Console, path: Path, manifest: CheckpointManifest) ->
     show_schemes(console, ((name, stored_as(tensor), tensor["bytes"]) for name, tensor in manifest["tensors"].items()))
     _show_outliers(console, manifest)
     show_blocks(console, manifest)
+    show_pool(console, manifest)
     show_losses(console, manifest)
     table = make_table("Loaders", ("loader", "left"), ("loads it?", "left"))
     for loader, verdict in manifest["loaders"].items():

@@ -133,6 +133,10 @@ def _check_vocabularies(checkpoint: Checkpoint, against: Checkpoint) -> None:
 def _check_form(checkpoint: Checkpoint, options: TuneOptions, whole: bool) -> None:
     """What an original has, and what a compressed checkpoint has."""
     if isinstance(checkpoint, CompressedCheckpoint):
+        if "pool" in checkpoint.manifest:
+            raise SwquantError(
+                f"{checkpoint.name}: the sets of its pool fit it as it is; tune the checkpoint that the pool was made over"
+            )
         if whole:
             raise SwquantError(
                 f"--merge: {checkpoint.name} is compressed; tune it, then swquant merge bakes blocks into codes"

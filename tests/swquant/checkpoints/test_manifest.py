@@ -22,7 +22,7 @@ from support.paths import PROJECT
 import swquant
 from calibrationless import LayerSpike, SuperActivation, SuperWeight
 from exporters.json_file import read_json
-from swquant.checkpoints import schema
+from swquant.checkpoints import pool_schema, schema
 from swquant.checkpoints.manifest import MANIFEST, is_onnx, read_manifest, write_manifest
 from swquant.compress.options import CompressOptions
 from swquant.export.onnx.options import ExportOptions
@@ -46,6 +46,12 @@ TABLES: dict[str, tuple[Any, ...]] = {
     "`tuned.NAME`": (schema.TuningRecord,),
     "`tuned.NAME.options`, as in [commands](commands.md)": (schema.TuneOptionsRecord,),
     "`merged`": (schema.MergeRecord,),
+    "`pool`": (pool_schema.PoolRecord,),
+    "`pool.sets.NAME`": (pool_schema.PoolSetRecord,),
+    "`pool.sets.NAME.tasks.NAME`": (pool_schema.TaskRecord,),
+    "`pool.sets.NAME.tasks.NAME.decision`": (pool_schema.DecisionRecord,),
+    "`pool.sets.NAME.tasks.NAME.decision.sets.NAME`": (pool_schema.HindranceRecord,),
+    "`pool.sets.NAME.tasks.NAME.options`, as in [commands](commands.md)": (pool_schema.AdaptOptionsRecord,),
     "`files.NAME`": (schema.FileEntry,),
     "`totals` of a checkpoint": (schema.CheckpointTotals,),
     "`totals` of an ONNX folder": (schema.OnnxTotals,),

@@ -16,6 +16,7 @@ from support.tiny_models import PROMPT, Planted
 
 import swquant
 from exporters.errors import SwquantError
+from swquant.adapt.options import AdaptKeywords, AdaptOptions
 from swquant.api import Keywords
 from swquant.cli import app
 from swquant.cli.options import BASIC, OTHER, OUTPUT
@@ -34,6 +35,7 @@ from swquant.terminal.formats import VIEWS
 from swquant.tune.options import TuneKeywords, TuneOptions
 
 TAKEN: dict[str, type] = {
+    "adapt": AdaptOptions,
     "compress": CompressOptions,
     "distill": DistillOptions,
     "merge": MergeOptions,
@@ -42,6 +44,7 @@ TAKEN: dict[str, type] = {
     "tune": TuneOptions,
 }
 KEYWORDS: dict[type, type] = {
+    AdaptOptions: AdaptKeywords,
     CompressOptions: CompressKeywords,
     DistillOptions: DistillKeywords,
     ExportOptions: ExportKeywords,
@@ -54,6 +57,18 @@ KEYWORDS: dict[type, type] = {
 FIELDS = [pytest.param(name, item, id=f"{name} {flag(item.name)}") for name, of in TAKEN.items() for item in fields(of)]
 # What is no field: where to read and write, and how to talk.
 OWN = {
+    "adapt": {
+        "checkpoint",
+        "out_folder",
+        "task",
+        "drop_set",
+        "import_set",
+        "export_set",
+        "dry_run",
+        "overwrite",
+        "as_json",
+        "trust_remote_code",
+    },
     "compress": {
         "model",
         "out_folder",

@@ -1,0 +1,383 @@
+"""Task after task: what a pool of sets learns, forgets and takes, by who decides whether a set is reused or grown.
+
+Six tasks come in an order, each is learned by `swquant adapt`'s own code, and after every task all tasks so far are
+measured with the set that serves them, on text that no step saw:
+
+    wiki, python, topics       perplexity: WikiText-2, the standard library's source, the documents of its topics
+    dates, numbers, units      exact match of the response: June 5, 1987 -> 1987-06-05; words -> digits; 3.2 km -> m
+
+    lw2g      gradients decide                       grow     a set for each task
+    one       one set for all, nothing is kept       random   reuse or growth drawn, as often as lw2g grew
+    joint     one set, all tasks at once: the bound
+
+    python benchmarks/continual.py CHECKPOINT --json continual.json [--methods …] [--seeds N] [--orders …]
+
+Forgetting is how much worse a task is at the end than right after it was learned: in nats per token. `auto` is the
+share of held-out windows that the input alone sends to the task's own set; `outside`, what a text of no task costs with
+the pool beside the base, in perplexity. Of lw2g also: how many decisions random spaces of the same ranks share, what is
+decided about each task when it comes a second time (reuse is right), and about a task that answers the same questions
+otherwise (growth is right). A row is written into the JSON file when it is done; another run goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exporters.pool_file import BASE, StoredSet
+from swquant.adapt.decide import decide
+from swquant.adapt.learning import learn
+from swquant.adapt.options import AdaptOptions
+from swquant.adapt.pipeline import open_workshop
+from swquant.adapt.plan import AdaptPlan, Task, make_plan
+from swquant.adapt.workshop import Workshop
+from swquant.checkpoints.compressed import CompressedCheckpoint
+from swquant.models.routing import choose
+from swquant.progress import silent
+from swquant.training.data import Corpus, conversations, text_windows
+from swquant.training.loop import State
+from swquant.training.model import logits_of
+
+DATA = Path(__file__).parent.parent / "data"
+TEXTS, FORMATS = ("wiki", "python", "topics"), ("dates", "numbers", "units")
+TASKS = ("wiki", "dates", "python", "numbers", "topics", "units")
+METHODS = ("lw2g", "grow", "one", "random", "joint")
+MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+          "December"]  # fmt: skip
+ONES = ["", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+        "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]  # fmt: skip
+TENS = ["", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+
+
+def spoken(number: int) -> str:
+    """1 to 999,999 in words."""
+    if number >= 1000:
+        rest = spoken(number % 1000) if number % 1000 else ""
+        return f"{spoken(number // 1000)} thousand {rest}".strip()
+    if number >= 100:
+        rest = spoken(number % 100) if number % 100 else ""
+        return f"{ONES[number // 100]} hundred {rest}".strip()
+    return f"{TENS[number // 10]} {ONES[number % 10]}".strip() if number >= 20 else ONES[number]
+
+
+def pair(task: str, draw: random.Random, *, opposite: bool = False) -> tuple[str, str]:
+    """A prompt and its response. opposite: another response to the same kind of prompt."""
+    if task == "dates":
+        year, month, day = draw.randint(1800, 2099), draw.randint(1, 12), draw.randint(1, 28)
+        said = f"{MONTHS[month - 1]} {day}, {year}"
+        return f"Write as ISO date: {said}", f"{day:02}.{month:02}." if opposite else f"{year}-{month:02}-{day:02}"
+    if task == "numbers":
+        number = draw.randint(1, 99_999)
+        return f"Write in digits: {spoken(number)}", str(number)[::-1] if opposite else str(number)
+    amount, (large, small, factor) = (
+        draw.randint(11, 99),
+        draw.choice([("km", "m", 1000), ("kg", "g", 1000), ("m", "cm", 100)]),
+    )
+    result = f"{amount * factor // 10} {small}"
+    return f"Convert to {small}: {amount / 10} {large}", result[::-1] if opposite else result
+
+
+def lines_of(task: str, count: int, seed: int, *, opposite: bool = False) -> str:
+    draw = random.Random(f"{task}/{seed}")
+    made = dict(pair(task, draw, opposite=opposite) for _ in range(count))
+    return "\n".join(json.dumps({"prompt": prompt, "response": response}) for prompt, response in made.items())
+
+
+def texts_of(task: str) -> tuple[str, str]:
+    """(to train on, to test with), of different files."""
+    if task == "wiki":
+        return tuple((DATA / f"wikitext2-{name}.txt").read_text() for name in ("valid-excerpt", "excerpt"))  # type: ignore[return-value]
+    if task == "python":
+        library = Path(sysconfig.get_paths()["stdlib"])
+        names = ("argparse", "ast", "calendar", "configparser", "difflib", "heapq", "inspect", "textwrap")
+        return "\n".join((library / f"{name}.py").read_text() for name in names), (library / "shutil.py").read_text()
+    from pydoc_data.topics import topics
+
+    names = sorted(topics)
+    return "\n".join(topics[name] for name in names[::2]), "\n".join(topics[name] for name in names[1::2])
+
+
+@dataclass(frozen=True)
+class Material:
+    """Of one task: what it learns from, the same again from other text, and what it is tested with."""
+
+    learned: Corpus
+    again: Corpus
+    test: Corpus
+
+
+def material(checkpoint: CompressedCheckpoint, task: str, args: argparse.Namespace, folder: Path) -> Material:
+    window, count = args.window, args.train
+    if task in FORMATS:
+        made = []
+        for name, size, seed in (("learned", count, 1), ("again", count, 2), ("test", args.test * 4, 3)):
+            path = folder / f"{task}-{name}.jsonl"
+            path.write_text(lines_of(task, size, seed))
+            made.append(conversations(checkpoint, path, window))
+        return Material(*made)
+    train, test = texts_of(task)
+    whole = text_windows(checkpoint, train, window, task)
+    parts = [Corpus(task, whole.sequences[start::2][:count], whole.pad) for start in (0, 1)]
+    tested = text_windows(checkpoint, test, window, task)
+    return Material(*parts, spaced(tested, args.test))
+
+
+def spaced(corpus: Corpus, count: int) -> Corpus:
+    """So many windows, from all over a text."""
+    return Corpus(corpus.name, corpus.sequences[:: max(len(corpus) // count, 1)][:count], corpus.pad)
+
+
+def measured(shop: Workshop, task: str, corpus: Corpus) -> dict[str, float]:
+    """Loss in nats per token, and the share of sequences whose every token that counts is the likeliest: what greedy
+    decoding would get right."""
+    loss = tokens = exact = 0.0
+    with torch.no_grad():
+        for batch in corpus.batches(4):
+            likely = logits_of(shop.model, batch).log_softmax(-1)
+            right = likely.argmax(-1) == batch.ids[:, 1:]
+            loss -= float(likely.gather(-1, batch.ids[:, 1:, None])[..., 0][batch.counted].sum())
+            tokens += batch.tokens
+            exact += int((right | ~batch.counted).all(dim=1).sum())
+    return {"loss": loss / tokens, "exact": exact / len(corpus)}
+
+
+def set_for(shop: Workshop, task: str) -> StoredSet:
+    return next(stored for stored in shop.sets.values() if task in stored.record["tasks"])
+
+
+class Row:
+    """One method, one order, one seed."""
+
+    def __init__(self, plan: AdaptPlan, shop: Workshop, world: Mapping[str, Material], folder: Path) -> None:
+        self.plan, self.shop, self.world, self.folder = plan, shop, world, folder
+        self.measures: list[dict[str, dict[str, float]]] = []
+        self.decisions: dict[str, Any] = {}
+
+    def learn(self, name: str, corpus: Corpus, served: list[str], steps: int | None = None) -> None:
+        plan = self.plan if steps is None else replace(self.plan, options=replace(self.plan.options, steps=steps))
+        self.shop.options = plan.options
+        state = State(self.folder / "state", "")
+        stored = learn(plan, self.shop, Task(name, corpus), len(self.measures), state, silent)
+        self.shop.sets[stored.name] = stored
+        self.decisions[name] = stored.record["tasks"][name]["decision"]
+        last = self.measures[-1] if self.measures else {}
+        now = {}
+        for task in served:
+            own = set_for(self.shop, task if task in stored_tasks(self.shop) else name)
+            if own.name == stored.name or task not in last:
+                with self.shop.laid(own.blocks):
+                    now[task] = measured(self.shop, task, self.world[task].test)
+            else:
+                now[task] = last[task]
+        self.measures.append(now)
+
+    def result(self, order: list[str], seconds: float) -> dict[str, Any]:
+        last = self.measures[-1]
+        forgot = {}
+        for task in order:
+            first = next(stage[task] for stage in self.measures if task in stage)
+            forgot[task] = last[task]["loss"] - first["loss"]
+        return {
+            "final": last,
+            "forgotten": forgot,
+            "sets": len(self.shop.sets),
+            "bytes": sum(stored.record["bytes"] for stored in self.shop.sets.values()),
+            "seconds": seconds,
+            "decisions": self.decisions,
+            "stages": self.measures,
+        }
+
+
+def stored_tasks(shop: Workshop) -> set[str]:
+    return {task for stored in shop.sets.values() for task in stored.record["tasks"]}
+
+
+def routed(row: Row) -> dict[str, Any]:
+    """How often the input alone finds the task's own set, and what was chosen instead."""
+    keys, found = row.shop.keys(), {}
+    for task, item in row.world.items():
+        own = set_for(row.shop, task).name
+        chosen = [choose(keys, row.shop.model, ids) for ids, _ in item.test.sequences]
+        right = sum(name != BASE and keys[name].set == own for name in chosen)
+        found[task] = {"right": right / len(chosen), "chosen": {name: chosen.count(name) for name in set(chosen)}}
+    return found
+
+
+def outside(row: Row, corpus: Corpus) -> dict[str, float]:
+    """Loss of a text of no task, window by window, with the base and with the set that the input chooses."""
+    keys, total = row.shop.keys(), {"base": 0.0, "auto": 0.0}
+    for ids, counted in corpus.sequences:
+        one = Corpus("", ((ids, counted),))
+        base = measured(row.shop, "", one)["loss"]
+        task = choose(keys, row.shop.model, ids)
+        total["base"] += base / len(corpus)
+        if task == BASE:
+            total["auto"] += base / len(corpus)
+        else:
+            with row.shop.laid(set_for(row.shop, task).blocks):
+                total["auto"] += measured(row.shop, "", one)["loss"] / len(corpus)
+    return total
+
+
+def controls(row: Row, checkpoint: CompressedCheckpoint, args: argparse.Namespace) -> dict[str, Any]:
+    """What is decided about tasks that came before, and about an opposite one."""
+    found: dict[str, Any] = {}
+    for task, item in row.world.items():
+        decision = decide(row.shop, row.shop.session(*item.again.split()), f"{task}-again", 99)
+        found[task] = {"action": decision["action"], "set": decision["set"], "own": set_for(row.shop, task).name}
+    path = row.folder / "opposite.jsonl"
+    path.write_text(lines_of("dates", args.train, 4, opposite=True))
+    session = row.shop.session(*conversations(checkpoint, path, args.window).split())
+    return {"again": found, "opposite": decide(row.shop, session, "opposite", 99)}
+
+
+def run(method: str, order: list[str], seed: int, growth: float, world: Mapping[str, Material], args: argparse.Namespace,
+        checkpoint: CompressedCheckpoint, folder: Path) -> dict[str, Any]:  # fmt: skip
+    began = time.process_time()
+    policy = "grow" if method == "joint" else method
+    own = {
+        key: getattr(args, key)
+        for key in ("budget", "block", "steps", "lr", "batch", "window", "warmup", "texts", "energy")
+    }
+    options = AdaptOptions(policy=policy, seed=seed, growth=growth, **own)
+    plan = make_plan(checkpoint, [], options)
+    row = Row(plan, open_workshop(plan, None, silent), world, folder)
+    if method == "joint":
+        longest = max(len(world[task].learned) for task in order)
+        mixed = [world[task].learned.sequences[at] for at in range(longest) for task in order
+                 if at < len(world[task].learned)]  # fmt: skip
+        row.learn("joint", Corpus("all", tuple(mixed), world["dates"].learned.pad), order, args.steps * len(order))
+        return row.result(order, time.process_time() - began)
+    for number, task in enumerate(order):
+        row.learn(task, world[task].learned, order[: number + 1])
+    found = row.result(order, time.process_time() - began)
+    found |= {"auto": routed(row), "outside": outside(row, outside_text(checkpoint, args))}
+    if method == "lw2g":
+        found |= controls(row, checkpoint, args)
+    return found
+
+
+def outside_text(checkpoint: CompressedCheckpoint, args: argparse.Namespace) -> Corpus:
+    """The license of Python, which no task has seen."""
+    path = Path(sysconfig.get_paths()["stdlib"]) / "LICENSE.txt"
+    text = path.read_text() if path.is_file() else __doc__ + (Path(__file__).parent.parent / "LICENSE").read_text()
+    return spaced(text_windows(checkpoint, text, args.window, "outside"), args.test)
+
+
+def averages(result: Mapping[str, Any]) -> tuple[float, float, float]:
+    """(mean loss of the texts, mean exact match of the formats, mean forgetting)."""
+    final = result["final"]
+    loss = statistics.mean(final[task]["loss"] for task in TEXTS)
+    exact = statistics.mean(final[task]["exact"] for task in FORMATS)
+    return loss, exact, statistics.mean(result["forgotten"].values())
+
+
+def table(results: Mapping[str, Any], args: argparse.Namespace) -> str:
+    lines = [
+        "| method | perplexity of texts | exact match | forgotten, nats | sets | MB | auto finds the set | outside | s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for method in args.methods:
+        rows = [results[key] for key in keys_of(method, args) if key in results]
+        if not rows:
+            continue
+        loss, exact, forgot = (list(column) for column in zip(*map(averages, rows), strict=True))
+        auto = [statistics.mean(item["right"] for item in row["auto"].values()) for row in rows if "auto" in row]
+        out = [row["outside"]["auto"] - row["outside"]["base"] for row in rows if "outside" in row]
+        perplexities = [2.718281828459045**item for item in loss]
+        lines.append(
+            f"| {method} | {spread(perplexities, '.2f')} | {spread(exact, '.1%')} | {spread(forgot, '+.4f')} "
+            f"| {spread([row['sets'] for row in rows], '.1f')} | {statistics.mean(row['bytes'] for row in rows) / 1e6:.1f} "
+            f"| {spread(auto, '.1%')} | {spread([2.718281828459045**item - 1 for item in out], '+.2%')} "
+            f"| {statistics.median(row['seconds'] for row in rows):.0f} |"
+        )
+    return "\n".join([*lines, "", *said(results, args)])
+
+
+def spread(values: list[float], form: str) -> str:
+    """Mean, and the standard deviation of several."""
+    if not values:
+        return ""
+    more = f" ± {statistics.stdev(values):{form.lstrip('+')}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{more}"
+
+
+def said(results: Mapping[str, Any], args: argparse.Namespace) -> Iterator[str]:
+    """What the controls of lw2g say."""
+    for key in keys_of("lw2g", args):
+        if (row := results.get(key)) is None:
+            continue
+        judged = [item for item in row["decisions"].values() if item["control"]]
+        same = sum(item["control"].split(" ")[0] == item["action"] for item in judged)
+        again = sum(item["action"] == "reuse" and item["set"] == item["own"] for item in row["again"].values())
+        actions = ", ".join(f"{task} {item['action']} {item['set']}" for task, item in row["decisions"].items())
+        yield (
+            f"{key}: {actions}. Random spaces say the same in {same} of {len(judged)}; a task that comes again goes to its "
+            f"own set in {again} of {len(row['again'])}; the opposite task: {row['opposite']['action']}."
+        )
+
+
+def keys_of(method: str, args: argparse.Namespace) -> list[str]:
+    return [f"{method} {order} {seed}" for order in args.orders for seed in range(args.seeds)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--json", type=Path, default=Path("continual.json"))
+    parser.add_argument("--methods", nargs="+", default=[*METHODS], choices=METHODS)
+    parser.add_argument("--orders", nargs="+", default=["forward"], choices=["forward", "reversed"])
+    parser.add_argument("--tasks", nargs="+", default=[*TASKS], choices=TASKS, help="needs texts and formats")
+    for name, usual, text in (
+        ("seeds", 1, "how many"), ("steps", 16, "of each task"), ("batch", 4, "windows per step"),
+        ("window", 96, "tokens"), ("warmup", 4, "batches that decide"), ("texts", 8, "that the base writes"),
+        ("train", 96, "windows or lines of each task"), ("test", 12, "windows; four times as many lines"),
+        ("block", 64, "side"),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=usual, help=text)
+    parser.add_argument("--budget", default="0.1bits")
+    parser.add_argument("--energy", type=float, default=0.9)
+    parser.add_argument("--lr", default="2e-3", help="one rate for all, or auto")
+    args = parser.parse_args()
+    fixed = {key: getattr(args, key) for key in ("tasks", "steps", "batch", "window", "warmup", "texts", "train", "test", "block",
+                                                 "budget", "energy", "lr")}  # fmt: skip
+    results: dict[str, Any] = json.loads(args.json.read_text()) if args.json.exists() else {"settings": fixed}
+    if results["settings"] != fixed:
+        raise SystemExit(f"{args.json} holds results of other settings: {results['settings']}")
+    with CompressedCheckpoint(args.checkpoint) as checkpoint, tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        world = {task: material(checkpoint, task, args, folder) for task in args.tasks}
+        for order in args.orders:
+            for seed in range(args.seeds):
+                tasks = args.tasks[:: -1 if order == "reversed" else 1]
+                for method in args.methods:
+                    key = f"{method} {order} {seed}"
+                    if key in results:
+                        continue
+                    decided = results.get(f"lw2g {order} {seed}")
+                    growth = (decided["sets"] - 1) / (len(tasks) - 1) if decided else 0.5
+                    results[key] = run(method, tasks, seed, growth, world, args, checkpoint, folder)
+                    args.json.write_text(json.dumps(results, indent=1))
+                    print(
+                        key,
+                        [round(item, 4) for item in averages(results[key])],
+                        results[key]["sets"],
+                        "sets",
+                        flush=True,
+                    )
+    print(table(results, args))
+
+
+if __name__ == "__main__":
+    main()
