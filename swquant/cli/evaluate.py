@@ -58,7 +58,7 @@ def evaluate(
         typer.Option(metavar="X", help="Exit with 1 above this KL divergence (with --against).", show_default=False),
     ] = None,
     card: Annotated[
-        bool, typer.Option("--card", help="Write the result into README.md of MODEL, a checkpoint.")
+        bool, typer.Option("--card", help="Write the result into the card of MODEL.")
     ] = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,

@@ -7,27 +7,31 @@ import pytest
 import torch
 from support.command_line import Cli, document
 from support.tasks import QUICK, file_of, text_of
+from transformers import AutoTokenizer
 
 import swquant
 from swquant.checkpoints.compressed import CompressedCheckpoint
 from swquant.models.routing import Key, product, router_of
 
 
-def tokens(text: str, count: int = 96) -> torch.Tensor:
-    return torch.tensor([[int(word[1:]) for word in text.split()[:count]]])
+def tokens(model: Path, text: str, count: int = 96) -> torch.Tensor:
+    """The first tokens of a text, as the commands read it."""
+    return AutoTokenizer.from_pretrained(model)(text, return_tensors="pt").input_ids[:, :count]
 
 
 def test_the_input_chooses_its_set(pool: Path) -> None:
-    routed = swquant.load(pool, task="auto", dtype=torch.float32)
+    routed, plain = (swquant.load(pool, task=task, dtype=torch.float32) for task in ("auto", None))
     router = router_of(routed)
     assert router is not None
     with torch.no_grad():
         for task in ("low", "high"):
-            ids = tokens(text_of(task, 9))
+            ids = tokens(pool, text_of(task, 9))
             laid = swquant.load(pool, task=task, dtype=torch.float32)
-            assert torch.allclose(routed(ids).logits, laid(ids).logits, atol=1e-4)
+            away = [float((model(ids).logits - laid(ids).logits).abs().max()) for model in (routed, plain)]
+            assert away[0] < 0.01  # laid weights are rounded to bfloat16, what a router adds is not
+            assert away[1] > 0.1
             assert router.chosen == [task]
-        both = torch.cat([tokens(text_of(task, 9)) for task in ("high", "low")])
+        both = torch.cat([tokens(pool, text_of(task, 9)) for task in ("high", "low")])
         alone = torch.cat([routed(row[None]).logits for row in both])
         assert torch.allclose(routed(both).logits, alone, atol=1e-5)
         assert router.chosen == ["high", "low"]
@@ -61,7 +65,7 @@ def test_generate_goes_on_with_what_was_chosen(cli: Cli, pool: Path) -> None:
     )
     assert named == chosen
     routed = swquant.load(pool, task="auto", dtype=torch.float32)
-    routed.generate(tokens(prompt), max_new_tokens=6, do_sample=False, pad_token_id=1)
+    routed.generate(tokens(pool, prompt), max_new_tokens=6, do_sample=False, pad_token_id=1)
     assert router_of(routed).counts == {"high": 1}  # type: ignore[union-attr]
 
 
@@ -129,7 +133,7 @@ def test_other_architectures(architecture: str, tmp_path: Path) -> None:
     result = swquant.adapt(base, tmp_path / "out", tasks, **QUICK)
     assert swquant.verify(tmp_path / "out", loads=True) == []
     routed = swquant.load(tmp_path / "out", task="auto", dtype=torch.float32)
-    both = torch.cat([tokens(text_of(task, 9)) for task in tasks])
+    both = torch.cat([tokens(tmp_path / "out", text_of(task, 9)) for task in tasks])
     with torch.no_grad():
         got = routed(both).logits
         for row, task in enumerate(router_of(routed).chosen):  # type: ignore[union-attr]
@@ -147,5 +151,5 @@ def test_nothing_of_a_set_is_read_before_it_is_chosen(pool: Path) -> None:
     assert router is not None
     assert router._laid == {}
     with torch.no_grad():
-        model(tokens(text_of("low", 2)))
+        model(tokens(pool, text_of("low", 2)))
     assert list(router._laid) == ["low"]
