@@ -57,9 +57,7 @@ def evaluate(
         float | None,
         typer.Option(metavar="X", help="Exit with 1 above this KL divergence (with --against).", show_default=False),
     ] = None,
-    card: Annotated[
-        bool, typer.Option("--card", help="Write the result into the card of MODEL.")
-    ] = False,
+    card: Annotated[bool, typer.Option("--card", help="Write it into README.md.")] = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
