@@ -67,7 +67,7 @@ def open_checkpoint(
         return _patched(path, base, trust_remote_code)
     if base is not None:
         raise SwquantError(f"{model}: is a model by itself, which has no base; leave out --base")
-    if task is not None and not (path / MANIFEST).is_file():
+    if task is not None and not os.path.isfile(path / MANIFEST):
         raise SwquantError(f"{model}: --task {task} needs a compressed checkpoint with a pool (swquant adapt)")
     if os.path.isfile(path):  # unlike Path.is_file, no error for a name that is too long
         if path.suffix.lower() != ".gguf":

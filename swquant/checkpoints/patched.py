@@ -10,6 +10,7 @@ family has the same, so the sha256 of each tensor that is patched is kept, too: 
 from __future__ import annotations
 
 import hashlib
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast, final
@@ -53,7 +54,7 @@ class PatchesManifest(TypedDict):
 
 def is_patches(path: Path) -> bool:
     """Whether a folder holds patches alone."""
-    return (path / PATCHES).is_file()
+    return os.path.isfile(path / PATCHES)  # unlike Path.is_file, no error for a name that is too long
 
 
 def sha256_of(tensor: torch.Tensor) -> str:

@@ -6,6 +6,7 @@ With a teacher the loss is the divergence from its predictions, without one the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,8 @@ class Session:
         """Of a batch, in nats per token that counts."""
         place = self.model.device
         batch = batch.to(place)
-        with torch.autocast(place.type, torch.bfloat16, enabled=self.options.precision == "bfloat16"):
+        half = self.options.precision == "bfloat16"
+        with torch.autocast(place.type, torch.bfloat16) if half else nullcontext():
             logits = logits_of(self.model, batch)
             if self.teacher is None:
                 return cross_entropy(logits, batch.ids[:, 1:], batch.counted)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -103,5 +104,11 @@ def _first(args: Any) -> Any:
 @contextmanager
 def pretended_gpu() -> Iterator[torch.device]:
     """The device whose tensors can be made and used inside."""
-    with _Mode():
+    made = torch.tensor
+
+    def tensor(data: Any, *, device: Any = None, **how: Any) -> Tensor:
+        """torch makes this one without asking the mode."""
+        return made(data, **how).to(GPU) if device == GPU else made(data, device=device, **how)
+
+    with _Mode(), mock.patch.object(torch, "tensor", tensor):
         yield GPU

@@ -12,6 +12,7 @@ from support.study_world import OPTIONS, World
 
 import swquant
 from swquant.models import devices
+from swquant.study import measuring
 
 
 def numbers(value: Any) -> list[float]:
@@ -21,6 +22,19 @@ def numbers(value: Any) -> list[float]:
     if isinstance(value, list):
         return [number for item in value for number in numbers(item)]
     return [float(value)] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+class _Here:
+    """A pool without threads: the pretended GPU is there in the thread that pretends alone."""
+
+    def __init__(self, _: int) -> None: ...
+
+    def __enter__(self) -> _Here:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    map = staticmethod(map)
 
 
 @pytest.mark.slow
@@ -36,6 +50,7 @@ def test_a_study_on_another_device_finds_the_same(
     try:
         with pretended_gpu() as gpu:
             monkeypatch.setattr(devices, "device_for", lambda _: gpu)
+            monkeypatch.setattr(measuring, "ThreadPoolExecutor", _Here)
             there = swquant.study(planted.folder, text, tmp_path / "study", device="cuda", **options)
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(False)

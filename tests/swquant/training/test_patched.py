@@ -49,7 +49,7 @@ def test_the_model_that_trains_is_the_model_that_loads(plain: Path, tmp_path: Pa
     assert swquant.verify(tmp_path / "out", loads=True) == []
 
 
-def test_everything_but_sidecar_and_manifest_is_the_input(compressed: Path, tmp_path: Path) -> None:
+def test_everything_but_sidecar_manifest_and_card_is_the_input(compressed: Path, tmp_path: Path) -> None:
     with CompressedCheckpoint(compressed) as checkpoint:
         blocks = planned(checkpoint, [checkpoint.quantized_names[0]])
         manifest = write_patched(checkpoint, tmp_path / "out", "tuned", blocks, record(blocks))
@@ -57,7 +57,7 @@ def test_everything_but_sidecar_and_manifest_is_the_input(compressed: Path, tmp_
     changed = {
         name for name in {**old["files"], **manifest["files"]} if old["files"].get(name) != manifest["files"].get(name)
     }
-    assert changed == {SIDECAR}
+    assert changed == {SIDECAR, "README.md"}
     more = manifest["totals"]["bits_per_quantized_weight"] - old["totals"]["bits_per_quantized_weight"]
     assert more == pytest.approx(8 * record(blocks)["bytes"] / old["totals"]["quantized_weights"], abs=1e-4)
     assert manifest["totals"]["bytes"] - old["totals"]["bytes"] >= record(blocks)["bytes"]

@@ -64,6 +64,7 @@ def test_recovery_without_data(pair: Pair, tmp_path: Path) -> None:
     old, new = files(checkpoint), files(tmp_path / "out")
     assert {name for name in new if new[name] != old.get(name)} == {
         SIDECAR,
+        "README.md",
         "swquant/manifest.json",
         "swquant/report.html",
     }

@@ -102,7 +102,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     ("architecture", "options"),
     [
         pytest.param("gpt2", {"block": "32"}, marks=pytest.mark.slow),
-        pytest.param("gemma3", {"block": "channel", "bits": 3, "symmetric": False}, marks=pytest.mark.slow),
+        pytest.param("gemma3", {"block": "channel", "symmetric": False}, marks=pytest.mark.slow),
         pytest.param("llama", {"block": "32", "offsets": "float"}, marks=pytest.mark.slow),
         pytest.param("llama", {"block": "8x32", "dtype": "float16"}, marks=pytest.mark.slow),
         pytest.param("mixtral", {"block": "32", "dense": ("k_proj",)}, marks=pytest.mark.slow),
@@ -113,7 +113,7 @@ def test_layouts_and_architectures(architecture: str, options: dict[str, Any], t
     """Conv1D, rows, zero points, offsets, tiles, float16, dense tensors and experts beside."""
     original = save_model(tiny_model(architecture, num_hidden_layers=2), tmp_path / "m", torch.bfloat16)
     checkpoint = swquant.compress(original, tmp_path / "c", prompt=PROMPT, **options).path
-    result = swquant.tune(checkpoint, tmp_path / "out", against=original, **{**QUICK, "steps": 8, "lr": "3e-3"})
+    result = swquant.tune(checkpoint, tmp_path / "out", against=original, **{**QUICK, "steps": 8, "lr": "1e-3"})
     assert result is not None
     record = result.manifest["tuned"]["tuned"]
     assert record["held_out_after"] < record["held_out_before"]

@@ -347,6 +347,6 @@ def test_the_commands(cli: Cli, llama: Path, checkpoint: Path, tmp_path: Path) -
     assert cli("export", checkpoint, tmp_path / "c.gguf", "--type", "Q5_K").code == 0
     line = one_line(cli("export", checkpoint, tmp_path / "d.gguf", "--graph", "genai"))
     assert line == "error: --graph is an option of the export; add --format onnx"
-    assert one_line(cli("export", checkpoint, tmp_path / "d", "--format", "mlx")).startswith(
-        "error: format 'mlx' is not one of"
+    assert one_line(cli("export", checkpoint, tmp_path / "d", "--format", "exl3")).startswith(
+        "error: format 'exl3' is not one of"
     )

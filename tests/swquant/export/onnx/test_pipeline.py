@@ -61,7 +61,7 @@ def test_the_plan_of_both_steps_is_shown_and_checked(
     default = json.loads(cli(*words[:2], *words[3:], "--dry-run", "--json").out)
     assert default["out"] == "model-w4-b128-onnx"
     for extra, problem in (
-        (("--format", "mlx"), "format 'mlx' is not one of: checkpoint, onnx, gguf"),
+        (("--format", "exl3"), "format 'exl3' is not one of: checkpoint, onnx, gguf, mlx"),
         (("--format", "checkpoint", "--graph", "genai"), "--graph is an option of the export; add --format onnx"),
         (("--accuracy-level", "3"), "--accuracy-level 3 is not one of: 0, 4"),
     ):
