@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +18,18 @@ from swquant.compress import pipeline, report
 from swquant.compress.prepared import Prepared
 
 
-@pytest.fixture(scope="package", autouse=True)
-def plain_charts() -> Iterator[None]:
+@contextmanager
+def _plain() -> Iterator[None]:
     """Charts take ten times as long as such small weights. `test_failures` and the slow kills draw them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "draw", lambda chart: f"<svg>{chart.name}</svg>")
+        yield
+
+
+@pytest.fixture(autouse=True)
+def plain_charts() -> Iterator[None]:
+    """For a test at a time: what holds longer would be met by tests of other folders."""
+    with _plain():
         yield
 
 
@@ -35,7 +43,8 @@ def prepared(wide_llama: Planted) -> Iterator[Prepared]:
 def whole(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What a run that nobody interrupts writes: several shards."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    pipeline.write(prepared, out)
+    with _plain():
+        pipeline.write(prepared, out)
     assert sum(name.startswith("model-") for name in tree(out)) > 2
     return tree(out)
 
@@ -44,7 +53,8 @@ def whole(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> dict[
 def half(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a run left that was interrupted in the third shard. Do not change it."""
     out = tmp_path_factory.mktemp("half") / "out"
-    stopped(prepared, out, sum(map(writes, prepared.plan.shards[:2])) + 8)
+    with _plain():
+        stopped(prepared, out, sum(map(writes, prepared.plan.shards[:2])) + 8)
     assert len(shards(left(out))) == 3
     return left(out)
 
