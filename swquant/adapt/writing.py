@@ -15,23 +15,20 @@ from pathlib import Path
 from typing import Any, cast
 
 from calibrationless.subspaces import ranks
-from exporters.errors import SwquantError
 from exporters.pool_file import BASE, POOL, StoredSet, pool_path, write_pool_file
 from swquant.adapt.spaces import columns_of
 from swquant.checkpoints.compressed import CompressedCheckpoint
-from swquant.checkpoints.manifest import write_manifest
+from swquant.checkpoints.manifest import content_of, write_manifest
 from swquant.checkpoints.pool import base_of
 from swquant.checkpoints.pool_schema import PoolRecord
 from swquant.checkpoints.schema import CheckpointContent, CheckpointManifest
 from swquant.models.architecture import LinearWeight, describe
 from swquant.output.destination import check_destination, check_space, replace, unfinished, writing
-from swquant.output.verification import file_table, verify
+from swquant.output.verification import check_result, file_table
 from swquant.progress import Progress, silent
 from swquant.units import short
 
 __all__ = ["angle_between", "write_pool"]
-
-_SEAL = ("format", "version", "digest")
 
 
 def write_pool(
@@ -60,17 +57,15 @@ def write_pool(
         for name, stored in sets.items():
             (folder / POOL).mkdir(parents=True, exist_ok=True)
             write_pool_file(folder / pool_path(name), stored)
-        content: dict[str, Any] = {key: value for key, value in manifest.items() if key not in (*_SEAL, "pool")}
+        content = content_of(manifest)
+        content.pop("pool", None)
         files = file_table(folder)
         totals = {**manifest["totals"], "bytes": sum(entry["bytes"] for entry in files.values())}
         content |= {"files": files, "totals": totals}
         if sets:
             content["pool"] = _record(checkpoint, base, sets, limit)
         written = write_manifest(folder, cast(CheckpointContent, content))
-        with progress.step("Verifying every byte"):
-            problems = verify(folder)
-        if problems:
-            raise SwquantError(f"{out}: the result does not verify ({problems[0]}); is the disk sound?")
+        check_result(folder, out, progress)
         replace(folder, out, overwrite)
     return written
 

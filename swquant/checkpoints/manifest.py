@@ -33,7 +33,7 @@ from swquant.checkpoints.schema import (
     TensorRecord,
 )
 
-__all__ = ["MANIFEST", "is_onnx", "read_manifest", "rounded", "stored_as", "write_manifest"]
+__all__ = ["MANIFEST", "content_of", "is_onnx", "read_manifest", "rounded", "stored_as", "write_manifest"]
 
 MANIFEST = "swquant/manifest.json"
 _LONGEST = 100  # characters of a file's text in a message
@@ -53,6 +53,11 @@ def write_manifest(folder: Path, content: CheckpointContent | OnnxContent) -> Ma
     manifest["digest"] = _digest(manifest)
     write_json(folder / MANIFEST, manifest)
     return cast(Manifest, manifest)
+
+
+def content_of(manifest: CheckpointManifest) -> dict[str, Any]:
+    """What `write_manifest` was given, to be changed and written again."""
+    return {key: value for key, value in manifest.items() if key not in ("format", "version", "digest")}
 
 
 def is_onnx(manifest: Manifest) -> TypeIs[OnnxManifest]:

@@ -42,7 +42,7 @@ from swquant.output.destination import check_destination, check_space, replace, 
 from swquant.output.hidden import JOURNAL
 from swquant.output.journal import Journal
 from swquant.output.resumable import resumable
-from swquant.output.verification import verify
+from swquant.output.verification import check_result
 from swquant.progress import Progress, silent
 
 __all__ = ["Compressed", "compress_checkpoint", "prepare", "write", "written"]
@@ -147,8 +147,5 @@ def written(prepared: Prepared, out: Path, *, fresh: bool, progress: Progress) -
         check_space(out, plan.nbytes - size_of(folder))
         with closing(Journal(hidden / JOURNAL, head)) as journal, one_thread_per_operation():
             manifest = write_all(prepared, journal, folder, progress)
-        with progress.step("Verifying every byte"):
-            problems = verify(folder)
-        if problems:
-            raise SwquantError(f"{out}: the result does not verify ({problems[0]}); is the disk sound?")
+        check_result(folder, out, progress)
         yield Compressed(folder, manifest)

@@ -22,21 +22,19 @@ from typing import Any, cast
 from torch import Tensor
 
 from calibrationless import Patch
-from exporters.errors import SwquantError
 from exporters.safetensors_file import SafetensorsReader, SafetensorsWriter
 from exporters.sidecar import SETS, SIDECAR, PlannedPatch, SidecarReader, SidecarWriter
 from swquant.checkpoints.compressed import CompressedCheckpoint
-from swquant.checkpoints.manifest import write_manifest
+from swquant.checkpoints.manifest import content_of, write_manifest
 from swquant.checkpoints.patch_sets import open_patches
 from swquant.checkpoints.schema import CheckpointContent, CheckpointManifest
 from swquant.output.card import write_card
 from swquant.output.destination import check_destination, check_space, replace, unfinished, writing
-from swquant.output.verification import file_table, verify
+from swquant.output.verification import check_result, file_table
 from swquant.progress import Progress, silent
 
 __all__ = ["Changes", "rewrite"]
 
-_SEAL = ("format", "version", "digest")
 _Sides = dict[tuple[str, str], PlannedPatch]
 
 
@@ -72,10 +70,7 @@ def rewrite(
         before, after = _write_sidecar(checkpoint, folder, changes)
         content = _content(checkpoint, folder, changes, hashes, before, after)
         manifest = write_manifest(folder, content)
-        with progress.step("Verifying every byte"):
-            problems = verify(folder)
-        if problems:
-            raise SwquantError(f"{out}: the result does not verify ({problems[0]}); is the disk sound?")
+        check_result(folder, out, progress)
         replace(folder, out, overwrite)
     return manifest
 
@@ -161,7 +156,7 @@ def _content(
     after: _Sides,
 ) -> CheckpointContent:
     """The old manifest's content, with all that changed."""
-    content: dict[str, Any] = {key: value for key, value in checkpoint.manifest.items() if key not in _SEAL}
+    content = content_of(checkpoint.manifest)
     tensors: dict[str, Any] = {}
     for name, record in checkpoint.manifest["tensors"].items():
         entry: dict[str, Any] = {**record, **changes.records.get(name, {})}

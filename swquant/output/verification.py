@@ -25,8 +25,9 @@ from swquant.checkpoints.pool import pool_file_problem
 from swquant.checkpoints.schema import FileEntry, Manifest
 from swquant.checkpoints.stored import check_stored
 from swquant.output.contents import contents
+from swquant.progress import Progress
 
-__all__ = ["file_table", "verify"]
+__all__ = ["check_result", "file_table", "verify"]
 
 
 def _sha256(path: Path) -> str:
@@ -71,6 +72,14 @@ def verify(folder: Path) -> list[str]:
         except OSError as error:  # a link to nothing, no permission, a bad sector
             problems.append(f"{shown(name)}: cannot be read ({error.strerror})")
     return problems
+
+
+def check_result(folder: Path, out: Path, progress: Progress) -> None:
+    """Raise SwquantError where a folder that is to become `out` is not what was written."""
+    with progress.step("Verifying every byte"):
+        problems = verify(folder)
+    if problems:
+        raise SwquantError(f"{out}: the result does not verify ({problems[0]}); is the disk sound?")
 
 
 def _verify_manifest(folder: Path, manifest: Manifest) -> list[str]:

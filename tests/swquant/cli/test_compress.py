@@ -12,8 +12,9 @@ from support.command_line import Cli, document, one_line
 from support.tiny_models import PROMPT, Planted
 
 import swquant
-from swquant.compress import pipeline, writing
+from swquant.compress import writing
 from swquant.compress.options import CompressOptions
+from swquant.output import verification
 
 
 def contents(folder: Path) -> set[str]:
@@ -97,7 +98,7 @@ def test_after_ctrl_c_the_same_command_goes_on(
 ) -> None:
     words = ("compress", planted_llama.folder, tmp_path / "out", "--prompt", PROMPT, "--preset", "fast")
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "verify", interrupted)
+        patch.setattr(verification, "verify", interrupted)
         ran = cli(*words)
     kept = "57 of 57 tensors are kept: the same command goes on, with --fresh it starts over"
     assert (ran.code, ran.err.splitlines()[-1]) == (130, f"interrupted; {kept}")

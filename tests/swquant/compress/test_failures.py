@@ -27,7 +27,7 @@ from swquant.checkpoints.safetensors import SafetensorsCheckpoint
 from swquant.compress import pipeline, writing
 from swquant.compress.options import CompressOptions
 from swquant.compress.pipeline import compress_checkpoint
-from swquant.output import exchange
+from swquant.output import exchange, verification
 from swquant.output.hidden import left_name
 from swquant.progress import Progress
 
@@ -63,7 +63,7 @@ MOMENTS = [
     (writing, "write_json", 1),
     (writing, "write_json", 2),
     (writing, "write_manifest", 1),
-    (pipeline, "verify", 1),
+    (verification, "verify", 1),
     (pipeline, "replace", 1),
 ]
 BEFORE = MOMENTS[:2]  # the first tensor
