@@ -50,7 +50,7 @@ def test_a_file_that_a_user_put_into_an_exchanged_checkpoint_is_not_deleted(
 
 
 def test_overwriting_goes_on_too(prepared: Prepared, whole: dict[str, bytes], damaged: Path) -> None:
-    stopped_before("verify", prepared, damaged, overwrite=True)
+    stopped_before("check_result", prepared, damaged, overwrite=True)
     assert swquant.verify(damaged) == []
     assert go_on(prepared, damaged, overwrite=True) == len(prepared.plan.tensors)
     assert tree(damaged) == whole
@@ -58,7 +58,7 @@ def test_overwriting_goes_on_too(prepared: Prepared, whole: dict[str, bytes], da
 
 def test_killed_between_the_exchange_and_the_end(prepared: Prepared, whole: dict[str, bytes], damaged: Path) -> None:
     """The old checkpoint lies where the new one was made, and the journal is of the new one still."""
-    stopped_before("verify", prepared, damaged, overwrite=True)
+    stopped_before("check_result", prepared, damaged, overwrite=True)
     (made,) = (path for path in left(damaged).iterdir() if path.is_dir())
     aside = made.with_name("aside")
     damaged.rename(aside)

@@ -73,7 +73,7 @@ def test_interrupted_again_and_again_it_gets_there(prepared: Prepared, whole: di
 
 def test_what_the_user_is_told(prepared: Prepared, tmp_path: Path) -> None:
     total = len(prepared.plan.tensors)
-    caught = stopped_before("verify", prepared, tmp_path / "out")
+    caught = stopped_before("check_result", prepared, tmp_path / "out")
     assert caught.value.__notes__ == [
         f"{total} of {total} tensors are kept: the same command goes on, with --fresh it starts over"
     ]
