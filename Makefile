@@ -41,7 +41,7 @@ test-gpu:
 	$(PYTHON) -m venv $(VENV)-gpu
 	SWQUANT_CUDA=on $(VENV)-gpu/bin/python -m pip install --quiet -c constraints.txt -e ".[gpu]" pytest hypothesis
 	SWQUANT_CUDA=on $(VENV)-gpu/bin/python -m exporters.ops.build
-	$(VENV)-gpu/bin/python -m pytest -m gpu tests/calibrationless/test_batched.py tests/exporters/ops tests/swquant/export/onnx/test_gpu.py
+	$(VENV)-gpu/bin/python -m pytest -m gpu tests
 
 # In an environment of its own: vLLM's pins exclude ours. Compresses two real models, then vLLM reads them, with our plugin
 # and without it: an hour.

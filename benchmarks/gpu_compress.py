@@ -15,6 +15,7 @@ import argparse
 import importlib
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from calibrationless import Evidence, Group, Recipe, follow, inverse_factor
 
-ROUNDS = 5
+ROUNDS, ENOUGH = 5, 10.0  # timings, and seconds after which no more are taken
 Work = Callable[[Tensor], object]
 
 
@@ -55,13 +56,15 @@ def hqq(device: str) -> Work:
     )
 
 
-def torchao(_: str) -> Work:
+def torchao(device: str) -> Work:
     api = importlib.import_module("torchao.quantization")
+    # on CUDA the packing of torch's own kernel, which needs no other package
+    how = {} if device == "cpu" else {"int4_packing_format": "tile_packed_to_4d"}
 
     def work(weight: Tensor) -> object:
         layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-        api.quantize_(layer, api.Int4WeightOnlyConfig(group_size=128))
+        api.quantize_(layer, api.Int4WeightOnlyConfig(group_size=128, **how))
         return layer
 
     return work
@@ -77,16 +80,15 @@ PEERS: dict[str, Callable[[str], Work]] = {"HQQ": hqq, "torchao int4": torchao, 
 
 def seconds(work: Work, weight: Tensor) -> float:
     """Median of `ROUNDS`, after one that warms up."""
-    times = []
-    for index in range(ROUNDS + 1):
+    times: list[float] = []
+    while len(times) <= ROUNDS and (len(times) < 2 or sum(times) < ENOUGH):
         given = weight.clone()
         _wait(weight)
         start = time.perf_counter()
         work(given)
         _wait(weight)
-        if index:
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
 
 
 def _wait(weight: Tensor) -> None:
@@ -111,7 +113,8 @@ def main(words: Sequence[str] | None = None) -> None:
         }
         works |= {name: lambda make=make: make(options.device) for name, make in PEERS.items()}
         for name, make in works.items():
-            rates.setdefault(name, {})[size] = rate(make, weight)
+            rates.setdefault(name, {})[size] = found = rate(make, weight)
+            print(f"{size} {name}: {found}", file=sys.stderr, flush=True)
     show(rates, options.sizes, options.device)
     if options.json:
         options.json.write_text(json.dumps({"machine": describe(), "rates": rates}, indent=1) + "\n")

@@ -52,7 +52,7 @@ def figure4(cells: Cells) -> str:
                 until = ", ".join(str(cell["until"]) for cell in done)
                 seconds = statistics.median(cell["seconds"] for cell in done)
                 rows.append([text, staging, spread(loss), spread(apart), until, len(done), f"{seconds:.0f}"])
-    heads = ["text", "teacher", "cross entropy", "KL from the teacher", "gone at step", "seeds", "CPU seconds"]
+    heads = ["text", "teacher", "cross entropy", "KL from the teacher", "gone at step", "seeds", "seconds"]
     return markdown(heads, rows)
 
 

@@ -36,7 +36,8 @@ Cell = dict[str, Any]
 @dataclass(frozen=True)
 class Settings:
     """layers: those that students keep, as `--layers auto` found them in SmolLM2. scratch: tokens of `table2`'s models,
-    in steps; experts: of its standard mixture's layers. Of the other fields the command line tells."""
+    in steps; experts: of its standard mixture's layers. first: seed, where several processes share the seeds out, each
+    with a JSON file of its own. Of the other fields the command line tells."""
 
     folder: Path
     layers: str = "0-12,15,18-29"
@@ -44,6 +45,7 @@ class Settings:
     batch: int = 2
     window: int = 128
     rate: float = 1e-4
+    first: int = 0
     seeds: int = 3
     held: int = 6
     bits: tuple[int, ...] = (4,)

@@ -95,7 +95,7 @@ def build_library(target: Path = FOLDER / LIBRARY, flags: Sequence[str] = (), *,
             cuda: list[str | Path] = [
                 "-DSWQUANT_EMULATION",
                 FOLDER / "cuda" / "linear.cc",
-                FOLDER / "cuda" / "emulated.cc",
+                FOLDER / "cuda" / "standalone.cc",
             ]
             run([*everything, *cuda, "-shared", "-o", whole])
         elif wants_cuda():

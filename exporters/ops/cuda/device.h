@@ -32,6 +32,11 @@ __device__ __forceinline__ float sum_of_warp(float value) {
   return value;
 }
 
+// What lane l ^ 1 gives for it. All lanes of a warp come here.
+__device__ __forceinline__ uint32_t swapped_with_neighbor(uint32_t word) {
+  return bit_cast<uint32_t>(__shfl_xor_sync(0xffffffffu, bit_cast<float>(word), 1));
+}
+
 // A code in the lowest bits of 2^23 as a float adds its value: cheaper than a conversion.
 __device__ __forceinline__ float code_of(uint32_t code) { return bit_cast<float>(code | 0x4b000000u) - 8388608.0f; }
 

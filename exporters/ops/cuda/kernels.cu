@@ -219,63 +219,92 @@ __global__ void __launch_bounds__(kWarp* kRowWarps) linear_rows(Weights<T> weigh
   }
 }
 
-// A block decodes a row of Ŵ, then puts the row's outliers back.
+// Ŵ of an outlier's place, with it.
+template <typename T, int kBits>
+__device__ __forceinline__ T with_outlier(const Weights<T>& weights, const Chunk* codes, int64_t scales, int32_t k, float delta) {
+  const Place place = place_of(kBits, k);
+  const uint32_t code = codes[place.chunk].words[place.bit / 32] >> place.bit % 32 & kMask<kBits>;
+  const int64_t at = scales + k / weights.block_cols;
+  return from_float<T>(decode(code_of(code), zero_point_of(weights, at), scale_of(weights, at)) + delta);
+}
+
+// A lane's part of a row of Ŵ, chunk c, 16 bits and the usual blocks: two spans at a time. Of both a lane has a piece, its
+// neighbour the next one; they swap one, so that each writes eight columns of one span, 16 bytes. All lanes of a warp come
+// here; those past the last chunk write nothing.
+template <typename T, int kBits, Zeros kZeros>
+__device__ __forceinline__ void write_chunk(const Weights<T>& weights, const Chunk& chunk, int64_t scales, int32_t c, T* to) {
+  constexpr bool kBetween = kZeros == Zeros::kBetween;
+  const int32_t odd = c % 2, last = weights.inputs - kSpan;
+#pragma unroll
+  for (int i = 0; i < kPieces<kBits>; i += 2) {
+    const int32_t span = (c / 4 * kPieces<kBits> + i) * kSpan;
+    const int64_t at = scales + ((span < last ? span : last) >> weights.block_shift);
+    const uint32_t base = base_of<T, kBits, kBetween>(zero_point_of(weights, at)), scale = weights.scales[at].bits * 0x10001u;
+    uint32_t pairs[2][2];  // of both spans
+#pragma unroll
+    for (int p = 0; p < 4; ++p) {
+      const int bit = bit_of(kBits, i + p / 2, p % 2 * 2);
+      const uint32_t pair = chunk.words[bit / 32] >> bit % 32 & kMask<kBits> * 0x10001u;
+      pairs[p / 2][p % 2] = scaled_pair<T>(offset_pair<T, kBits, kBetween>(pair, base), scale);
+    }
+    uint32_t words[4];
+#pragma unroll
+    for (int p = 0; p < 2; ++p) {
+      const uint32_t kept = odd ? pairs[1][p] : pairs[0][p], other = swapped_with_neighbor(odd ? pairs[0][p] : pairs[1][p]);
+      words[p] = odd ? other : kept, words[2 + p] = odd ? kept : other;
+    }
+    const int32_t k = span + odd * kSpan;
+    if (c < weights.chunks && k <= last) {
+      *reinterpret_cast<Chunk*>(to + k + c % 4 / 2 * 2 * kPiece) = {words[0], words[1], words[2], words[3]};
+    }
+  }
+}
+
+// A block decodes a row of Ŵ, then puts the row's outliers back. What a thread puts back first it has made before: its loads
+// wait for each other, and nothing for them.
 template <typename T, int kBits, Zeros kZeros>
 __global__ void dequantize(Weights<T> weights, T* out) {
-  const auto n = static_cast<int32_t>(blockIdx.x);
-  const bool vector = weights.inputs % kPiece == 0, one_scale = weights.block_cols % kPiece == 0;
+  const auto n = static_cast<int32_t>(blockIdx.x), thread = static_cast<int32_t>(threadIdx.x), step = static_cast<int32_t>(blockDim.x);
   const int64_t scales = static_cast<int64_t>(n / weights.block_rows) * weights.blocks;
   const Chunk* codes = weights.codes + static_cast<int64_t>(n) * weights.chunks;
   T* to = out + static_cast<int64_t>(n) * weights.inputs;
-  constexpr int kOfWord = kPieces<kBits> / 4;
-  for (auto c = static_cast<int32_t>(threadIdx.x); c < weights.chunks; c += static_cast<int32_t>(blockDim.x)) {
-    const Chunk chunk = codes[c];
-    uint32_t base = 0, scale = 0;  // of two spans, if they share them
+  const int32_t first = weights.first_outlier[n] + thread, last = weights.first_outlier[n + 1];
+  const auto restored = [&](int32_t o) {
+    return with_outlier<T, kBits>(weights, codes, scales, weights.outlier_cols[o], weights.outlier_deltas[o]);
+  };
+  T early{};
+  if (first < last) early = restored(first);
+  if constexpr (kZeros != Zeros::kAny) {
+    for (int32_t c = thread; c - thread % kWarp < weights.chunks; c += step) {  // the same for the whole warp
+      write_chunk<T, kBits, kZeros>(weights, codes[c < weights.chunks ? c : weights.chunks - 1], scales, c, to);
+    }
+  } else {
+    constexpr int kOfWord = kPieces<kBits> / 4;
+    const bool vector = weights.inputs % kPiece == 0, one_scale = weights.block_cols % kPiece == 0;
+    for (int32_t c = thread; c < weights.chunks; c += step) {
+      const Chunk chunk = codes[c];
 #pragma unroll
-    for (int i = 0; i < kPieces<kBits>; ++i) {
-      const int32_t k = first_column(kPieces<kBits>, c, i);
-      if (k >= weights.inputs) break;
-      Piece<T> piece;
-      if constexpr (kZeros != Zeros::kAny) {
-        constexpr bool kBetween = kZeros == Zeros::kBetween;
-        if (i % 2 == 0) {
-          const int64_t at = scales + (k >> weights.block_shift);
-          base = base_of<T, kBits, kBetween>(zero_point_of(weights, at)), scale = weights.scales[at].bits * 0x10001u;
-        }
-        uint32_t pairs[2];
-#pragma unroll
-        for (int p = 0; p < 2; ++p) {
-          const int bit = bit_of(kBits, i, 2 * p);
-          const uint32_t pair = chunk.words[bit / 32] >> bit % 32 & kMask<kBits> * 0x10001u;
-          pairs[p] = scaled_pair<T>(offset_pair<T, kBits, kBetween>(pair, base), scale);
-        }
-        memcpy(&piece, pairs, sizeof piece);
-      } else {
+      for (int i = 0; i < kPieces<kBits>; ++i) {
+        const int32_t k = first_column(kPieces<kBits>, c, i);
+        if (k >= weights.inputs) break;
+        Piece<T> piece;
         float w[kPiece];
         decode_piece<T, kBits>(weights, chunk.words[i / kOfWord], i % kOfWord, scales, k, one_scale, w);
 #pragma unroll
         for (int j = 0; j < kPiece; ++j) piece.values[j] = from_float<T>(w[j]);
-      }
-      if (vector) {
-        *reinterpret_cast<Piece<T>*>(to + k) = piece;
-      } else {
+        if (vector) {
+          *reinterpret_cast<Piece<T>*>(to + k) = piece;
+        } else {
 #pragma unroll
-        for (int j = 0; j < kPiece; ++j) {
-          if (k + j < weights.inputs) to[k + j] = piece.values[j];
+          for (int j = 0; j < kPiece; ++j) {
+            if (k + j < weights.inputs) to[k + j] = piece.values[j];
+          }
         }
       }
     }
   }
   __syncthreads();
-  const int32_t first = weights.first_outlier[n], last = weights.first_outlier[n + 1];
-  for (int32_t o = first + static_cast<int32_t>(threadIdx.x); o < last; o += static_cast<int32_t>(blockDim.x)) {
-    const int32_t k = weights.outlier_cols[o];
-    const Place place = place_of(kBits, k);
-    const uint32_t word = codes[place.chunk].words[place.bit / 32];
-    const int64_t at = scales + k / weights.block_cols;
-    const float w = decode(code_of(word >> place.bit % 32 & kMask<kBits>), zero_point_of(weights, at), scale_of(weights, at));
-    to[k] = from_float<T>(w + weights.outlier_deltas[o]);
-  }
+  for (int32_t o = first; o < last; o += step) to[weights.outlier_cols[o]] = o == first ? early : restored(o);
 }
 
 template <typename T, int kBits, Zeros kZeros>

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from support.linear_nbits import (
     Array,
     Case,
@@ -64,13 +65,30 @@ def chunks(codes: Array, stored: int, padding: Array) -> Array:
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    """(case, a, float type, reference?) -> Y [M, N] and Ŵ [N, K], from kernels.cu in the emulator or its reference."""
+    """kernels.cu in the emulator, and its reference."""
     compiler = find_compiler()
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     path = tmp_path_factory.mktemp("emulated") / "kernels.so"
     flags = [*FLAGS, "-O1", "-shared", "-DSWQUANT_EMULATION"]
-    subprocess.run([compiler, *flags, FOLDER / "cuda" / "emulated.cc", "-o", path], check=True)
+    subprocess.run([compiler, *flags, FOLDER / "cuda" / "standalone.cc", "-o", path], check=True)
+    return kernels_of(path)
+
+
+@pytest.fixture(scope="session")
+def kernels_on_device(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    """The same on a GPU."""
+    nvcc = find_nvcc()
+    if nvcc is None or not torch.cuda.is_available():
+        pytest.skip("needs nvcc and a CUDA device")
+    path = tmp_path_factory.mktemp("device") / "kernels.so"
+    flags = ["-std=c++17", "-O3", "--fmad=false", "-arch=native", "-Xcompiler=-fPIC", "-cudart", "static", "-shared"]
+    subprocess.run([nvcc, "-x", "cu", *flags, FOLDER / "cuda" / "standalone.cc", "-o", path], check=True)
+    return kernels_of(path)
+
+
+def kernels_of(path: Path) -> Kernels:
+    """(case, a, float type, reference?) -> Y [M, N] and Ŵ [N, K], from a compiled standalone.cc."""
     function = ctypes.CDLL(str(path)).swquant_cuda
 
     def call(case: Case, a: Array, kind: str, of_reference: bool) -> tuple[Array, Array]:
@@ -149,6 +167,25 @@ def test_the_kernels_give_the_bits_of_the_reference(
         case = rounded(case, kind)
         a = exact(rng.normal(size=(rows, cols)).astype(np.float32), kind)
         assert_right(kernels, case, a, kind)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("zero", ["none", "integer", "byte", "float"])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_the_kernels_on_a_device(kernels_on_device: Kernels, bits: int, zero: str, kind: str) -> None:
+    """Without a runtime: Ŵ has the reference's bits; sums are made in another order."""
+    for cols, rows, block in [(1100, 3, 25), (512, 1, 32), (304, 8, 32), (4096, 16, 128), (8208, 11, 32)]:
+        rng = np.random.default_rng([bits, cols])
+        case = random_case(
+            rng, bits=bits, rows=33, cols=cols, block_cols=block, zero=zero, outliers=90, bias=rows % 2 == 0
+        )
+        case = rounded(case, kind)
+        a = exact(rng.normal(size=(rows, cols)).astype(np.float32), kind)
+        y, restored = kernels_on_device(case, a, kind, False)
+        assert np.array_equal(restored, kernels_on_device(case, a, kind, True)[1])
+        assert_close(from_bits(y, kind), reference(case, a), kind)
 
 
 @pytest.mark.parametrize("kind", ["float16", "bfloat16"])
