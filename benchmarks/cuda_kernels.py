@@ -1,12 +1,13 @@
-"""The CUDA kernels of the ONNX operator alone, with no runtime around them: microseconds per layer, and peers in torch.
+"""The CUDA kernels of the ONNX operator alone, with no runtime around them: microseconds per layer, and torch's.
 
     python benchmarks/cuda_kernels.py [--size 4096] [--layers 8] [--against ANOTHER/standalone.cc]
 
-nvcc compiles `exporters/ops/cuda/standalone.cc` for the device at hand. A chain of layers [size, size] in float16, each with
-weights of its own, is captured into a CUDA graph and replayed; a number is the median over replays, per layer. Ours: the
-product of few rows, the same with one weight in 2,000 restored, and, for prompts, `dequantize` with torch's matmul behind
-it. Beside them: torch's matmul of float16 weights, and its own 4-bit kernel (tinygemm, bfloat16, blocks of 32 or 128).
---against: the kernels of another checkout in the same run. `cuda.py` compares whole ONNX Runtime sessions.
+nvcc compiles `exporters/ops/cuda/standalone.cc` for the device at hand. A chain of layers [size, size] in float16, each
+with weights of its own, is captured into a CUDA graph and replayed; a number is the median over replays, per layer.
+Ours: the product of few rows, the same with one weight in 2,000 restored, and, for prompts, `dequantize` with torch's
+matmul behind it. Beside them: torch's matmul of float16 weights, and its own 4-bit kernel (tinygemm, bfloat16).
+--against: the kernels of another checkout in the same run; what is compiled already (.so) is taken as it is. `cuda.py`
+compares whole ONNX Runtime sessions.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ Launch = Callable[[Tensor], None]
 
 
 def compiled(source: Path, folder: Path) -> ctypes.CDLL:
+    if source.suffix == ".so":
+        return ctypes.CDLL(str(source.resolve()))
     nvcc = find_nvcc()
     if nvcc is None:
         raise SystemExit("no nvcc; install CUDA's, or pip install nvidia-cuda-nvcc")
@@ -166,6 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=4096, help="rows and columns of a layer's weight")
     parser.add_argument("--layers", type=int, default=8, help="in the chain")
+    parser.add_argument("--kernels", type=Path, default=SOURCE)
     parser.add_argument("--against", type=Path, help="standalone.cc of another checkout")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -173,7 +177,7 @@ def main() -> None:
         raise SystemExit("no GPU here")
     kept = []
     with tempfile.TemporaryDirectory() as name:
-        libraries = {"ours": compiled(SOURCE, Path(name))}
+        libraries = {"ours": compiled(options.kernels, Path(name))}
         if options.against is not None:
             libraries["before"] = compiled(options.against, Path(name))
         print(
