@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from tuning.methods import METHODS, missing
-from tuning.report import tables
+from tuning.report import draw, tables
 from tuning.results import Case, Results, best_rate, rates_to_try
 from tuning.training import before, speed, trained
 from tuning.world import TASKS, World
@@ -60,6 +60,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--tables", action="store_true", help="print those of the files, of any settings; train nothing"
     )
+    parser.add_argument("--plots", type=Path, help="draw quality against bytes into this folder")
     parser.add_argument("--task", nargs="+", default=["recovery"], choices=TASKS)
     parser.add_argument("--methods", nargs="+", default=[*METHODS], choices=METHODS)
     parser.add_argument("--rates", nargs="+", type=float, help="for all methods, instead of their own grids")
@@ -131,14 +132,17 @@ def speeds(world: World, results: Results, args: argparse.Namespace) -> None:
             results.make(key, facts, lambda m=method, p=precision: speed(world, case, m, p, args.timed))
 
 
-def print_tables(paths: list[Path]) -> None:
-    """Of all files, those of the same settings together."""
+def print_tables(paths: list[Path], plots: Path | None) -> None:
+    """Of all files, those of the same settings together; and charts."""
     groups: dict[str, dict[str, Any]] = {}
     for path in paths:
         content = json.loads(path.read_text())
         groups.setdefault(json.dumps(content["settings"]), {}).update(content["cells"])
     for settings, cells in groups.items():
-        print(f"\n# {json.loads(settings)['name']}\n\n{settings}\n\n{tables(cells)}")
+        name = json.loads(settings)["name"]
+        print(f"\n# {name}\n\n{settings}\n\n{tables(cells)}")
+        for path in draw(cells, plots, name) if plots is not None else ():
+            print(f"\nDrew {path}")
 
 
 def main() -> None:
@@ -149,7 +153,7 @@ def main() -> None:
             settings = settings_of(args, checkpoint, original)
             results = Results.at(args.json, settings, named(device).strip() or "cpu")
             (speeds if args.speed else quality)(World(checkpoint, original, args, device), results, args)
-    print_tables([path for path in args.json if path.exists()])
+    print_tables([path for path in args.json if path.exists()], args.plots)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tuning.methods import METHODS
 from tuning.results import Case, Cell, row_of, tried
 
-__all__ = ["tables"]
+__all__ = ["draw", "tables"]
 
 BLOCKS = ("recovery", "gradient", "fisher")
 _KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -160,3 +161,37 @@ def speeds(cells: Mapping[str, Cell]) -> str:
         ]  # fmt: skip
         parts.append(f"## Speed, {precision}\n\n{_table(head, lines)}")
     return "\n\n".join(parts)
+
+
+def draw(cells: Mapping[str, Cell], folder: Path, name: str) -> list[Path]:
+    """Quality against trained bytes, a chart of every task with methods of several budgets: means, and bars of one
+    standard deviation."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cases = [
+        case for case in dict.fromkeys(_case(cell) for cell in cells.values() if "rate" in cell) if case.pool == "all"
+    ]
+    drawn = []
+    for task in dict.fromkeys(case.task for case in cases):
+        score, said, _ = _score(task)
+        figure, axes = pyplot.subplots(figsize=(5.6, 3.8), layout="constrained")
+        for method in METHODS:
+            rows = [row for case in cases if case.task == task and (row := row_of(cells, case, method))]
+            if len(rows) < 2:
+                continue
+            points = sorted((row[0]["bytes"] / 1e6, [cell[score] for cell in row]) for row in rows)
+            off = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
+            means = [statistics.mean(values) for _, values in points]
+            axes.errorbar([size for size, _ in points], means, off, label=method, marker=".", capsize=3, linewidth=1.6)
+        if axes.has_data():
+            axes.set(xscale="log", xlabel="trained, MB at 16 bits", ylabel=said, title=f"{name}, {task}")
+            axes.grid(alpha=0.3)
+            axes.legend(frameon=False)
+            folder.mkdir(parents=True, exist_ok=True)
+            drawn.append(folder / f"tuning-{name}-{task}.png")
+            figure.savefig(drawn[-1], dpi=150)
+        pyplot.close(figure)
+    return drawn

@@ -39,11 +39,11 @@ def synchronized(device: torch.device) -> float:
 
 def allocated(device: torch.device, *, most: bool = False) -> int:
     """Bytes of a GPU that tensors hold, or at most held since they were asked for last."""
+    if most:
+        return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    gc.collect()  # a model of before may hang in a circle
     if device.type != "cuda":
         return 0
-    if most:
-        return torch.cuda.max_memory_allocated(device)
-    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     return torch.cuda.memory_allocated(device)
