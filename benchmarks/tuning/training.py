@@ -49,6 +49,12 @@ def allocated(device: torch.device, *, most: bool = False) -> int:
     return torch.cuda.memory_allocated(device)
 
 
+def common(world: World, case: Case) -> int:
+    """Bytes of a GPU that what all methods share takes, which is loaded now if it was not before."""
+    world.session(world.base, case, 0)
+    return allocated(world.device)
+
+
 def steps_of(
     trainee: Trainee, session: Session, steps: int, rate: float, device: torch.device, warm: int = 0
 ) -> float | None:
@@ -75,10 +81,7 @@ def before(world: World, case: Case) -> Cell:
 
 def trained(world: World, case: Case, method: str, rate: float, seed: int) -> Cell:
     """held_out is None where it diverged."""
-    if case.task == "recovery":
-        world.teacher  # noqa: B018 - it lies on the device before memory is counted
-    world.material(case.task)
-    lay_there = allocated(world.device)
+    lay_there = common(world, case)
     trainee = METHODS[method].make(world, case, seed)
     numbers = sum(parameter.numel() for parameter in trainee.parameters.values())
     cell: Cell = {"bytes": trainee.nbytes, "parameters": numbers, "held_out": None}
@@ -110,7 +113,7 @@ def shares(world: World, case: Case, trainee: Trainee) -> dict[str, dict[str, li
 def speed(world: World, case: Case, method: str, precision: str, steps: int) -> Cell:
     """Seconds of a step and memory, cross entropy, alone on the machine."""
     name = usual_selection(case) if method == "blocks" else method
-    lay_there = allocated(world.device)
+    lay_there = common(world, case)
     trainee = METHODS[name].make(world, case, 0)
     session: Any = world.session(trainee.model, case, 0)
     session = replace(session, options=replace(session.options, precision=precision))
