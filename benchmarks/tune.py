@@ -24,6 +24,7 @@ and said.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -125,11 +126,12 @@ def quality(world: World, results: Results, args: argparse.Namespace) -> None:
 
 def speeds(world: World, results: Results, args: argparse.Namespace) -> None:
     """Table 1."""
-    case = Case("python", args.budgets[0], args.pools[0])
-    for precision in ("float32", "bfloat16"):
+    for budget, precision in itertools.product(args.budgets, ("float32", "bfloat16")):
+        case = Case("python", budget, args.pools[0])
         for method in usable([*FAST]):
-            key, facts = f"speed {method} {precision}", {"method": method, "precision": precision}
-            results.make(key, facts, lambda m=method, p=precision: speed(world, case, m, p, args.timed))
+            facts = {"method": method, "precision": precision, "budget": budget}
+            key = f"speed {method} {budget} {precision}"
+            results.make(key, facts, lambda c=case, m=method, p=precision: speed(world, c, m, p, args.timed))
 
 
 def print_tables(paths: list[Path], plots: Path | None) -> None:

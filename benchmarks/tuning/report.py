@@ -148,8 +148,9 @@ def speeds(cells: Mapping[str, Cell]) -> str:
     """Table 1 of the paper."""
     found = [cell for cell in cells.values() if "precision" in cell and cell["seconds"]]
     parts = []
-    for precision in dict.fromkeys(cell["precision"] for cell in found):
-        rows: dict[str, Any] = {cell["method"]: cell for cell in found if cell["precision"] == precision}
+    for budget, precision in dict.fromkeys((cell["budget"], cell["precision"]) for cell in found):
+        same = [cell for cell in found if (cell["budget"], cell["precision"]) == (budget, precision)]
+        rows: dict[str, Any] = {cell["method"]: cell for cell in same}
         head = ["method", "parameters", "ms per step", "MB", "× LoRA's steps", "× SHiRA's steps"]
         lines = [
             [
@@ -159,7 +160,7 @@ def speeds(cells: Mapping[str, Cell]) -> str:
             ]
             for method, cell in rows.items()
         ]  # fmt: skip
-        parts.append(f"## Speed, {precision}\n\n{_table(head, lines)}")
+        parts.append(f"## Speed, {budget}, {precision}\n\n{_table(head, lines)}")
     return "\n\n".join(parts)
 
 

@@ -102,7 +102,14 @@ def test_tables_are_made_of_what_is_there(tmp_path: Path) -> None:
     found["recovery 2bits"] = {**cell("recovery", 1e-3, 0, 0.4), "budget": "2bits"}
     found["recovery before"] = {"held_out": 2.0, "kl": 2.0, "wiki": 3.5}
     found |= {
-        f"speed {name}": {"method": name, "precision": "float32", "seconds": seconds, "peak": 0, "parameters": 9}
+        f"speed {name}": {
+            "method": name,
+            "precision": "float32",
+            "budget": "1bits",
+            "seconds": seconds,
+            "peak": 0,
+            "parameters": 9,
+        }
         for name, seconds in (("blocks", 0.2), ("lora", 0.25))
     }
     text = report.tables(found)
@@ -180,5 +187,5 @@ def test_another_device_finds_the_same(folder: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.slow
 def test_speed_is_measured_alone(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     cells = ran(monkeypatch, folder, "speed.json", "--speed", "--timed", 2)
-    assert {"speed blocks float32", "speed full bfloat16"} <= set(cells)
-    assert "## Speed, bfloat16" in capsys.readouterr().out
+    assert {"speed blocks 1bits float32", "speed full 1bits bfloat16"} <= set(cells)
+    assert "## Speed, 1bits, bfloat16" in capsys.readouterr().out
