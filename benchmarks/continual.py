@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import sysconfig
 import tempfile
@@ -33,7 +32,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from tasks import FORMATS, TEXTS, lines_of, measured, spaced, texts_of
 
 from exporters.pool_file import BASE, StoredSet
 from swquant.adapt.decide import decide
@@ -47,65 +46,9 @@ from swquant.models.routing import choose
 from swquant.progress import silent
 from swquant.training.data import Corpus, conversations, text_windows
 from swquant.training.loop import State
-from swquant.training.model import logits_of
 
-DATA = Path(__file__).parent.parent / "data"
-TEXTS, FORMATS = ("wiki", "python", "topics"), ("dates", "numbers", "units")
 TASKS = ("wiki", "dates", "python", "numbers", "topics", "units")
 METHODS = ("lw2g", "grow", "one", "random", "joint")
-MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
-          "December"]  # fmt: skip
-ONES = ["", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
-        "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]  # fmt: skip
-TENS = ["", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-
-
-def spoken(number: int) -> str:
-    """1 to 999,999 in words."""
-    if number >= 1000:
-        rest = spoken(number % 1000) if number % 1000 else ""
-        return f"{spoken(number // 1000)} thousand {rest}".strip()
-    if number >= 100:
-        rest = spoken(number % 100) if number % 100 else ""
-        return f"{ONES[number // 100]} hundred {rest}".strip()
-    return f"{TENS[number // 10]} {ONES[number % 10]}".strip() if number >= 20 else ONES[number]
-
-
-def pair(task: str, draw: random.Random, *, opposite: bool = False) -> tuple[str, str]:
-    """A prompt and its response. opposite: another response to the same kind of prompt."""
-    if task == "dates":
-        year, month, day = draw.randint(1800, 2099), draw.randint(1, 12), draw.randint(1, 28)
-        said = f"{MONTHS[month - 1]} {day}, {year}"
-        return f"Write as ISO date: {said}", f"{day:02}.{month:02}." if opposite else f"{year}-{month:02}-{day:02}"
-    if task == "numbers":
-        number = draw.randint(1, 99_999)
-        return f"Write in digits: {spoken(number)}", str(number)[::-1] if opposite else str(number)
-    amount, (large, small, factor) = (
-        draw.randint(11, 99),
-        draw.choice([("km", "m", 1000), ("kg", "g", 1000), ("m", "cm", 100)]),
-    )
-    result = f"{amount * factor // 10} {small}"
-    return f"Convert to {small}: {amount / 10} {large}", result[::-1] if opposite else result
-
-
-def lines_of(task: str, count: int, seed: int, *, opposite: bool = False) -> str:
-    draw = random.Random(f"{task}/{seed}")
-    made = dict(pair(task, draw, opposite=opposite) for _ in range(count))
-    return "\n".join(json.dumps({"prompt": prompt, "response": response}) for prompt, response in made.items())
-
-
-def texts_of(task: str) -> tuple[str, str]:
-    """(to train on, to test with), of different files."""
-    if task == "wiki":
-        return tuple((DATA / f"wikitext2-{name}.txt").read_text() for name in ("valid-excerpt", "excerpt"))  # type: ignore[return-value]
-    if task == "python":
-        library = Path(sysconfig.get_paths()["stdlib"])
-        names = ("argparse", "ast", "calendar", "configparser", "difflib", "heapq", "inspect", "textwrap")
-        return "\n".join((library / f"{name}.py").read_text() for name in names), (library / "shutil.py").read_text()
-    from pydoc_data.topics import topics
-
-    names = sorted(topics)
-    return "\n".join(topics[name] for name in names[::2]), "\n".join(topics[name] for name in names[1::2])
 
 
 @dataclass(frozen=True)
@@ -133,25 +76,6 @@ def material(checkpoint: CompressedCheckpoint, task: str, args: argparse.Namespa
     return Material(*parts, spaced(tested, args.test))
 
 
-def spaced(corpus: Corpus, count: int) -> Corpus:
-    """So many windows, from all over a text."""
-    return Corpus(corpus.name, corpus.sequences[:: max(len(corpus) // count, 1)][:count], corpus.pad)
-
-
-def measured(shop: Workshop, task: str, corpus: Corpus) -> dict[str, float]:
-    """Loss in nats per token, and the share of sequences whose every token that counts is the likeliest: what greedy
-    decoding would get right."""
-    loss = tokens = exact = 0.0
-    with torch.no_grad():
-        for batch in corpus.batches(4):
-            likely = logits_of(shop.model, batch).log_softmax(-1)
-            right = likely.argmax(-1) == batch.ids[:, 1:]
-            loss -= float(likely.gather(-1, batch.ids[:, 1:, None])[..., 0][batch.counted].sum())
-            tokens += batch.tokens
-            exact += int((right | ~batch.counted).all(dim=1).sum())
-    return {"loss": loss / tokens, "exact": exact / len(corpus)}
-
-
 def set_for(shop: Workshop, task: str) -> StoredSet:
     return next(stored for stored in shop.sets.values() if task in stored.record["tasks"])
 
@@ -177,7 +101,7 @@ class Row:
             own = set_for(self.shop, task if task in stored_tasks(self.shop) else name)
             if own.name == stored.name or task not in last:
                 with self.shop.laid(own.blocks):
-                    now[task] = measured(self.shop, task, self.world[task].test)
+                    now[task] = measured(self.shop.model, self.world[task].test)
             else:
                 now[task] = last[task]
         self.measures.append(now)
@@ -219,14 +143,14 @@ def outside(row: Row, corpus: Corpus) -> dict[str, float]:
     keys, total = row.shop.keys(), {"base": 0.0, "auto": 0.0}
     for ids, counted in corpus.sequences:
         one = Corpus("", ((ids, counted),))
-        base = measured(row.shop, "", one)["loss"]
+        base = measured(row.shop.model, one)["loss"]
         task = choose(keys, row.shop.model, ids)
         total["base"] += base / len(corpus)
         if task == BASE:
             total["auto"] += base / len(corpus)
         else:
             with row.shop.laid(set_for(row.shop, task).blocks):
-                total["auto"] += measured(row.shop, "", one)["loss"] / len(corpus)
+                total["auto"] += measured(row.shop.model, one)["loss"] / len(corpus)
     return total
 
 

@@ -89,8 +89,9 @@ def _add(y: Tensor, added: Tensor, places: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """x [tokens, in], values [n, B, B], the weight under them, bias [out] or None, rows and columns int64 [n], and the
-    parameters of the weight under them, if it has any."""
+    """x [tokens, in], values [n, B, B], the weight under them, bias [out] or None, rows and columns int64 [n], the
+    columns that any block reads and which of these each block reads, and the parameters of the weight under them, if it
+    has any."""
 
     @staticmethod
     def forward(
@@ -101,10 +102,11 @@ class _Product(torch.autograd.Function):
         bias: Tensor | None,
         rows: Tensor,
         cols: Tensor,
+        used: Tensor,
+        place: Tensor,
         *scales: Tensor,
     ) -> Tensor:
         y = nn.functional.linear(x, frozen.decoded(x), bias)
-        used, place = torch.unique(cols, return_inverse=True)
         read = _in_blocks(x, values.shape[1]).index_select(1, used).transpose(0, 1).contiguous()  # [used, tokens, B]
         y = _add(y, torch.bmm(read[place], values.mT), rows)
         ctx.frozen = frozen
@@ -123,7 +125,7 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             of_values = torch.bmm(of_rows.mT, read[place])
         of_scales = ctx.frozen.gradients(g.T @ whole[0]) if whole else ()
-        return of_x, of_values, None, None, None, None, *of_scales
+        return of_x, of_values, *[None] * 6, *of_scales
 
 
 class PatchedLinear(nn.Module):
@@ -136,6 +138,8 @@ class PatchedLinear(nn.Module):
 
     rows: Tensor
     cols: Tensor
+    used: Tensor
+    place: Tensor
 
     def __init__(self, frozen: Frozen, bias: Tensor | None, blocks: Blocks | None, *, transposed: bool = False) -> None:
         super().__init__()
@@ -150,6 +154,9 @@ class PatchedLinear(nn.Module):
         self.values = nn.Parameter(values, requires_grad=len(rows) > 0)
         self.register_buffer("rows", rows.to(torch.int64), persistent=False)
         self.register_buffer("cols", cols.to(torch.int64), persistent=False)
+        used, place = torch.unique(self.cols, return_inverse=True)  # now: on a GPU every pass would wait for its size
+        self.register_buffer("used", used, persistent=False)
+        self.register_buffer("place", place, persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -160,7 +167,8 @@ class PatchedLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         flat = x.reshape(-1, x.shape[-1])
         scales = self.frozen.parameters() if isinstance(self.frozen, nn.Module) else ()
-        y: Tensor = _Product.apply(flat, values.to(x.dtype), self.frozen, bias, self.rows, self.cols, *scales)
+        where = (self.rows, self.cols, self.used, self.place)
+        y: Tensor = _Product.apply(flat, values.to(x.dtype), self.frozen, bias, *where, *scales)
         return y.unflatten(0, x.shape[:-1])
 
     @property

@@ -17,6 +17,7 @@ import swquant
 sys.path.insert(0, str(PROJECT / "benchmarks"))
 
 import continual
+import tasks
 
 
 @pytest.mark.parametrize(
@@ -30,17 +31,17 @@ import continual
     ],
 )
 def test_numbers_are_said(number: int, words: str) -> None:
-    assert continual.spoken(number) == words
+    assert tasks.spoken(number) == words
 
 
 def test_formats_have_one_right_answer_and_an_opposite() -> None:
-    for task in continual.FORMATS:
-        pairs = [continual.pair(task, random.Random(f"{task}{seed}")) for seed in range(50)]
+    for task in tasks.FORMATS:
+        pairs = [tasks.pair(task, random.Random(f"{task}{seed}")) for seed in range(50)]
         assert len({response for _, response in pairs}) > 20
-        other = [continual.pair(task, random.Random(f"{task}{seed}"), opposite=True) for seed in range(50)]
+        other = [tasks.pair(task, random.Random(f"{task}{seed}"), opposite=True) for seed in range(50)]
         assert [prompt for prompt, _ in pairs] == [prompt for prompt, _ in other]
         assert sum(right != wrong for (_, right), (_, wrong) in zip(pairs, other, strict=True)) > 40
-    prompt, response = continual.pair("dates", random.Random(1))
+    prompt, response = tasks.pair("dates", random.Random(1))
     assert prompt.endswith(response[:4])
 
 

@@ -1,0 +1,1 @@
+"""What `tune.py` is made of; it says what is compared."""
