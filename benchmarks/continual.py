@@ -8,30 +8,34 @@ measured with the set that serves them, on text that no step saw:
 
     lw2g      gradients decide                       grow     a set for each task
     one       one set for all, nothing is kept       random   reuse or growth drawn, as often as lw2g grew
-    joint     one set, all tasks at once: the bound
+    soft      lw2g, steps kept off the base's text   joint    one set, all tasks at once: the bound
 
-    python benchmarks/continual.py CHECKPOINT --json continual.json [--methods …] [--seeds N] [--orders …]
+    python benchmarks/continual.py CHECKPOINT --json continual.json [--methods …] [--seeds 0 1 2] [--orders …]
 
 Forgetting is how much worse a task is at the end than right after it was learned: in nats per token. `auto` is the
 share of held-out windows that the input alone sends to the task's own set; `outside`, what a text of no task costs with
 the pool beside the base, in perplexity. Of lw2g also: how many decisions random spaces of the same ranks share, what is
 decided about each task when it comes a second time (reuse is right), and about a task that answers the same questions
-otherwise (growth is right). A row is written into the JSON file when it is done; another run goes on from there.
+otherwise (growth is right). A row is written into the JSON file when it is done; another run goes on from there, and
+one that fails is said and left out. Several processes share the work by orders and seeds, each with a JSON file of its
+own; `--print --json a.json b.json …` makes the table of all. Seconds are those of the processors, on a GPU the clock's.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sysconfig
 import tempfile
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
+from cells import Cells, clock
+from continual_report import said_of, table
 from tasks import FORMATS, TEXTS, lines_of, measured, spaced, texts_of
 
 from exporters.pool_file import BASE, StoredSet
@@ -42,13 +46,14 @@ from swquant.adapt.pipeline import open_workshop
 from swquant.adapt.plan import AdaptPlan, Task, make_plan
 from swquant.adapt.workshop import Workshop
 from swquant.checkpoints.compressed import CompressedCheckpoint
+from swquant.models.devices import device_for, named
 from swquant.models.routing import choose
 from swquant.progress import silent
 from swquant.training.data import Corpus, conversations, text_windows
 from swquant.training.loop import State
 
 TASKS = ("wiki", "dates", "python", "numbers", "topics", "units")
-METHODS = ("lw2g", "grow", "one", "random", "joint")
+METHODS = ("lw2g", "grow", "one", "random", "joint", "soft")
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,8 @@ class Row:
             first = next(stage[task] for stage in self.measures if task in stage)
             forgot[task] = last[task]["loss"] - first["loss"]
         return {
+            "texts": [task for task in order if task in TEXTS],
+            "formats": [task for task in order if task in FORMATS],
             "final": last,
             "forgotten": forgot,
             "sets": len(self.shop.sets),
@@ -166,29 +173,49 @@ def controls(row: Row, checkpoint: CompressedCheckpoint, args: argparse.Namespac
     return {"again": found, "opposite": decide(row.shop, session, "opposite", 99)}
 
 
-def run(method: str, order: list[str], seed: int, growth: float, world: Mapping[str, Material], args: argparse.Namespace,
-        checkpoint: CompressedCheckpoint, folder: Path) -> dict[str, Any]:  # fmt: skip
-    began = time.process_time()
-    policy = "grow" if method == "joint" else method
-    own = {
-        key: getattr(args, key)
-        for key in ("budget", "block", "steps", "lr", "batch", "window", "warmup", "texts", "energy")
-    }
-    options = AdaptOptions(policy=policy, seed=seed, growth=growth, **own)
-    plan = make_plan(checkpoint, [], options)
-    row = Row(plan, open_workshop(plan, None, silent), world, folder)
+class Studio:
+    """What all rows of a process share: the base, running, its own text, and the tasks."""
+
+    def __init__(
+        self, checkpoint: CompressedCheckpoint, args: argparse.Namespace, device: torch.device, folder: Path
+    ) -> None:
+        self.checkpoint, self.args, self.device, self.folder = checkpoint, args, device, folder
+        self.world = {task: material(checkpoint, task, args, folder) for task in args.tasks}
+        self.outside = outside_text(checkpoint, args)
+        self._opened: dict[int, Workshop] = {}
+
+    def plan(self, method: str, seed: int, growth: float) -> AdaptPlan:
+        policy = {"joint": "grow", "soft": "lw2g"}.get(method, method)
+        names = ("budget", "block", "steps", "lr", "batch", "window", "warmup", "texts", "energy")
+        own = {name: getattr(self.args, name) for name in names}
+        soft = self.args.soft if method == "soft" else 0.0
+        return make_plan(self.checkpoint, [], AdaptOptions(policy=policy, seed=seed, growth=growth, soft=soft, **own))
+
+    def workshop(self, plan: AdaptPlan) -> Workshop:
+        """Without a set. What the base writes depends on the seed alone, and takes longer than a task."""
+        seed = plan.options.seed
+        if seed not in self._opened:
+            self._opened = {seed: open_workshop(plan, None, silent, self.device)}
+        return replace(self._opened[seed], options=plan.options, sets={})
+
+
+def run(studio: Studio, method: str, order: list[str], seed: int, growth: float) -> dict[str, Any]:
+    """A row."""
+    args, world, plan = studio.args, studio.world, studio.plan(method, seed, growth)
+    row = Row(plan, studio.workshop(plan), world, studio.folder)
+    began = clock(studio.device)
     if method == "joint":
         longest = max(len(world[task].learned) for task in order)
         mixed = [world[task].learned.sequences[at] for at in range(longest) for task in order
                  if at < len(world[task].learned)]  # fmt: skip
-        row.learn("joint", Corpus("all", tuple(mixed), world["dates"].learned.pad), order, args.steps * len(order))
-        return row.result(order, time.process_time() - began)
+        row.learn("joint", Corpus("all", tuple(mixed)), order, args.steps * len(order))
+        return row.result(order, clock(studio.device) - began)
     for number, task in enumerate(order):
         row.learn(task, world[task].learned, order[: number + 1])
-    found = row.result(order, time.process_time() - began)
-    found |= {"auto": routed(row), "outside": outside(row, outside_text(checkpoint, args))}
-    if method == "lw2g":
-        found |= controls(row, checkpoint, args)
+    found = row.result(order, clock(studio.device) - began)
+    found |= {"auto": routed(row), "outside": outside(row, studio.outside)}
+    if plan.options.policy == "lw2g":
+        found |= controls(row, studio.checkpoint, args)
     return found
 
 
@@ -199,72 +226,19 @@ def outside_text(checkpoint: CompressedCheckpoint, args: argparse.Namespace) -> 
     return spaced(text_windows(checkpoint, text, args.window, "outside"), args.test)
 
 
-def averages(result: Mapping[str, Any]) -> tuple[float, float, float]:
-    """(mean loss of the texts, mean exact match of the formats, mean forgetting)."""
-    final = result["final"]
-    loss = statistics.mean(final[task]["loss"] for task in TEXTS)
-    exact = statistics.mean(final[task]["exact"] for task in FORMATS)
-    return loss, exact, statistics.mean(result["forgotten"].values())
-
-
-def table(results: Mapping[str, Any], args: argparse.Namespace) -> str:
-    lines = [
-        "| method | perplexity of texts | exact match | forgotten, nats | sets | MB | auto finds the set | outside | s |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for method in args.methods:
-        rows = [results[key] for key in keys_of(method, args) if key in results]
-        if not rows:
-            continue
-        loss, exact, forgot = (list(column) for column in zip(*map(averages, rows), strict=True))
-        auto = [statistics.mean(item["right"] for item in row["auto"].values()) for row in rows if "auto" in row]
-        out = [row["outside"]["auto"] - row["outside"]["base"] for row in rows if "outside" in row]
-        perplexities = [2.718281828459045**item for item in loss]
-        lines.append(
-            f"| {method} | {spread(perplexities, '.2f')} | {spread(exact, '.1%')} | {spread(forgot, '+.4f')} "
-            f"| {spread([row['sets'] for row in rows], '.1f')} | {statistics.mean(row['bytes'] for row in rows) / 1e6:.1f} "
-            f"| {spread(auto, '.1%')} | {spread([2.718281828459045**item - 1 for item in out], '+.2%')} "
-            f"| {statistics.median(row['seconds'] for row in rows):.0f} |"
-        )
-    return "\n".join([*lines, "", *said(results, args)])
-
-
-def spread(values: list[float], form: str) -> str:
-    """Mean, and the standard deviation of several."""
-    if not values:
-        return ""
-    more = f" ± {statistics.stdev(values):{form.lstrip('+')}}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{form}}{more}"
-
-
-def said(results: Mapping[str, Any], args: argparse.Namespace) -> Iterator[str]:
-    """What the controls of lw2g say."""
-    for key in keys_of("lw2g", args):
-        if (row := results.get(key)) is None:
-            continue
-        judged = [item for item in row["decisions"].values() if item["control"]]
-        same = sum(item["control"].split(" ")[0] == item["action"] for item in judged)
-        again = sum(item["action"] == "reuse" and item["set"] == item["own"] for item in row["again"].values())
-        actions = ", ".join(f"{task} {item['action']} {item['set']}" for task, item in row["decisions"].items())
-        yield (
-            f"{key}: {actions}. Random spaces say the same in {same} of {len(judged)}; a task that comes again goes to its "
-            f"own set in {again} of {len(row['again'])}; the opposite task: {row['opposite']['action']}."
-        )
-
-
-def keys_of(method: str, args: argparse.Namespace) -> list[str]:
-    return [f"{method} {order} {seed}" for order in args.orders for seed in range(args.seeds)]
-
-
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--json", type=Path, default=Path("continual.json"))
+    parser.add_argument("checkpoint", type=Path, nargs="?")
+    parser.add_argument("--json", type=Path, nargs="+", default=[Path("continual.json")], metavar="FILE",
+                        help="rows go into the first; what is in any of them is not computed again")  # fmt: skip
+    parser.add_argument("--print", action="store_true", dest="only_print", help="compute nothing; print what is there")
     parser.add_argument("--methods", nargs="+", default=[*METHODS], choices=METHODS)
     parser.add_argument("--orders", nargs="+", default=["forward"], choices=["forward", "reversed"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="K")
     parser.add_argument("--tasks", nargs="+", default=[*TASKS], choices=TASKS, help="needs texts and formats")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     for name, usual, text in (
-        ("seeds", 1, "how many"), ("steps", 16, "of each task"), ("batch", 4, "windows per step"),
+        ("steps", 16, "of each task"), ("batch", 4, "windows per step"),
         ("window", 96, "tokens"), ("warmup", 4, "batches that decide"), ("texts", 8, "that the base writes"),
         ("train", 96, "windows or lines of each task"), ("test", 12, "windows; four times as many lines"),
         ("block", 64, "side"),
@@ -272,35 +246,37 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=usual, help=text)
     parser.add_argument("--budget", default="0.1bits")
     parser.add_argument("--energy", type=float, default=0.9)
+    parser.add_argument("--soft", type=float, default=0.5, help="of the method soft")
     parser.add_argument("--lr", default="2e-3", help="one rate for all, or auto")
     args = parser.parse_args()
-    fixed = {key: getattr(args, key) for key in ("tasks", "steps", "batch", "window", "warmup", "texts", "train", "test", "block",
-                                                 "budget", "energy", "lr")}  # fmt: skip
-    results: dict[str, Any] = json.loads(args.json.read_text()) if args.json.exists() else {"settings": fixed}
-    if results["settings"] != fixed:
-        raise SystemExit(f"{args.json} holds results of other settings: {results['settings']}")
+    if args.checkpoint is None and not args.only_print:
+        parser.error("a checkpoint is needed, unless with --print")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    device = device_for(args.device)
+    kept = ("tasks", "steps", "batch", "window", "warmup", "texts", "train", "test", "block", "budget", "energy",
+            "soft", "lr")  # fmt: skip
+    settings = {key: getattr(args, key) for key in kept} | {"device": named(device).strip() or "cpu"}
+    cells = Cells(args.json, None if args.only_print else settings)
+    if args.only_print:
+        print(table(cells.all, METHODS))
+        return
     with CompressedCheckpoint(args.checkpoint) as checkpoint, tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        world = {task: material(checkpoint, task, args, folder) for task in args.tasks}
-        for order in args.orders:
-            for seed in range(args.seeds):
-                tasks = args.tasks[:: -1 if order == "reversed" else 1]
-                for method in args.methods:
-                    key = f"{method} {order} {seed}"
-                    if key in results:
-                        continue
-                    decided = results.get(f"lw2g {order} {seed}")
-                    growth = (decided["sets"] - 1) / (len(tasks) - 1) if decided else 0.5
-                    results[key] = run(method, tasks, seed, growth, world, args, checkpoint, folder)
-                    args.json.write_text(json.dumps(results, indent=1))
-                    print(
-                        key,
-                        [round(item, 4) for item in averages(results[key])],
-                        results[key]["sets"],
-                        "sets",
-                        flush=True,
-                    )
-    print(table(results, args))
+        studio = Studio(checkpoint, args, device, Path(name))
+        for order, seed in product(args.orders, args.seeds):
+            tasks = args.tasks[:: -1 if order == "reversed" else 1]
+            for method in args.methods:
+                growth = growth_of(cells.all.get(f"lw2g {order} {seed}"), len(tasks))
+                cells.fill(f"{method} {order} {seed}", partial(run, studio, method, tasks, seed, growth), said_of)
+    print(table(cells.all, METHODS))
+
+
+def growth_of(decided: Mapping[str, Any] | None, tasks: int) -> float:
+    """How often gradients let a set grow after the first, of a row; a half where there is none."""
+    return 0.5 if decided is None or tasks < 2 else (decided["sets"] - 1) / (tasks - 1)
 
 
 if __name__ == "__main__":

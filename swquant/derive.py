@@ -47,6 +47,7 @@ def adapt(
     *,
     drop: Sequence[str] = (),
     imports: Sequence[Model] = (),
+    device: str = "auto",
     overwrite: bool = False,
     trust_remote_code: bool = False,
     dry_run: bool = False,
@@ -70,9 +71,10 @@ def adapt(
     from swquant.adapt.pipeline import adapt_checkpoint, decide_only
     from swquant.adapt.plan import make_plan
     from swquant.checkpoints.open import open_checkpoint
+    from swquant.models.devices import device_for
     from swquant.output.destination import check_destination
 
-    chosen = made_of(AdaptOptions, options, changes)
+    chosen, place = made_of(AdaptOptions, options, changes), device_for(device)
     with open_checkpoint(checkpoint, trust_remote_code=trust_remote_code) as opened:
         if not dry_run:
             check_destination(Path(out), overwrite, opened)
@@ -81,8 +83,8 @@ def adapt(
         if on_plan is not None:
             on_plan(plan)
         if dry_run:
-            return decide_only(plan, progress)
-        return adapt_checkpoint(plan, Path(out), overwrite=overwrite, progress=progress)
+            return decide_only(plan, progress, device=place)
+        return adapt_checkpoint(plan, Path(out), overwrite=overwrite, progress=progress, device=place)
 
 
 def export_set(checkpoint: Model, of_set: str, out: Model, *, overwrite: bool = False) -> None:

@@ -69,3 +69,19 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         return Ran(int(code or 0), captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """One that is none (`support.pretended`), with all the memory that is asked for."""
+    from support.pretended import pretended_gpu
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 40, 1 << 40))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Pretended GPU")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        with pretended_gpu() as device:
+            yield device
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)

@@ -16,6 +16,7 @@ from typing import cast
 
 import torch
 
+from calibrationless import CPU
 from exporters.pool_file import BASE, StoredSet
 from swquant.adapt.decide import decide
 from swquant.adapt.learning import learn
@@ -25,6 +26,7 @@ from swquant.adapt.writing import write_pool
 from swquant.checkpoints.pool import pool_of
 from swquant.checkpoints.pool_schema import DecisionRecord
 from swquant.checkpoints.schema import CheckpointManifest
+from swquant.models.devices import place_for
 from swquant.models.routing import Key, key_of
 from swquant.output.destination import check_destination
 from swquant.progress import Progress, silent
@@ -44,16 +46,23 @@ class Adapted:
     sets: dict[str, str]
 
 
-def adapt_checkpoint(plan: AdaptPlan, out: Path, *, overwrite: bool = False, progress: Progress = silent) -> Adapted:
-    """Carry out a plan. `out` appears whole or not at all. Raises SwquantError."""
+def adapt_checkpoint(
+    plan: AdaptPlan,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress = silent,
+    device: torch.device = CPU,
+) -> Adapted:
+    """Carry out a plan, on a device if the model fits there. `out` appears whole or not at all. Raises SwquantError."""
     check_destination(out, overwrite, plan.checkpoint)
     if BASE in plan.sets and not plan.tasks:  # sets come and go, nothing is learned
         limit = pool_of(plan.checkpoint.manifest, plan.checkpoint.name)["limit"]
         return Adapted(
             out, write_pool(plan.checkpoint, out, plan.sets, limit, overwrite=overwrite, progress=progress), {}
         )
-    state = State.at(out.with_name(out.name + ".adapting"), _fingerprint(plan))
-    shop = open_workshop(plan, state, progress)
+    state = State.at(out.with_name(out.name + ".adapting"), _fingerprint(plan, device))
+    shop = open_workshop(plan, state, progress, device)
     for number, task in enumerate(plan.tasks, start=plan.before):
         if not any(task.name in stored.keys for stored in shop.sets.values()):
             stored = learn(plan, shop, task, number, state, progress)
@@ -66,9 +75,11 @@ def adapt_checkpoint(plan: AdaptPlan, out: Path, *, overwrite: bool = False, pro
     return Adapted(out, manifest, {task.name: served[task.name] for task in plan.tasks})
 
 
-def decide_only(plan: AdaptPlan, progress: Progress = silent) -> dict[str, DecisionRecord]:
+def decide_only(
+    plan: AdaptPlan, progress: Progress = silent, *, device: torch.device = CPU
+) -> dict[str, DecisionRecord]:
     """Task -> what would be decided about it if it came next; trains and writes nothing. Raises SwquantError."""
-    shop = open_workshop(plan, None, progress)
+    shop = open_workshop(plan, None, progress, device)
     found = {}
     for task in plan.tasks:
         with progress.step(f"Deciding about {task.name}"):
@@ -76,12 +87,13 @@ def decide_only(plan: AdaptPlan, progress: Progress = silent) -> dict[str, Decis
     return found
 
 
-def open_workshop(plan: AdaptPlan, state: State | None, progress: Progress) -> Workshop:
-    """The base, running, with the sets of its pool and those of an earlier run's state."""
+def open_workshop(plan: AdaptPlan, state: State | None, progress: Progress, device: torch.device = CPU) -> Workshop:
+    """The base, running on a device if it fits there, with the sets of its pool and those of an earlier run's state."""
     saved = {} if state is None else state.saved.tensors
     checkpoint, options = plan.checkpoint, plan.options
-    with progress.step(f"Loading {checkpoint.name}"):
-        model = trainable_model(checkpoint)
+    place, said = place_for(checkpoint, torch.float32, device)
+    with progress.step(f"Loading {checkpoint.name}{said}"):
+        model = trainable_model(checkpoint, place)
     sets = dict(plan.sets)
     base = sets.pop(BASE, None)
     if base is not None and base.text is not None:
@@ -121,8 +133,8 @@ def _remember(state: State, shop: Workshop) -> None:
     state.write()
 
 
-def _fingerprint(plan: AdaptPlan) -> str:
-    """Of all that the result depends on."""
+def _fingerprint(plan: AdaptPlan, device: torch.device) -> str:
+    """Of all that the result depends on; another kind of device sums up otherwise."""
     digest = hashlib.sha256()
     for task in plan.tasks:
         for ids, counted in task.corpus.sequences:
@@ -130,4 +142,4 @@ def _fingerprint(plan: AdaptPlan) -> str:
     names = [task.name for task in plan.tasks]
     options = cast(dict[str, object], dict(plan.options.as_dict()))
     sets = {name: dict(stored.record) for name, stored in plan.sets.items()}
-    return fingerprint_of(plan.checkpoint.fingerprint, sets, names, digest.hexdigest(), options)
+    return fingerprint_of(plan.checkpoint.fingerprint, sets, names, digest.hexdigest(), options, device.type)

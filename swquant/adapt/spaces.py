@@ -2,6 +2,9 @@
 
 Both are those of column blocks: of the B channels that a block reads. Of a weight that has blocks in k columns of its
 grid there are k, in ascending order.
+
+Passes run where the model does. What they leave is summed there and comes back to the CPU, where sets are kept: B x B
+numbers of each block, too few for a GPU to find their eigenvectors sooner.
 """
 
 from __future__ import annotations
@@ -38,9 +41,9 @@ def moments_of(
 
     def watch(name: str, cols: Tensor) -> Callable[..., None]:
         def see(_: Any, args: tuple[Any, ...]) -> None:
-            x = args[0].detach().flatten(0, -2).to("cpu", torch.float32)
+            x = args[0].detach().flatten(0, -2).to(torch.float32)
             x = nn.functional.pad(x, (0, -x.shape[1] % side)).unflatten(1, (-1, side))
-            moment = second_moment(x[:, cols].transpose(0, 1))
+            moment = second_moment(x[:, cols.to(x.device)].transpose(0, 1))
             found[name] = found[name] + moment if name in found else moment
 
         return see
@@ -52,7 +55,7 @@ def moments_of(
         for loss in losses:
             loss()
     nothing = {name: torch.zeros(len(cols), side, side, dtype=torch.float64) for name, (_, cols) in wanted.items()}
-    return nothing | found
+    return nothing | {name: moment.cpu() for name, moment in found.items()}
 
 
 def gradients_of(
@@ -67,7 +70,7 @@ def gradients_of(
         for name, gradient in zip(sums, torch.autograd.grad(loss, list(values.values())), strict=True):
             sums[name] += gradient
         seen.append(float(loss.detach()))
-    return sums, sum(seen) / len(seen)
+    return {name: item.cpu() for name, item in sums.items()}, sum(seen) / len(seen)
 
 
 def hindered(

@@ -11,7 +11,7 @@ import typer
 from exporters.errors import SwquantError
 from swquant.adapt.options import AdaptOptions
 from swquant.cli.options import BASIC, OUTPUT, takes
-from swquant.cli.shared import JsonOption, TrustOption, err, make_progress, out, print_json
+from swquant.cli.shared import DeviceOption, JsonOption, TrustOption, err, make_progress, out, print_json
 
 if TYPE_CHECKING:
     from swquant.adapt.plan import AdaptPlan
@@ -73,25 +73,21 @@ def adapt(
         bool, typer.Option("--overwrite", help="Replace OUT if it is a checkpoint already.", rich_help_panel=OUTPUT)
     ] = False,
     as_json: JsonOption = False,
+    device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
     *,
     options: AdaptOptions,
 ) -> None:
     """Learn tasks one after the other over CHECKPOINT: each in a set that it does not hurt, or in a new one."""
     from swquant.derive import adapt as adapt_model
-    from swquant.derive import export_set as copy_set
     from swquant.terminal.adapt import show_adapt_plan, show_adapted, show_decisions
-    from swquant.terminal.text import marked_sentence, sentence
+    from swquant.terminal.text import sentence
 
     tasks = _named(task or ())
     if export_set is not None:
         if task or drop_set or import_set:
             raise SwquantError("--export-set does nothing else; leave out --task, --drop-set and --import-set")
-        copy_set(checkpoint, export_set, out_folder, overwrite=overwrite)
-        if as_json:
-            print_json({"path": str(out_folder), "set": export_set})
-        else:
-            out.print(f"Written to [bold]{marked_sentence(str(out_folder))}[/]", soft_wrap=True)
+        _copied(checkpoint, export_set, out_folder, overwrite, as_json)
         return
 
     def show(plan: AdaptPlan) -> None:
@@ -101,7 +97,8 @@ def adapt(
     try:
         result = adapt_model(
             checkpoint, out_folder, tasks, options, drop=drop_set or (), imports=import_set or (), overwrite=overwrite,
-            dry_run=dry_run, on_plan=show, trust_remote_code=trust_remote_code, progress=make_progress(as_json),
+            device=device, dry_run=dry_run, on_plan=show, trust_remote_code=trust_remote_code,
+            progress=make_progress(as_json),
         )  # fmt: skip
     except BaseException as error:
         for note in getattr(error, "__notes__", ()):
@@ -116,6 +113,17 @@ def adapt(
         print_json({"path": str(result.path), "sets": result.sets, "manifest": result.manifest})
     else:
         show_adapted(out, result)
+
+
+def _copied(checkpoint: Path, of_set: str, file: Path, overwrite: bool, as_json: bool) -> None:
+    from swquant.derive import export_set
+    from swquant.terminal.text import marked_sentence
+
+    export_set(checkpoint, of_set, file, overwrite=overwrite)
+    if as_json:
+        print_json({"path": str(file), "set": of_set})
+    else:
+        out.print(f"Written to [bold]{marked_sentence(str(file))}[/]", soft_wrap=True)
 
 
 def _named(typed: Sequence[str]) -> dict[str, str]:

@@ -38,10 +38,10 @@ def pieces_of(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Features of a text int64 [tokens]: float32 [pieces, d], and how many tokens [pieces] each is the mean of. A rest
     shorter than half a piece belongs to the piece before it."""
     with torch.no_grad():
-        vectors = model.get_input_embeddings()(ids.to(model.device)).to("cpu", torch.float32)
+        vectors = model.get_input_embeddings()(ids.to(model.device)).to(torch.float32)
     count = max((len(ids) + _PIECE // 2) // _PIECE, 1)
     cut = [vectors[number * _PIECE : (number + 1) * _PIECE if number < count - 1 else None] for number in range(count)]
-    return torch.stack([piece.mean(dim=0) for piece in cut]), torch.tensor([len(piece) for piece in cut])
+    return torch.stack([piece.mean(dim=0) for piece in cut]).cpu(), torch.tensor([len(piece) for piece in cut])
 
 
 @dataclass(frozen=True)

@@ -105,10 +105,12 @@ class Corpus:
             yield self.batch(range(start, min(start + size, len(self))))
 
 
-def begins_with(model: ModelFolder) -> int | None:
-    """The BOS token where the tokenizer begins a text with it, else None."""
-    bos = model.tokenizer().bos_token_id
-    with_special = encode(model, "a")
+def begins_with(model: ModelFolder, tokenizer: Any = None) -> int | None:
+    """The BOS token where the tokenizer begins a text with it, else None. tokenizer: the model's, where it is loaded
+    already."""
+    tokenizer = model.tokenizer() if tokenizer is None else tokenizer
+    bos = tokenizer.bos_token_id
+    with_special = encode(model, "a", tokenizer=tokenizer)
     return bos if bos is not None and with_special and with_special[0] == bos else None
 
 
@@ -120,8 +122,7 @@ def _checked_window(model: ModelFolder, window: int) -> int:
     return window
 
 
-def _padding(model: ModelFolder) -> int:
-    tokenizer = model.tokenizer()
+def _padding(tokenizer: Any) -> int:
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(token for token in ids if isinstance(token, int))
 
@@ -130,8 +131,9 @@ def text_windows(model: ModelFolder, text: str, window: int, name: str = "text")
     """A text in windows of `window` tokens that do not overlap, BOS in front where the tokenizer begins with it; what
     is left at the end is dropped. Raises SwquantError for a text shorter than two windows."""
     window = _checked_window(model, window)
-    bos = begins_with(model)
-    ids = torch.tensor(encode(model, text, special=False), dtype=torch.int64)
+    tokenizer = model.tokenizer()
+    bos = begins_with(model, tokenizer)
+    ids = torch.tensor(encode(model, text, special=False, tokenizer=tokenizer), dtype=torch.int64)
     body = window - (bos is not None)
     whole = len(ids) // body
     if whole < 2:
@@ -181,7 +183,8 @@ def conversations(model: ModelFolder, path: Path, window: int) -> Corpus:
         raise SwquantError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise SwquantError(f"{path}: not UTF-8 text; give a jsonl file") from None
-    tokenizer, bos = model.tokenizer(), begins_with(model)
+    tokenizer = model.tokenizer()
+    bos = begins_with(model, tokenizer)
     sequences = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -196,7 +199,7 @@ def conversations(model: ModelFolder, path: Path, window: int) -> Corpus:
         sequences.append((ids, counted))
     if len(sequences) < 2:
         raise SwquantError(f"{path}: {len(sequences)} conversations are too few; give 2 or more, one on a line")
-    return Corpus(path.name, tuple(sequences), _padding(model))
+    return Corpus(path.name, tuple(sequences), _padding(tokenizer))
 
 
 def _messages(line: str, where: str) -> list[dict[str, str]]:

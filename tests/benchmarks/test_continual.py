@@ -19,6 +19,8 @@ sys.path.insert(0, str(PROJECT / "benchmarks"))
 import continual
 import tasks
 
+from swquant.training import data
+
 
 @pytest.mark.parametrize(
     ("number", "words"),
@@ -45,27 +47,66 @@ def test_formats_have_one_right_answer_and_an_opposite() -> None:
     assert prompt.endswith(response[:4])
 
 
+def checkpoint(folder: Path) -> Path:
+    """A tiny llama at 4 bits."""
+    original = save_model(tiny_model("llama", num_hidden_layers=2), folder / "m", torch.bfloat16)
+    return swquant.compress(original, folder / "c", prompt=PROMPT, block="32").path
+
+
+def words(folder: Path, *more: object) -> list[str]:
+    """What is typed for a small table."""
+    typed = [
+        "continual.py", checkpoint(folder), "--json", folder / "found.json", "--steps", 2, "--train", 8, "--test", 2,
+        "--block", 16, "--budget", "1bits", "--window", 48, "--warmup", 1, "--texts", 2,
+    ]  # fmt: skip
+    return [*map(str, typed), *map(str, more)]
+
+
 @pytest.mark.slow
 def test_a_table_is_made_row_by_row(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = save_model(tiny_model("llama", num_hidden_layers=2), tmp_path / "m", torch.bfloat16)
-    swquant.compress(original, tmp_path / "c", prompt=PROMPT, block="32")
-    typed = [
-        "continual.py", tmp_path / "c", "--json", tmp_path / "found.json", "--steps", 2, "--train", 8, "--test", 2,
-        "--block", 16, "--budget", "1bits", "--window", 48, "--warmup", 1, "--texts", 2,
-        "--tasks", "wiki", "dates", "python", "topics", "numbers", "units",
-    ]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", [*map(str, typed), "--methods", "lw2g", "one"])
+    typed = words(tmp_path, "--device", "cpu")
+    monkeypatch.setattr(sys, "argv", [*typed, "--methods", "lw2g", "one"])
     continual.main()
     assert [line.split(" ")[0] for line in capsys.readouterr().out.splitlines()[:2]] == ["lw2g", "one"]
-    monkeypatch.setattr(sys, "argv", list(map(str, typed)))
+    monkeypatch.setattr(sys, "argv", typed)
     continual.main()
     out = capsys.readouterr().out
-    assert [line.split(" ")[0] for line in out.splitlines()[:3]] == ["grow", "random", "joint"]
+    assert [line.split(" ")[0] for line in out.splitlines()[:4]] == ["grow", "random", "joint", "soft"]
     assert all(f"\n| {method} |" in out for method in continual.METHODS)
     results = json.loads((tmp_path / "found.json").read_text())
     assert results["one forward 0"]["sets"] == results["joint forward 0"]["sets"] == 1
     assert results["grow forward 0"]["sets"] == 6
     assert set(results["grow forward 0"]["forgotten"].values()) == {0.0}
     assert results["random forward 0"]["sets"] >= 1
+    files = ["--json", tmp_path / "more.json", tmp_path / "found.json"]
+    monkeypatch.setattr(
+        sys, "argv", [*typed, *map(str, files), "--orders", "reversed", "--seeds", "1", "--methods", "one"]
+    )
+    continual.main()
+    assert list(json.loads((tmp_path / "more.json").read_text())) == ["settings", "one reversed 1"]
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["continual.py", "--print", *map(str, files)])
+    continual.main()
+    out = capsys.readouterr().out
+    assert "| one | " in out
+    assert "±" in next(line for line in out.splitlines() if line.startswith("| one"))
+
+
+@pytest.mark.slow
+def test_a_row_runs_on_a_device(
+    gpu: torch.device, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(continual, "device_for", lambda _: gpu)
+    # texts are written with a cache, which is made in C++, for known devices
+    written = torch.randint(2, 90, (2, 48), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(data, "write_text", lambda *_, **__: written)
+    monkeypatch.setattr(sys, "argv", words(tmp_path, "--methods", "lw2g", "one", "joint", "soft"))
+    continual.main()
+    out, problems = capsys.readouterr()
+    assert "left out" not in out, problems
+    assert [line.split(" ")[0] for line in out.splitlines()[:4]] == ["lw2g", "one", "joint", "soft"]
+    results = json.loads((tmp_path / "found.json").read_text())
+    assert results["settings"]["device"] == f"on {gpu} (Pretended GPU)"
+    assert set(results["lw2g forward 0"]["again"]) == set(continual.TASKS)

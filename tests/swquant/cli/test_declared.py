@@ -64,6 +64,7 @@ OWN = {
         "drop_set",
         "import_set",
         "export_set",
+        "device",
         "dry_run",
         "overwrite",
         "as_json",

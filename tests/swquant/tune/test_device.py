@@ -1,12 +1,11 @@
 """`tune --device`: what is trained lies where it is told to, and what comes back is written from the CPU."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.pretended import GPU, pretended_gpu
+from support.pretended import GPU
 from support.tiny_models import sample_text
 
 import swquant
@@ -18,19 +17,6 @@ from swquant.training.scales import ScaledWeight
 from swquant.tune.session import Session
 
 Pair = tuple[Path, Path]
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """One that is none, with all the memory that is asked for."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 40, 1 << 40))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Pretended GPU")
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
-    try:
-        with pretended_gpu() as device:
-            yield device
-    finally:
-        torch.__future__.set_overwrite_module_params_on_conversion(False)
 
 
 @pytest.mark.parametrize("offsets", [False, True])

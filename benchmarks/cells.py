@@ -1,0 +1,71 @@
+"""The cells of a table that several processes fill, each into a JSON file of its own, and that one reads together.
+
+A cell that was computed is written at once, whole or not at all; one that fails is printed and left out, and another
+run tries it again. Settings stand in every file, and files of other settings are refused: what is read together belongs
+together.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["Cells", "clock"]
+
+
+class Cells:
+    """The cells of some files. What is new goes into the first of them. settings: that all of them have, None for those
+    that they have, whatever these are."""
+
+    def __init__(self, paths: Sequence[Path], settings: dict[str, Any] | None) -> None:
+        self.path = paths[0]
+        self.own: dict[str, Any] = {}
+        self.others: dict[str, Any] = {}
+        for path in paths:
+            if not path.exists():
+                continue
+            cells = json.loads(path.read_text())
+            found = cells.pop("settings")
+            settings = found if settings is None else settings
+            if found != settings:
+                raise SystemExit(f"{path} holds results of other settings: {found}")
+            if path == self.path:
+                self.own = cells
+            else:
+                self.others |= cells
+        self.settings = settings
+
+    @property
+    def all(self) -> dict[str, Any]:
+        return {**self.others, **self.own}
+
+    def fill(self, key: str, compute: Callable[[], Any], said: Callable[[Any], str]) -> None:
+        """Compute a cell unless it is there, write it, and say in a line what it is."""
+        if key in self.all:
+            return
+        try:
+            cell = compute()
+        except Exception as error:
+            traceback.print_exc()
+            print(f"{key} is left out: {type(error).__name__}: {error}".splitlines()[0], flush=True)
+            return
+        self.own[key] = cell
+        unfinished = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        unfinished.write_text(json.dumps({"settings": self.settings, **self.own}, indent=1))
+        unfinished.replace(self.path)
+        print(f"{key}: {said(cell)}", flush=True)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds: of this process on a CPU, which may have other work; on a GPU the clock's, when all work is done."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
