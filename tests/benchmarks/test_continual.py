@@ -47,26 +47,22 @@ def test_formats_have_one_right_answer_and_an_opposite() -> None:
     assert prompt.endswith(response[:4])
 
 
-def checkpoint(folder: Path) -> Path:
-    """A tiny llama at 4 bits."""
-    original = save_model(tiny_model("llama", num_hidden_layers=2), folder / "m", torch.bfloat16)
-    return swquant.compress(original, folder / "c", prompt=PROMPT, block="32").path
-
-
-def words(folder: Path, *more: object) -> list[str]:
-    """What is typed for a small table."""
-    typed = [
-        "continual.py", checkpoint(folder), "--json", folder / "found.json", "--steps", 2, "--train", 8, "--test", 2,
-        "--block", 16, "--budget", "1bits", "--window", 48, "--warmup", 1, "--texts", 2,
+@pytest.fixture
+def typed(tmp_path: Path) -> list[str]:
+    """What is typed for a small table of a tiny llama at 4 bits."""
+    original = save_model(tiny_model("llama", num_hidden_layers=2), tmp_path / "m", torch.bfloat16)
+    checkpoint = swquant.compress(original, tmp_path / "c", prompt=PROMPT, block="32").path
+    words = [
+        "continual.py", checkpoint, "--json", tmp_path / "found.json", "--steps", 2, "--train", 8, "--test", 2,
+        "--block", 16, "--budget", "1bits", "--window", 48, "--warmup", 1, "--texts", 2, "--device", "cpu",
     ]  # fmt: skip
-    return [*map(str, typed), *map(str, more)]
+    return list(map(str, words))
 
 
 @pytest.mark.slow
 def test_a_table_is_made_row_by_row(
-    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    typed: list[str], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    typed = words(tmp_path, "--device", "cpu")
     monkeypatch.setattr(sys, "argv", [*typed, "--methods", "lw2g", "one"])
     continual.main()
     assert [line.split(" ")[0] for line in capsys.readouterr().out.splitlines()[:2]] == ["lw2g", "one"]
@@ -96,13 +92,17 @@ def test_a_table_is_made_row_by_row(
 
 @pytest.mark.slow
 def test_a_row_runs_on_a_device(
-    gpu: torch.device, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    typed: list[str],
+    gpu: torch.device,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(continual, "device_for", lambda _: gpu)
     # texts are written with a cache, which is made in C++, for known devices
     written = torch.randint(2, 90, (2, 48), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(data, "write_text", lambda *_, **__: written)
-    monkeypatch.setattr(sys, "argv", words(tmp_path, "--methods", "lw2g", "one", "joint", "soft"))
+    monkeypatch.setattr(sys, "argv", [*typed, "--methods", "lw2g", "one", "joint", "soft"])
     continual.main()
     out, problems = capsys.readouterr()
     assert "left out" not in out, problems
