@@ -8,7 +8,6 @@ together.
 from __future__ import annotations
 
 import json
-import os
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from swquant.output.destination import write_whole
 
 __all__ = ["Cells", "clock"]
 
@@ -57,9 +58,7 @@ class Cells:
             print(f"{key} is left out: {type(error).__name__}: {error}".splitlines()[0], flush=True)
             return
         self.own[key] = cell
-        unfinished = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        unfinished.write_text(json.dumps({"settings": self.settings, **self.own}, indent=1))
-        unfinished.replace(self.path)
+        write_whole(self.path, json.dumps({"settings": self.settings, **self.own}, indent=1).encode())
         print(f"{key}: {said(cell)}", flush=True)
 
 

@@ -18,7 +18,7 @@ the pool beside the base, in perplexity. Of lw2g also: how many decisions random
 decided about each task when it comes a second time (reuse is right), and about a task that answers the same questions
 otherwise (growth is right). A row is written into the JSON file when it is done; another run goes on from there, and
 one that fails is said and left out. Several processes share the work by orders and seeds, each with a JSON file of its
-own; `--print --json a.json b.json …` makes the table of all. Seconds are those of the processors, on a GPU the clock's.
+own; `--tables --json a.json b.json …` prints what all say. Seconds are those of the processors, on a GPU the clock's.
 """
 
 from __future__ import annotations
@@ -125,6 +125,7 @@ class Row:
             "sets": len(self.shop.sets),
             "bytes": sum(stored.record["bytes"] for stored in self.shop.sets.values()),
             "seconds": seconds,
+            "device": named(self.shop.model.device).removeprefix(" on ") or "cpu",
             "decisions": self.decisions,
             "stages": self.measures,
         }
@@ -231,7 +232,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("checkpoint", type=Path, nargs="?")
     parser.add_argument("--json", type=Path, nargs="+", default=[Path("continual.json")], metavar="FILE",
                         help="rows go into the first; what is in any of them is not computed again")  # fmt: skip
-    parser.add_argument("--print", action="store_true", dest="only_print", help="compute nothing; print what is there")
+    parser.add_argument("--tables", action="store_true", help="compute nothing; print what is there")
     parser.add_argument("--methods", nargs="+", default=[*METHODS], choices=METHODS)
     parser.add_argument("--orders", nargs="+", default=["forward"], choices=["forward", "reversed"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="K")
@@ -249,8 +250,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--soft", type=float, default=0.5, help="of the method soft")
     parser.add_argument("--lr", default="2e-3", help="one rate for all, or auto")
     args = parser.parse_args()
-    if args.checkpoint is None and not args.only_print:
-        parser.error("a checkpoint is needed, unless with --print")
+    if args.checkpoint is None and not args.tables:
+        parser.error("a checkpoint is needed, unless with --tables")
     return args
 
 
@@ -259,9 +260,9 @@ def main() -> None:
     device = device_for(args.device)
     kept = ("tasks", "steps", "batch", "window", "warmup", "texts", "train", "test", "block", "budget", "energy",
             "soft", "lr")  # fmt: skip
-    settings = {key: getattr(args, key) for key in kept} | {"device": named(device).strip() or "cpu"}
-    cells = Cells(args.json, None if args.only_print else settings)
-    if args.only_print:
+    settings = {key: getattr(args, key) for key in kept} | {"device": device.type}
+    cells = Cells(args.json, None if args.tables else settings)
+    if args.tables:
         print(table(cells.all, METHODS))
         return
     with CompressedCheckpoint(args.checkpoint) as checkpoint, tempfile.TemporaryDirectory() as name:

@@ -83,7 +83,7 @@ def test_a_table_is_made_row_by_row(
     continual.main()
     assert list(json.loads((tmp_path / "more.json").read_text())) == ["settings", "one reversed 1"]
     capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["continual.py", "--print", *map(str, files)])
+    monkeypatch.setattr(sys, "argv", ["continual.py", "--tables", *map(str, files)])
     continual.main()
     out = capsys.readouterr().out
     assert "| one | " in out
@@ -108,5 +108,6 @@ def test_a_row_runs_on_a_device(
     assert "left out" not in out, problems
     assert [line.split(" ")[0] for line in out.splitlines()[:4]] == ["lw2g", "one", "joint", "soft"]
     results = json.loads((tmp_path / "found.json").read_text())
-    assert results["settings"]["device"] == f"on {gpu} (Pretended GPU)"
+    assert results["settings"]["device"] == gpu.type
+    assert results["lw2g forward 0"]["device"] == f"{gpu} (Pretended GPU)"
     assert set(results["lw2g forward 0"]["again"]) == set(continual.TASKS)
