@@ -68,10 +68,14 @@ class Material:
 def material(checkpoint: CompressedCheckpoint, task: str, args: argparse.Namespace, folder: Path) -> Material:
     window, count = args.window, args.train
     if task in FORMATS:
-        made = []
+        made, known = [], set()
         for name, size, seed in (("learned", count, 1), ("again", count, 2), ("test", args.test * 4, 3)):
             path = folder / f"{task}-{name}.jsonl"
-            path.write_text(lines_of(task, size, seed))
+            lines = lines_of(task, size, seed).splitlines()
+            if name == "test":  # there are only some hundred units
+                lines = [line for line in lines if line not in known]
+            known.update(lines if name == "learned" else ())
+            path.write_text("\n".join(lines))
             made.append(conversations(checkpoint, path, window))
         return Material(*made)
     train, test = texts_of(task)

@@ -16,6 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from support.command_line import Cli, Ran
+from support.pretended import pretended_gpu  # before the first backward, which counts devices once
 from support.tiny_models import Planted, planted_model, save_model, tiny_model
 
 # What a shell starts in the background ignores the first, what nohup starts the second.
@@ -74,8 +75,6 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """One that is none (`support.pretended`), with all the memory that is asked for."""
-    from support.pretended import pretended_gpu
-
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 40, 1 << 40))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Pretended GPU")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
