@@ -60,7 +60,8 @@ def inverse_factor_(gram: Tensor, damping: float = 1.0) -> Factor:
     _sort(gram, order)
     mean = float(diagonal.mean()) or 1.0
     gram.diagonal().add_(damping * diagonal[order] + _OF_MEAN * mean)
-    by_columns, info = gram.div_(mean).mT, torch.empty((), dtype=torch.int32)  # as LAPACK wants it: no copy
+    by_columns = gram.div_(mean).mT  # as LAPACK wants it: no copy
+    info = torch.empty((), dtype=torch.int32, device=gram.device)
     _cholesky(by_columns, info, upper=False)
     torch.cholesky_inverse(by_columns, out=by_columns)
     _cholesky(by_columns, info, upper=True)

@@ -112,6 +112,17 @@ def test_the_pretended_gpu_refuses_what_a_gpu_refuses() -> None:
             there + torch.ones(3)
 
 
+def test_a_factor_is_made_where_the_inputs_are() -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(200, 48)
+    order, upper = inverse_factor(inputs.T @ inputs)
+    with pretended_gpu() as gpu:
+        there = inverse_factor((inputs.T @ inputs).to(gpu))
+        assert [item.device for item in there] == [GPU, GPU]
+        assert torch.equal(there[0].cpu(), order)
+        assert torch.equal(there[1].cpu(), upper)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,15 +12,19 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-# The place that torch keeps for devices of others; the one of CUDA is closed where torch was built without it.
-_setup_privateuseone_for_python_backend("pretended")
-GPU = torch.device("pretended", 0)
+# The place that torch keeps for devices of others; the one of CUDA is closed where torch was built without it. Beside a
+# real GPU nothing is pretended: autograd knows two kinds of streams there, and stops.
+_REAL = torch.cuda.is_available()
+if not _REAL:
+    _setup_privateuseone_for_python_backend("pretended")
+GPU = torch.device("cuda" if _REAL else "pretended", 0)
 _aten = torch.ops.aten
 # They may read tensors of the CPU beside those of a GPU: copies, and indices.
 _MIXED = {
@@ -70,7 +74,9 @@ class _Mode(TorchDispatchMode):
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     flat, form = tree_flatten((args, kwargs))
     ours = [value for value in flat if isinstance(value, _OnGpu)]
-    theirs = [value for value in flat if isinstance(value, Tensor) and not isinstance(value, _OnGpu) and value.dim()]
+    theirs = [value for value in flat if isinstance(value, Tensor) and not isinstance(value, _OnGpu)]
+    if torch.Tag.pointwise in func.tags:  # these read numbers of the CPU, and write none
+        theirs = [value for value in theirs if value.dim()]
     if ours and theirs and func not in _MIXED:
         raise RuntimeError(f"{func}: tensors on the GPU and on the CPU")
     device = kwargs.get("device")
@@ -103,7 +109,9 @@ def _first(args: Any) -> Any:
 
 @contextmanager
 def pretended_gpu() -> Iterator[torch.device]:
-    """The device whose tensors can be made and used inside."""
+    """The device whose tensors can be made and used inside. Where there is a real one, the test is skipped."""
+    if _REAL:
+        pytest.skip("a real GPU is here: tests/swquant/test_on_gpu.py")
     made = torch.tensor
 
     def tensor(data: Any, *, device: Any = None, **how: Any) -> Tensor:
