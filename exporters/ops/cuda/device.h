@@ -26,11 +26,15 @@ __device__ __forceinline__ To bit_cast(From from) {
   return to;
 }
 
-__device__ __forceinline__ float sum_of_warp(float value) {
+// Of the lanes whose numbers differ by a multiple of `apart`, a power of two.
+__device__ __forceinline__ float sum_of_lanes_apart(float value, int apart) {
 #pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    if (offset >= apart) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  }
   return value;
 }
+__device__ __forceinline__ float sum_of_warp(float value) { return sum_of_lanes_apart(value, 1); }
 
 // What lane l ^ 1 gives for it. All lanes of a warp come here.
 __device__ __forceinline__ uint32_t swapped_with_neighbor(uint32_t word) {

@@ -83,19 +83,21 @@ __global__ void __launch_bounds__(kWarp* kMostWarps, kTiles == 1 ? 2 : 1)
   float sums[kTiles][4] = {};
   const int32_t last = weights.inputs - kSpan;
   Quad<T, kBits> now = load_quad<T, kBits, kZeros>(weights, codes, scales, warp);
-  // While it is on its way: a warp adds up the outliers of an output, whose loads wait for each other.
+  // While it is on its way: a warp adds up the outliers of an output, for all rows of A at once. Their loads wait for each
+  // other, so few rows share them out among many lanes: a lane has one row, and every `shares`-th outlier.
+  int32_t shares = kWarp;
+  while (shares * rows > kWarp) shares /= 2;
+  const int32_t apart = kWarp / shares, mine = lane % apart < rows ? lane % apart : 0;
+  const T* x = a + static_cast<int64_t>(mine) * weights.inputs;
   for (int32_t output = warp; output < kTileOutputs && n + output < weights.outputs; output += warps) {
     const int32_t first = weights.first_outlier[n + output], end = weights.first_outlier[n + output + 1];
     const float bias = weights.bias ? to_float(weights.bias[n + output]) : 0.0f;
-    for (int32_t m = 0; m < rows; ++m) {
-      float sum = 0.0f;
-      for (int32_t o = first + lane; o < end; o += kWarp) {
-        const float x = to_float(a[static_cast<int64_t>(m) * weights.inputs + weights.outlier_cols[o]]);
-        sum = multiply_add(x, weights.outlier_deltas[o], sum);
-      }
-      if (first < end) sum = sum_of_warp(sum);
-      if (lane == 0) rest[output][m] = sum + bias;
+    float sum = 0.0f;
+    for (int32_t o = first + lane / apart; o < end; o += shares) {
+      sum = multiply_add(to_float(x[weights.outlier_cols[o]]), weights.outlier_deltas[o], sum);
     }
+    if (first < end) sum = sum_of_lanes_apart(sum, apart);
+    if (lane < rows) rest[output][lane] = sum + bias;
   }
   for (int32_t quad = warp; quad * 4 < weights.chunks;) {  // the same for the whole warp
 #pragma unroll

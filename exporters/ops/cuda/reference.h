@@ -27,21 +27,21 @@ float reference_weight(const Weights<T>& weights, int bits, int32_t n, int32_t k
 template <typename T>
 float reference_bias(const Weights<T>& weights, int32_t n) { return weights.bias ? to_float(weights.bias[n]) : 0.0f; }
 
-// What the lanes of a warp make of their sums together: pairs, pairs of pairs, ….
-inline float sum_of_lanes(const float (&lanes)[kWarp]) {
+// What lanes make of their sums together, the first `shares` of them: pairs, pairs of pairs, ….
+inline float sum_of_lanes(const float (&lanes)[kWarp], int shares = kWarp) {
   float sums[kWarp];
   std::memcpy(sums, lanes, sizeof sums);
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+  for (int offset = shares / 2; offset > 0; offset /= 2) {
     for (int lane = 0; lane < offset; ++lane) sums[lane] += sums[lane + offset];
   }
   return sums[0];
 }
 
-// Lane by lane, the outliers of row n are added to what the lanes have.
+// Lane by lane, the outliers of row n are added to what the first `shares` lanes have.
 template <typename T>
-void add_outliers(const Weights<T>& weights, const T* a, int32_t n, float (&lanes)[kWarp]) {
+void add_outliers(const Weights<T>& weights, const T* a, int32_t n, float (&lanes)[kWarp], int shares = kWarp) {
   for (int32_t o = weights.first_outlier[n]; o < weights.first_outlier[n + 1]; ++o) {
-    float& sum = lanes[(o - weights.first_outlier[n]) % kWarp];
+    float& sum = lanes[(o - weights.first_outlier[n]) % shares];
     sum = multiply_add(to_float(a[weights.outlier_cols[o]]), weights.outlier_deltas[o], sum);
   }
 }
@@ -66,9 +66,10 @@ float reference_by_lanes(const Weights<T>& weights, int bits, const T* a, int32_
 }
 
 // linear_tiles: each warp adds the columns of every `warps`-th quad, those of two spans before they are scaled; in a span, the
-// first two columns of every piece come before the others. The warps' sums join bias and outliers.
+// first two columns of every piece come before the others. The warps' sums join bias and outliers, which so many lanes share
+// out as there are for each of `rows` rows of A.
 template <typename T>
-float reference_by_tiles(const Weights<T>& weights, int bits, const T* a, int32_t n) {
+float reference_by_tiles(const Weights<T>& weights, int bits, const T* a, int64_t rows, int32_t n) {
   const int32_t quad = 512 / bits, quads = weights.chunks / 4, warps = quads < 16 ? quads : 16;
   std::vector<float> parts(static_cast<size_t>(warps));
   for (int32_t start = 0; start < weights.inputs; start += 2 * kSpan) {
@@ -83,15 +84,18 @@ float reference_by_tiles(const Weights<T>& weights, int bits, const T* a, int32_
     part = multiply_add(scale_of(weights, at), product, part);
   }
   float lanes[kWarp] = {};
-  add_outliers(weights, a, n, lanes);
-  float sum = sum_of_lanes(lanes) + reference_bias(weights, n);
+  int shares = kWarp;
+  while (shares * rows > kWarp) shares /= 2;
+  add_outliers(weights, a, n, lanes, shares);
+  float sum = sum_of_lanes(lanes, shares) + reference_bias(weights, n);
   for (float part : parts) sum += part;
   return sum;
 }
 
+// rows: of A in the launch, of which `a` is one.
 template <typename T>
-T reference_output(const Weights<T>& weights, int bits, const T* a, int32_t n, bool tiles) {
-  return from_float<T>(tiles ? reference_by_tiles(weights, bits, a, n) : reference_by_lanes(weights, bits, a, n));
+T reference_output(const Weights<T>& weights, int bits, const T* a, int64_t rows, int32_t n, bool tiles) {
+  return from_float<T>(tiles ? reference_by_tiles(weights, bits, a, rows, n) : reference_by_lanes(weights, bits, a, n));
 }
 
 template <typename T>

@@ -92,9 +92,13 @@ void run(Weights<T> weights, int bits, bool reference, const T* a, int64_t rows,
     device.fetch(restored, restored_there, outputs * inputs);
     return;
   }
-  const bool tiles = few_rows(weights) > few_rows(Weights<float>{});
+  const int64_t strip = few_rows(weights);
   for (int32_t n = 0; n < weights.outputs; ++n) {
-    for (int64_t m = 0; m < rows; ++m) y[m * weights.outputs + n] = reference_output(weights, bits, a + m * weights.inputs, n, tiles);
+    for (int64_t m = 0; m < rows; ++m) {
+      const int64_t launched = std::min(strip, rows - m / strip * strip);
+      y[m * weights.outputs + n] =
+          reference_output(weights, bits, a + m * weights.inputs, launched, n, strip > few_rows(Weights<float>{}));
+    }
     for (int32_t k = 0; k < weights.inputs; ++k) {
       restored[static_cast<int64_t>(n) * weights.inputs + k] = reference_restored(weights, bits, n, k);
     }
