@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import describe as machine
 
 from swquant.output.destination import write_whole
 
@@ -22,30 +23,24 @@ __all__ = ["Cells", "clock"]
 
 
 class Cells:
-    """The cells of some files. What is new goes into the first of them. settings: that all of them have, None for those
-    that they have, whatever these are."""
+    """all: the cells of some files; own: those of the first, into which new ones go. settings: that all of them have,
+    None for those that they have, whatever these are. device: what this process computes on."""
 
-    def __init__(self, paths: Sequence[Path], settings: dict[str, Any] | None) -> None:
-        self.path = paths[0]
+    def __init__(self, paths: Sequence[Path], settings: dict[str, Any] | None, device: str = "cpu") -> None:
+        self.path, self.device = paths[0], device
         self.own: dict[str, Any] = {}
-        self.others: dict[str, Any] = {}
-        for path in paths:
+        self.all: dict[str, Any] = {}
+        for path in (*paths[1:], self.path):
             if not path.exists():
                 continue
-            cells = json.loads(path.read_text())
-            found = cells.pop("settings")
-            settings = found if settings is None else settings
-            if found != settings:
-                raise SystemExit(f"{path} holds results of other settings: {found}")
+            held = json.loads(path.read_text())
+            settings = held["settings"] if settings is None else settings
+            if held["settings"] != settings:
+                raise SystemExit(f"{path} holds results of other settings: {held['settings']}")
+            self.all |= held["cells"]
             if path == self.path:
-                self.own = cells
-            else:
-                self.others |= cells
+                self.own = held["cells"]
         self.settings = settings
-
-    @property
-    def all(self) -> dict[str, Any]:
-        return {**self.others, **self.own}
 
     def fill(self, key: str, compute: Callable[[], Any], said: Callable[[Any], str]) -> None:
         """Compute a cell unless it is there, write it, and say in a line what it is."""
@@ -57,8 +52,9 @@ class Cells:
             traceback.print_exc()
             print(f"{key} is left out: {type(error).__name__}: {error}".splitlines()[0], flush=True)
             return
-        self.own[key] = cell
-        write_whole(self.path, json.dumps({"settings": self.settings, **self.own}, indent=1).encode())
+        self.own[key] = self.all[key] = cell
+        content = {"machine": {**machine(), "device": self.device}, "settings": self.settings, "cells": self.own}
+        write_whole(self.path, json.dumps(content, indent=1).encode())
         print(f"{key}: {said(cell)}", flush=True)
 
 

@@ -265,7 +265,7 @@ def main() -> None:
     kept = ("tasks", "steps", "batch", "window", "warmup", "texts", "train", "test", "block", "budget", "energy",
             "soft", "lr")  # fmt: skip
     settings = {key: getattr(args, key) for key in kept} | {"device": device.type}
-    cells = Cells(args.json, None if args.tables else settings)
+    cells = Cells(args.json, None if args.tables else settings, named(device).removeprefix(" on ") or "cpu")
     if args.tables:
         print(table(cells.all, METHODS))
         return

@@ -27,12 +27,14 @@ import argparse
 import itertools
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cells import Cells
 from tuning.methods import METHODS, missing
 from tuning.report import draw, tables
-from tuning.results import Case, Results, best_rate, rates_to_try
+from tuning.results import Case, best_rate, rates_to_try, said
 from tuning.training import before, speed, trained
 from tuning.world import TASKS, World
 
@@ -73,8 +75,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, help="recover on this text; what the original writes unless given")
     parser.add_argument("--own-text", type=Path, help="file to keep what the original writes in, for other runs")
     parser.add_argument("--test", type=Path, default=DATA / "wikitext2-excerpt.txt")
-    for name, (usual, said) in NUMBERS.items():
-        parser.add_argument(f"--{name}", type=int, default=usual, help=f"{said}; {usual} unless given")
+    for name, (usual, what) in NUMBERS.items():
+        parser.add_argument(f"--{name}", type=int, default=usual, help=f"{what}; {usual} unless given")
     args = parser.parse_args()
     if not args.tables and args.original is None:
         parser.error("name the checkpoint and the original")
@@ -96,42 +98,43 @@ def usable(methods: list[str]) -> list[str]:
     return [method for method in methods if method not in gone]
 
 
-def quality(world: World, results: Results, args: argparse.Namespace) -> None:
+def quality(world: World, cells: Cells, args: argparse.Namespace) -> None:
     """All cells: of every case all methods, the first seed of each with every rate, then the other seeds."""
     methods = usable(args.methods)
     cases = [Case(task, budget, pool) for task in args.task for budget in args.budgets for pool in args.pools]
     for case in cases:
         start = {"task": case.task, "method": "before"}
-        results.make(f"{case.task} before", start, lambda case=case: before(world, case))
+        cells.fill(f"{case.task} before", lambda case=case, start=start: {**start, **before(world, case)}, said)
 
     def cell(case: Case, method: str, rate: float, seed: int) -> None:
         facts = {**asdict(case), "method": method, "rate": rate, "seed": seed}
-        results.make(case.key(method, rate, seed), facts, lambda: trained(world, case, method, rate, seed))
+        cells.fill(case.key(method, rate, seed), lambda: {**facts, **trained(world, case, method, rate, seed)}, said)
 
     for case in cases:
         for method in methods:
             grid = args.rates or METHODS[method].rates
             failed: set[float] = set()
             while left := [
-                rate for rate in rates_to_try(results.cells, case, method, grid, args.more) if rate not in failed
+                rate for rate in rates_to_try(cells.all, case, method, grid, args.more) if rate not in failed
             ]:
                 cell(case, method, left[0], 0)
                 failed.add(left[0])  # or done, and not left any more
         for seed in range(1, args.seeds):
             for method in methods:
-                rate = best_rate(results.cells, case, method)
+                rate = best_rate(cells.all, case, method)
                 if rate is not None:
                     cell(case, method, rate, seed)
 
 
-def speeds(world: World, results: Results, args: argparse.Namespace) -> None:
+def speeds(world: World, cells: Cells, args: argparse.Namespace) -> None:
     """Table 1."""
     for budget, precision in itertools.product(args.budgets, ("float32", "bfloat16")):
         case = Case("python", budget, args.pools[0])
         for method in usable([*FAST]):
             facts = {"method": method, "precision": precision, "budget": budget}
             key = f"speed {method} {budget} {precision}"
-            results.make(key, facts, lambda c=case, m=method, p=precision: speed(world, c, m, p, args.timed))
+            timed = partial(speed, world, case, method, precision, args.timed)
+            cells.fill(key, lambda facts=facts, timed=timed: {**facts, **timed()}, said)
 
 
 def print_tables(paths: list[Path], plots: Path | None) -> None:
@@ -153,8 +156,8 @@ def main() -> None:
         device = device_for(args.device)
         with open_checkpoint(args.checkpoint) as checkpoint, open_checkpoint(args.original) as original:
             settings = settings_of(args, checkpoint, original)
-            results = Results.at(args.json, settings, named(device).strip() or "cpu")
-            (speeds if args.speed else quality)(World(checkpoint, original, args, device), results, args)
+            cells = Cells(args.json, settings, named(device).removeprefix(" on ") or "cpu")
+            (speeds if args.speed else quality)(World(checkpoint, original, args, device), cells, args)
     print_tables([path for path in args.json if path.exists()], args.plots)
 
 

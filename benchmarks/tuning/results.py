@@ -1,25 +1,14 @@
-"""The JSON files: cells of one group of settings each, written when they are done, read together by several processes.
-
-A cell is what one training found, with the case that it belongs to. A process writes one file and reads any others, so
-several of them may share the work of one table.
-"""
+"""What a cell of the tables is (`cells.py` keeps them), and at which learning rates a method is tried."""
 
 from __future__ import annotations
 
-import json
-import traceback
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from machine import describe as machine
+__all__ = ["LADDER", "Case", "Cell", "best_rate", "rates_to_try", "row_of", "said"]
 
-from swquant.output.destination import write_whole
-
-__all__ = ["LADDER", "Case", "Cell", "Results", "best_rate", "rates_to_try", "row_of"]
-
-Cell = dict[str, Any]
+Cell = dict[str, Any]  # what one training found, with the case that it belongs to
 LADDER = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # of learning rates
 
 
@@ -35,48 +24,9 @@ class Case:
         return f"{self.task} {method} {self.budget} {self.pool} {rate:g} {seed}"
 
 
-@dataclass
-class Results:
-    """cells: of all files that have the settings; own: those of the file that is written."""
-
-    path: Path
-    settings: dict[str, Any]
-    device: str = ""
-    own: dict[str, Cell] = field(default_factory=dict)
-    cells: dict[str, Cell] = field(default_factory=dict)
-
-    @staticmethod
-    def at(paths: Iterable[Path], settings: dict[str, Any], device: str) -> Results:
-        """The first file is written. Stops where a file holds cells of other settings."""
-        path, *others = paths
-        results = Results(path, settings, device)
-        for other in (*others, path):
-            if not other.exists():
-                continue
-            known = json.loads(other.read_text())
-            if known["settings"] != settings:
-                raise SystemExit(f"{other} holds cells of other settings; take another file\n{known['settings']}")
-            results.cells |= known["cells"]
-            if other == path:
-                results.own = known["cells"]
-        return results
-
-    def make(self, key: str, case: Mapping[str, Any], work: Callable[[], Cell]) -> None:
-        """A cell, unless it is there. One that fails is said and left out; the others go on."""
-        if key in self.cells:
-            return
-        try:
-            cell = {**case, **work()}
-        except Exception as error:
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            said = (str(error).splitlines() or [""])[0]
-            print(f"{key}: FAILED, {type(error).__name__}: {said} ({where.filename}:{where.lineno})", flush=True)
-            return
-        self.own[key] = self.cells[key] = cell
-        content = {"machine": {**machine(), "device": self.device}, "settings": self.settings, "cells": self.own}
-        write_whole(self.path, json.dumps(content, indent=1).encode())
-        said = " ".join(f"{name} {value:.5g}" for name, value in cell.items() if isinstance(value, float))
-        print(f"{key}: {said}", flush=True)
+def said(cell: Cell) -> str:
+    """In a line."""
+    return " ".join(f"{name} {value:.5g}" for name, value in cell.items() if isinstance(value, float))
 
 
 def tried(cells: Mapping[str, Cell], case: Case, method: str) -> dict[float, float]:

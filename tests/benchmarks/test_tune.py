@@ -19,7 +19,7 @@ sys.path.insert(0, str(PROJECT / "benchmarks"))
 
 import tune
 from tuning import peers, report, results
-from tuning.results import Case, Results
+from tuning.results import Case
 from tuning.world import World
 
 from swquant.training.model import trainable_model
@@ -77,20 +77,6 @@ def test_ranks_fill_what_they_may() -> None:
         ranks = peers.fitting_ranks(shapes, numbers)
         assert numbers - 2 * 96 < sum(rank * 96 for rank in ranks.values()) <= numbers
         assert max(ranks.values()) - min(ranks.values()) <= 1
-
-
-def test_a_cell_that_fails_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    made = Results.at([tmp_path / "a.json"], {"steps": 1}, "cpu")
-    made.make("bad", {}, lambda: {}["gone"])
-    made.make("good", {"method": "x"}, lambda: {"held_out": 1.0})
-    out = capsys.readouterr().out
-    assert "bad: FAILED, KeyError: 'gone'" in out
-    assert list(json.loads((tmp_path / "a.json").read_text())["cells"]) == ["good"]
-    both = Results.at([tmp_path / "b.json", tmp_path / "a.json"], {"steps": 1}, "cpu")
-    assert (list(both.cells), both.own) == (["good"], {})
-    both.make("good", {}, lambda: 1 / 0)  # is there
-    with pytest.raises(SystemExit, match="other settings"):
-        Results.at([tmp_path / "a.json"], {"steps": 2}, "cpu")
 
 
 def test_tables_are_made_of_what_is_there(tmp_path: Path) -> None:
