@@ -168,6 +168,7 @@ def merge(
     eval_text: str | None = None,
     against: Model | None = None,
     base: Model | None = None,
+    device: str = "auto",
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = silent,
@@ -188,7 +189,9 @@ def merge(
     from swquant.checkpoints.open import open_checkpoint
     from swquant.checkpoints.patched import PatchedCheckpoint
     from swquant.merge.pipeline import make_plan, merge_checkpoint, merge_patches
+    from swquant.models.devices import device_for
 
+    place = device_for(device)
     with ExitStack() as stack:
         opened = stack.enter_context(open_checkpoint(checkpoint, trust_remote_code=trust_remote_code, base=base))
         original = None
@@ -203,6 +206,7 @@ def merge(
             progress=progress,
             eval_text=eval_text,
             against=original,
+            device=place,
         )
 
 

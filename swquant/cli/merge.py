@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from swquant.cli.options import BASIC, OUTPUT, takes
-from swquant.cli.shared import JsonOption, TrustOption, make_progress, out, print_json, text_of
+from swquant.cli.shared import DeviceOption, JsonOption, TrustOption, make_progress, out, print_json, text_of
 from swquant.merge.options import MergeOptions
 
 __all__ = ["merge"]
@@ -57,6 +57,7 @@ def merge(
         bool, typer.Option("--overwrite", help="Replace OUT if it is a checkpoint already.", rich_help_panel=OUTPUT)
     ] = False,
     as_json: JsonOption = False,
+    device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
     *,
     options: MergeOptions,
@@ -72,6 +73,7 @@ def merge(
         eval_text=None if eval_text is None else text_of(eval_text),
         against=against,
         base=base,
+        device=device,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
         progress=make_progress(as_json),

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 
 from calibrationless import Evidence
-from swquant.checkpoints.base import Checkpoint
-from swquant.compress.plan import Plan, TensorPlan
+from swquant.compress.plan import TensorPlan
+from swquant.compress.prepared import Prepared
 from swquant.detect.found import Found
 from swquant.detect.own_text import SelfText, self_text
 from swquant.progress import Progress
@@ -18,24 +18,23 @@ __all__ = ["evidence_for", "text_of"]
 
 
 @contextmanager
-def text_of(
-    checkpoint: Checkpoint, found: Found, plan: Plan, *, low_memory: bool, progress: Progress
-) -> Iterator[SelfText | None]:
+def text_of(prepared: Prepared, progress: Progress) -> Iterator[SelfText | None]:
     """The model with text of its own, where the refinement needs it; None otherwise."""
-    options = plan.options
+    options = prepared.plan.options
     if options.refinement != "self":
         yield None
         return
-    names = [tensor.name for tensor in plan.quantized if not tensor.transposed]
+    names = [tensor.name for tensor in prepared.plan.quantized if not tensor.transposed]
     with self_text(
-        checkpoint,
-        found,
+        prepared.checkpoint,
+        prepared.found,
         names,
         texts=options.texts,
         text_from=options.text_from,
-        low_memory=low_memory,
+        low_memory=prepared.low_memory,
         seed=options.seed,
         progress=progress,
+        device=prepared.device,
     ) as text:
         yield text
 

@@ -86,9 +86,7 @@ def _write_weights(
         before, rest = plan.tensors[: steps.taken_up], plan.tensors[steps.taken_up :]
         text = None
         if rest:
-            text = stack.enter_context(
-                text_of(prepared.checkpoint, found, plan, low_memory=prepared.low_memory, progress=progress)
-            )
+            text = stack.enter_context(text_of(prepared, progress))
         bar = stack.enter_context(progress.bytes("Compressing", plan.source_bytes))
         bar.advance("", sum(tensor.source.nbytes for tensor in before))
         known = partial(evidence_for, found=found, refinement=plan.options.refinement, text=text)

@@ -6,7 +6,8 @@ in it is summed up; the layer's weights are rounded with these, and then they ar
 is in memory is one layer's matrices (of all layers they would be larger than the model) and the texts' hidden states.
 It is given the weights in the order of the layers (`compress.plan` sees to that); for one out of turn it begins again.
 
-Everything runs on one thread, so the same model gives the same bytes.
+Everything runs on one thread, so the same model gives the same bytes. On a GPU that the model fits on, text, passes,
+matrices and factors are made there, and stay there for the rounding.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calibrationless import Factor, damping_for, inverse_factor_
+from calibrationless import CPU, Factor, damping_for, inverse_factor_
 from swquant.checkpoints.base import Checkpoint
 from swquant.detect.found import Found
 from swquant.detect.pipeline import probed_model, watchable
-from swquant.detect.texts import length_for, other_writer, start_token, write_text
+from swquant.detect.texts import length_for, other_writer, runs_on, start_token, write_text
 from swquant.models.architecture import LinearKind
 from swquant.models.converted import as_built
 from swquant.models.layerwise import SideBySide, side_by_side
@@ -71,7 +72,7 @@ class SelfText:
     def _factor(self, gram: Tensor, exponents: Tensor | None) -> tuple[Factor, Tensor]:
         """In the matrix's own memory."""
         if exponents is not None:
-            inverse = torch.exp2(-exponents.to(torch.float32))
+            inverse = torch.exp2(-exponents.to(gram.device, torch.float32))
             gram.mul_(inverse).mul_(inverse.unsqueeze(1))
         importance = gram.diagonal().clone()
         with watchable(self._model):
@@ -138,9 +139,8 @@ class SelfText:
             yield
 
     def _runs(self) -> list[Callable[[], object]]:
-        return [
-            partial(self._model.base_model, input_ids=batch, use_cache=False) for batch in self._tokens.split(_BATCH)
-        ]
+        tokens = self._tokens.to(runs_on(self._model))
+        return [partial(self._model.base_model, input_ids=batch, use_cache=False) for batch in tokens.split(_BATCH)]
 
     def _read_through(self, layer: int) -> None:
         """Carry the texts on until they have been through a layer, from the beginning if they are past it."""
@@ -168,9 +168,10 @@ def self_text(
     low_memory: bool,
     seed: int,
     progress: Progress,
+    device: torch.device = CPU,
 ) -> Iterator[SelfText]:
     """The model with its own text. names: the stored weights that will be asked for, in that order. text_from: the
-    model that writes the text instead."""
+    model that writes the text instead. device: where both run, if they fit there."""
 
     def written_by(writer: PreTrainedModel) -> Tensor:
         start, length = start_token(checkpoint, found), length_for(checkpoint)
@@ -179,10 +180,10 @@ def self_text(
 
     tokens: Tensor | None = None
     if text_from is not None:
-        with other_writer(text_from, checkpoint) as other, probed_model(as_built(other), low_memory=False) as writer:
+        with other_writer(text_from, checkpoint) as other, probed_model(as_built(other), False, device) as writer:
             tokens = written_by(writer)
         del writer  # it would live on beside the model
-    with probed_model(checkpoint, low_memory) as model:
+    with probed_model(checkpoint, low_memory, device) as model:
         text = SelfText(model, found, tokens if tokens is not None else written_by(model), names)
         try:
             yield text

@@ -23,6 +23,7 @@ from swquant.detect.folds import find_folds
 from swquant.detect.found import Found
 from swquant.detect.prompt import DEFAULT_PROMPT
 from swquant.detect.published import published_for
+from swquant.detect.texts import runs_on
 from swquant.models.architecture import Architecture, describe
 from swquant.models.converted import as_built
 from swquant.models.devices import place_for
@@ -77,7 +78,7 @@ def watchable(model: PreTrainedModel) -> Iterator[None]:
 def run_text(model: PreTrainedModel, architecture: Architecture, tokens: torch.Tensor, **options: Any) -> Probe:
     """One pass of int64 [texts, tokens]. options: those of `run_probe`. Its logits are [texts, tokens, vocabulary]. The
     model may be on any device; what was seen is on the CPU."""
-    device = CPU if model.device.type == "meta" else model.device  # of a model whose weights stay in their files
+    device = runs_on(model)
     probe = run_probe(
         model,
         lambda: model(input_ids=tokens.to(device), use_cache=False).logits,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from calibrationless import CPU
 from exporters.errors import SwquantError
 from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.open import open_checkpoint
@@ -23,7 +24,7 @@ from swquant.checkpoints.tokenizer import context_of
 from swquant.detect.found import Found
 from swquant.progress import Progress
 
-__all__ = ["LENGTH", "length_for", "other_writer", "start_token", "write_text"]
+__all__ = ["LENGTH", "length_for", "other_writer", "runs_on", "start_token", "write_text"]
 
 LENGTH = 256  # tokens of a text
 
@@ -54,6 +55,11 @@ def other_writer(name: str, checkpoint: Checkpoint) -> Iterator[Checkpoint]:
         yield other
 
 
+def runs_on(model: PreTrainedModel) -> torch.device:
+    """Where tokens are given to it: of a model whose weights stay in their files, the CPU."""
+    return CPU if model.device.type == "meta" else model.device
+
+
 def start_token(checkpoint: Checkpoint, found: Found) -> int | None:
     """The BOS token where the tokenizer begins a text with one, else None."""
     bos = checkpoint.tokenizer().bos_token_id
@@ -72,7 +78,7 @@ def write_text(
     """int64 [texts, length] sampled from the model; start: the BOS token, or None for random first tokens."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.get_output_embeddings().get_parameter("weight").shape[0]
-    place = torch.device("cpu") if model.device.type == "meta" else model.device  # meta: its weights are in their files
+    place = runs_on(model)
     first = torch.randint(vocabulary, (texts, 1), generator=generator)
     tokens = first if start is None else torch.full((texts, 1), start)
     cache, step = None, tokens

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibrationless import Factor, Points, WeightError, dequantize, feed_back, measure, restore
+from calibrationless import CPU, Factor, Points, WeightError, dequantize, feed_back, measure, moved, restore
 from exporters import layouts
 from exporters.errors import SwquantError
 from exporters.sidecar import OUTLIERS, SETS
@@ -35,6 +35,7 @@ from swquant.detect.texts import length_for, write_text
 from swquant.evaluate.pipeline import evaluate_model
 from swquant.merge.options import MergeOptions
 from swquant.models.architecture import describe
+from swquant.models.devices import place_for
 from swquant.models.loading import running_model
 from swquant.output.destination import check_destination
 from swquant.output.rewritten import Changes, rewrite
@@ -97,19 +98,21 @@ def merge_checkpoint(
     progress: Progress = silent,
     eval_text: str | None = None,
     against: Checkpoint | None = None,
+    device: torch.device = CPU,
 ) -> Merged:
     """Carry out a plan. `out` appears whole or not at all. eval_text: to measure on; against: the original to compare
-    with there, by default the tuned model. Raises SwquantError."""
+    with there, by default the tuned model. device: where models run, if they fit, and tensors are rounded. Raises
+    SwquantError."""
     checkpoint = plan.checkpoint
     check_destination(out, overwrite, checkpoint)
     pieces: list[_Piece] = []
-    with _inputs_of(plan, progress) as inputs_of, progress.bytes("Merging", _bytes(plan)) as bar:
+    with _inputs_of(plan, progress, device) as inputs_of, progress.bytes("Merging", _bytes(plan)) as bar:
         for name in plan.tensors:
-            pieces.append(_merged(plan, name, inputs_of))
+            pieces.append(_merged(plan, name, inputs_of, device))
             bar.advance(name, checkpoint.tensors[name].nbytes)
-    record = _record(plan, len(pieces), *_cost(plan, pieces, progress))
+    record = _record(plan, len(pieces), *_cost(plan, pieces, progress, device))
     manifest = rewrite(checkpoint, out, _changes(plan, pieces, record), overwrite=overwrite, progress=progress)
-    evaluation = {} if eval_text is None else _evaluated(checkpoint, out, eval_text, against, progress)
+    evaluation = {} if eval_text is None else _evaluated(checkpoint, out, eval_text, against, progress, device)
     return Merged(out, manifest, record, evaluation)
 
 
@@ -139,14 +142,14 @@ Statistics = Callable[[str], tuple[Factor | None, Tensor | None]]
 
 
 @contextmanager
-def _inputs_of(plan: MergePlan, progress: Progress) -> Iterator[Statistics]:
+def _inputs_of(plan: MergePlan, progress: Progress, device: torch.device) -> Iterator[Statistics]:
     """Stored name -> factor and energy of its inputs on text of the tuned model, None where no text reaches."""
     checkpoint, options = plan.checkpoint, plan.options
     if not options.texts:
         yield lambda name: (None, None)
         return
     with progress.step(f"Probing {checkpoint.name} with one prompt"):
-        found = find_super_weights(checkpoint, checkpoint.manifest["detection"]["prompt"])
+        found = find_super_weights(checkpoint, checkpoint.manifest["detection"]["prompt"], device=device)
     names = [name for name in plan.tensors if name in found.architecture.weights]
     with self_text(
         checkpoint,
@@ -157,6 +160,7 @@ def _inputs_of(plan: MergePlan, progress: Progress) -> Iterator[Statistics]:
         low_memory=False,
         seed=options.seed,
         progress=progress,
+        device=device,
     ) as text:
         yield lambda name: (text.statistics(name, None) if name in names else None) or (None, None)
 
@@ -175,8 +179,9 @@ class _Piece:
     points: tuple[dict[str, Any], ...] = ()
 
 
-def _merged(plan: MergePlan, name: str, inputs_of: Statistics) -> _Piece:
-    """One tensor, as it is with the merged sets alone laid over it, in codes."""
+def _merged(plan: MergePlan, name: str, inputs_of: Statistics, device: torch.device) -> _Piece:
+    """One tensor, as it is with the merged sets alone laid over it, in codes. It is rounded on the device, and comes
+    back to the CPU."""
     checkpoint = plan.checkpoint
     record = checkpoint.manifest["tensors"][name]
     target = checkpoint.read_without(
@@ -190,8 +195,9 @@ def _merged(plan: MergePlan, name: str, inputs_of: Statistics) -> _Piece:
     )
     # A block may have moved the outliers that stay: they are read anew.
     kept = [Points.at(target, patch.rows, patch.cols) for patch in outliers if OUTLIERS not in plan.sets]
-    factor, energy = inputs_of(name)
-    new = feed_back(target, old, factor, *kept, *_super_weights(target, record))
+    factor, energy = moved(inputs_of(name), device)
+    held = moved((target, old, factor, kept, _super_weights(target, record)), device)
+    new = moved(feed_back(*held[:3], *held[3], *held[4]), CPU)
     module = name.removesuffix(".weight")
     int8_inputs = {f"{module}.weight", f"{module}.weight_scale"} == set(record["sha256"])
     parts = layouts.to_tensors(new, int8_inputs=int8_inputs)
@@ -199,25 +205,26 @@ def _merged(plan: MergePlan, name: str, inputs_of: Statistics) -> _Piece:
     points = tuple(
         {**item, "without_sidecar": float(bare[item["row"], item["col"]])} for item in record.get("super_weights", ())
     )
-    error = measure(target, new, *kept, importance=energy)
+    error = measure(target, new, *kept, importance=moved(energy, CPU))
     named = {f"{module}.{part}": tensor for part, tensor in parts.items()}
     return _Piece(name, named, restore(bare, *kept), kept[0] if kept else None, error, points)
 
 
-def _cost(plan: MergePlan, pieces: Sequence[_Piece], progress: Progress) -> tuple[float, float]:
+def _cost(plan: MergePlan, pieces: Sequence[_Piece], progress: Progress, device: torch.device) -> tuple[float, float]:
     """KL to the tuned model, on a little text that this writes: of the model as those see it who ignore the sidecar,
     and of the merged one."""
     checkpoint = plan.checkpoint
-    with progress.step("Measuring what it costs"), torch.no_grad():
-        tuned = running_model(checkpoint, torch.float32)
+    place, said = place_for(checkpoint, torch.float32, device, copies=2)
+    with progress.step(f"Measuring what it costs{said}"), torch.no_grad():
+        tuned = running_model(checkpoint, torch.float32, place)
         start, length = begins_with(checkpoint), length_for(checkpoint)
-        tokens = write_text(tuned, start, plan.options.seed + 1, silent, texts=_JUDGED, length=length)
+        tokens = write_text(tuned, start, plan.options.seed + 1, silent, texts=_JUDGED, length=length).to(place)
         goals = [tuned(input_ids=row.unsqueeze(0), use_cache=False).logits for row in tokens]
 
         def distance(other: Checkpoint) -> float:
-            model = running_model(other, torch.float32)
+            model = running_model(other, torch.float32, place)
             found = (model(input_ids=row.unsqueeze(0), use_cache=False).logits for row in tokens)
-            every = torch.ones(1, tokens.shape[1], dtype=torch.bool)
+            every = torch.ones(1, tokens.shape[1], dtype=torch.bool, device=place)
             return sum(float(divergence(mine, goal, every)) for mine, goal in zip(found, goals, strict=True)) / len(
                 goals
             )
@@ -281,7 +288,12 @@ def _record(plan: MergePlan, tensors: int, without: float, merged: float) -> Mer
 
 
 def _evaluated(
-    checkpoint: CompressedCheckpoint, out: Path, text: str, against: Checkpoint | None, progress: Progress
+    checkpoint: CompressedCheckpoint,
+    out: Path,
+    text: str,
+    against: Checkpoint | None,
+    progress: Progress,
+    device: torch.device,
 ) -> dict[str, tuple[float, float, float]]:
     """What `evaluate` says without the patches, with them, and of OUT, in windows of 512 tokens at most."""
     trust = checkpoint.trust_remote_code
@@ -290,7 +302,7 @@ def _evaluated(
         CompressedCheckpoint(out, trust_remote_code=trust) as merged,
     ):
         found = [
-            asdict(evaluate_model(model, text, against or checkpoint, window=512, progress=progress))
+            asdict(evaluate_model(model, text, against or checkpoint, window=512, device=device, progress=progress))
             for model in (without, checkpoint, merged)
         ]
     return {name: (found[0][name], found[1][name], found[2][name]) for name in ("perplexity", "kl", "top1")}

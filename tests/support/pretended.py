@@ -7,6 +7,7 @@ a tensor that was made in the wrong place is found. What it cannot show: other r
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -118,5 +119,18 @@ def pretended_gpu() -> Iterator[torch.device]:
         """torch makes this one without asking the mode."""
         return made(data, **how).to(GPU) if device == GPU else made(data, device=device, **how)
 
-    with _Mode(), mock.patch.object(torch, "tensor", tensor):
+    begun = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        """A mode is its thread's own."""
+        run = thread.run
+
+        def inside() -> None:
+            with _Mode():
+                run()
+
+        thread.run = inside  # type: ignore[method-assign]
+        begun(thread)
+
+    with _Mode(), mock.patch.object(torch, "tensor", tensor), mock.patch.object(threading.Thread, "start", start):
         yield GPU

@@ -110,6 +110,30 @@ def test_tuned_there(folder: Path, checkpoint: Path, tmp_path: Path, train: str,
     assert lost_there == pytest.approx(lost_here, rel=0.05)
 
 
+def test_a_task_is_learned_there(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """It helps with the task as much as on the CPU."""
+    (tmp_path / "text").write_text(TEXT)
+
+    def make(device: str, out: Path) -> None:
+        swquant.adapt(checkpoint, out, {"notes": tmp_path / "text"}, device=device, block=16, budget="0.5bits", texts=2,
+                      warmup=2, **TRAINED)  # fmt: skip
+
+    here, there = (
+        swquant.evaluate(path, TEXT, window=32, limit=4, task="notes", device=device).perplexity
+        for path, device in zip(on_both(make, tmp_path), DEVICES, strict=True)
+    )
+    assert there == pytest.approx(here, rel=0.02)
+
+
+def test_merged_there(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    tuned = swquant.tune(checkpoint, tmp_path / "tuned", against=folder, text=TEXT, device="cpu", block=16,
+                         budget="0.5bits", warmup=2, **TRAINED)  # fmt: skip
+    assert tuned is not None
+    found = [swquant.merge(tuned.path, tmp_path / device, texts=4, device=device).record for device in DEVICES]
+    here, there = (record["kl_merged"] for record in found if record is not None)
+    assert there == pytest.approx(here, rel=0.2)
+
+
 def test_distilled_there(folder: Path, tmp_path: Path) -> None:
     def make(device: str, out: Path) -> None:
         swquant.distill(folder, out, layers="0-3,last", text=("sample", TEXT), device=device, kd_until="0.5", **TRAINED)

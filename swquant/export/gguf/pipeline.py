@@ -137,7 +137,7 @@ def write_gguf(
 
     with (
         one_thread_per_operation(),
-        text_of(prepared.checkpoint, prepared.found, plan, low_memory=prepared.low_memory, progress=progress) as text,
+        text_of(prepared, progress) as text,
         closing(contents(text)) as stream,
     ):
         return _write(prepared.header, placed, items, stream, out, record, overwrite)

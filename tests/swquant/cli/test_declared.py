@@ -95,6 +95,7 @@ OWN = {
         "base",
         "eval_text",
         "against",
+        "device",
         "overwrite",
         "as_json",
         "trust_remote_code",

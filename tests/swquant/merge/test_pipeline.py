@@ -12,6 +12,8 @@ from support.tiny_models import PROMPT, TOKENS, Planted, planted_model, sample_t
 import swquant
 from exporters.sidecar import OUTLIERS, SIDECAR
 from swquant.checkpoints.compressed import CompressedCheckpoint
+from swquant.detect import texts as own_texts
+from swquant.models import devices
 from swquant.models.architecture import describe
 from swquant.training.patched import write_patched
 
@@ -69,6 +71,19 @@ def test_blocks_become_codes_and_nothing_else_changes(cli: Cli, tuned: Path, tmp
     assert merged < 0.5 * without
     before = swquant.inspect(tuned.parent / "c")["totals"]["bits_per_quantized_weight"]
     assert new["totals"]["bits_per_quantized_weight"] == pytest.approx(before, abs=1e-4)
+
+
+def test_another_device_merges_as_well(
+    tuned: Path, tmp_path: Path, gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own_texts, "LENGTH", 24)
+    here = swquant.merge(tuned, tmp_path / "here", texts=2, device="cpu").record
+    monkeypatch.setattr(devices, "device_for", lambda _: gpu)
+    there = swquant.merge(tuned, tmp_path / "there", texts=2).record
+    assert here is not None
+    assert there is not None
+    assert there["kl_merged"] == pytest.approx(here["kl_merged"], rel=0.1)
+    assert swquant.verify(tmp_path / "there") == []
 
 
 def test_feedback_keeps_more_than_the_nearest_codes(tuned: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +15,12 @@ import swquant
 from calibrationless import loops
 from exporters.errors import SwquantError
 from swquant.checkpoints.open import open_checkpoint
+from swquant.detect import texts
+from swquant.detect.own_text import self_text
 from swquant.detect.pipeline import find_super_weights, probed_model
 from swquant.models import devices
 from swquant.models.devices import device_for, place_for
+from swquant.progress import silent
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, count: int = 1, free: int = 1 << 40) -> None:
@@ -95,18 +100,49 @@ def test_detection_on_another_device_finds_the_same(monkeypatch: pytest.MonkeyPa
         torch.testing.assert_close(there.probe.linears[name].energy, record.energy)
 
 
+def test_what_its_own_text_says_is_found_out_there(monkeypatch: pytest.MonkeyPatch, planted_llama: Planted) -> None:
+    pretend_memory(monkeypatch)
+    monkeypatch.setattr(texts, "LENGTH", 24)
+    names = [f"model.layers.{layer}.mlp.{kind}_proj.weight" for layer in (0, 1) for kind in ("gate", "down")]
+    exponents = torch.arange(64) % 3 - 1
+
+    def statistics(device: torch.device) -> Iterator[tuple[torch.Tensor, ...]]:
+        with self_text(
+            checkpoint, found, names, texts=5, text_from=None, low_memory=False, seed=0, progress=silent, device=device
+        ) as text:
+            for name in names:
+                ((order, upper), energy) = text.statistics(name, exponents if "gate" in name else None)
+                yield order, upper, energy
+
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        with open_checkpoint(planted_llama.folder) as checkpoint:
+            found = find_super_weights(checkpoint, PROMPT)
+            here = list(statistics(torch.device("cpu")))
+            with pretended_gpu() as gpu:
+                there = list(statistics(gpu))
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    for ours, theirs in zip(here, there, strict=True):
+        assert {item.device for item in theirs} == {GPU}
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(other.cpu(), mine, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"preset": "best", "texts": 3}], ids=str)
 def test_compress_on_another_device_writes_a_checkpoint_as_good(
-    monkeypatch: pytest.MonkeyPatch, planted_llama: Planted, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, planted_llama: Planted, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     pretend_memory(monkeypatch)
+    monkeypatch.setattr(texts, "LENGTH", 24)
     monkeypatch.setattr(loops, "COMPILED", frozenset())
-    here = swquant.compress(planted_llama.folder, tmp_path / "here", prompt=PROMPT, device="cpu")
+    here = swquant.compress(planted_llama.folder, tmp_path / "here", prompt=PROMPT, device="cpu", **options)
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
         with pretended_gpu() as gpu:
             monkeypatch.setattr(devices, "device_for", lambda _: gpu)
-            there = swquant.compress(planted_llama.folder, tmp_path / "there", prompt=PROMPT, device="cuda")
+            there = swquant.compress(planted_llama.folder, tmp_path / "there", prompt=PROMPT, device="cuda", **options)
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(False)
     assert (here.manifest["device"], there.manifest["device"]) == ("cpu", GPU.type)
