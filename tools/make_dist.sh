@@ -26,4 +26,8 @@ for wheel in "$work"/built/*-linux_*.whl; do
     auditwheel repair --wheel-dir dist "$wheel"
 done
 twine check --strict dist/*
+for archive in dist/*; do
+    case $archive in *.whl) module=zipfile ;; *) module=tarfile ;; esac
+    python -m "$module" --list "$archive" | grep '/LICENSE' >/dev/null || { echo "$archive: no LICENSE in it" >&2; exit 1; }
+done
 ls -l dist

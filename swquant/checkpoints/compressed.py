@@ -21,7 +21,7 @@ from exporters.sidecar import SidecarReader
 from swquant.checkpoints.base import Checkpoint, Stored
 from swquant.checkpoints.companions import copy_companions
 from swquant.checkpoints.configuration import handed_on, load_config
-from swquant.checkpoints.manifest import MANIFEST, is_onnx, read_manifest
+from swquant.checkpoints.manifest import MANIFEST, is_checkpoint, read_manifest
 from swquant.checkpoints.origin import front_matter, repository_id
 from swquant.checkpoints.patch_sets import open_patches
 from swquant.checkpoints.pool import AUTO, ChosenSet, pool_of, set_of
@@ -30,6 +30,12 @@ from swquant.checkpoints.shards import shard_names
 from swquant.checkpoints.stored import check_decoded, check_dense, check_hashes
 
 __all__ = ["CompressedCheckpoint"]
+
+# Kind of a folder that was exported -> what is said of it here, where tensors are wanted.
+_ELSEWHERE = {
+    "onnx": f"{MANIFEST} is that of an ONNX folder, but the graph is missing; fetch it again",
+    "mlx": "a folder for MLX, which mlx-lm reads (mlx_lm.generate); here, give the model or checkpoint that it was made from",
+}
 
 
 class CompressedCheckpoint(Checkpoint):
@@ -56,10 +62,8 @@ class CompressedCheckpoint(Checkpoint):
         self.name = name or folder.resolve().name
         self.trust_remote_code = trust_remote_code
         manifest = read_manifest(folder)
-        if is_onnx(manifest):
-            raise SwquantError(
-                f"{self.name}: {MANIFEST} is that of an ONNX folder, but the graph is missing; fetch it again"
-            )
+        if not is_checkpoint(manifest):
+            raise SwquantError(f"{self.name}: {_ELSEWHERE[manifest['kind']]}")
         self.manifest = manifest
         self.fingerprint = manifest["digest"]
         self._records = manifest["tensors"]

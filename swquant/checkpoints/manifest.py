@@ -1,5 +1,7 @@
 """The manifest, `swquant/manifest.json`: what a compressed checkpoint is, how it was made, and a hash of every byte.
 
+What is exported into a folder has one, too, of a `kind` of its own; a checkpoint's has none.
+
 It is written last, so a folder without one is unfinished. `digest` is the sha256 of the manifest itself with
 that field empty. Nothing in it depends on the machine, the time or the number of threads.
 
@@ -27,15 +29,30 @@ from swquant.checkpoints.schema import (
     CheckpointManifest,
     DenseRecord,
     Manifest,
+    MlxContent,
+    MlxManifest,
     OnnxContent,
     OnnxManifest,
+    OptionsRecord,
     RoundedRecord,
     TensorRecord,
 )
 
-__all__ = ["MANIFEST", "content_of", "is_onnx", "read_manifest", "rounded", "stored_as", "write_manifest"]
+__all__ = [
+    "MANIFEST",
+    "content_of",
+    "is_checkpoint",
+    "is_onnx",
+    "made_with",
+    "read_manifest",
+    "rounded",
+    "stored_as",
+    "write_manifest",
+]
 
 MANIFEST = "swquant/manifest.json"
+_CHECKPOINT = "checkpoint"  # the kind that is not written
+_TYPES: dict[str, type] = {_CHECKPOINT: CheckpointManifest, "onnx": OnnxManifest, "mlx": MlxManifest}
 _LONGEST = 100  # characters of a file's text in a message
 
 
@@ -47,7 +64,9 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 def write_manifest(folder: Path, content: CheckpointContent) -> CheckpointManifest: ...
 @overload
 def write_manifest(folder: Path, content: OnnxContent) -> OnnxManifest: ...
-def write_manifest(folder: Path, content: CheckpointContent | OnnxContent) -> Manifest:
+@overload
+def write_manifest(folder: Path, content: MlxContent) -> MlxManifest: ...
+def write_manifest(folder: Path, content: CheckpointContent | OnnxContent | MlxContent) -> Manifest:
     """Write `content` with format, version and digest. Returns what was written."""
     manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "digest": "", **content}
     manifest["digest"] = _digest(manifest)
@@ -60,9 +79,19 @@ def content_of(manifest: CheckpointManifest) -> dict[str, Any]:
     return {key: value for key, value in manifest.items() if key not in ("format", "version", "digest")}
 
 
+def is_checkpoint(manifest: Manifest) -> TypeIs[CheckpointManifest]:
+    """Whether a manifest is a compressed checkpoint's, not that of something exported."""
+    return "kind" not in manifest
+
+
 def is_onnx(manifest: Manifest) -> TypeIs[OnnxManifest]:
-    """Whether a manifest is that of an ONNX folder; otherwise it is a checkpoint's."""
-    return "kind" in manifest
+    """Whether a manifest is that of an ONNX folder."""
+    return manifest.get("kind") == "onnx"
+
+
+def made_with(manifest: Manifest) -> OptionsRecord:
+    """The options of `compress`: the checkpoint's own, or those of the one that was exported."""
+    return manifest["options"] if is_checkpoint(manifest) else manifest["compression"]["options"]
 
 
 def rounded(tensors: Mapping[str, TensorRecord]) -> dict[str, RoundedRecord]:
@@ -76,8 +105,8 @@ def stored_as(record: TensorRecord) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint or ONNX folder. Raises SwquantError where it is missing, altered, from the future,
-    or holds anything but what `schema` says."""
+    """The manifest of a checkpoint, or of a folder that was exported. Raises SwquantError where it is missing, altered,
+    from the future, or holds anything but what `schema` says."""
     path = folder / MANIFEST
     if not path.is_file():
         raise SwquantError(f"{folder}: no {MANIFEST}; not a checkpoint made by swquant, or an unfinished one")
@@ -113,9 +142,13 @@ def _check_types(path: Path, manifest: Mapping[str, Any]) -> None:
     """Raise SwquantError for the first key that is missing, unknown or of another type than `schema` says."""
     from pydantic import ValidationError
 
-    validator = _validator(OnnxManifest if "kind" in manifest else CheckpointManifest)
+    kind = manifest.get("kind", _CHECKPOINT)
+    if not isinstance(kind, str) or kind not in _TYPES:
+        raise SwquantError(
+            f"{path}: kind {_shown(kind)} is none that this version knows; update swquant, or fetch it again"
+        )
     try:
-        validator.validate_python(manifest, strict=True, extra="forbid")
+        _validator(_TYPES[kind]).validate_python(manifest, strict=True, extra="forbid")
     except ValidationError as error:
         problem = next(_problems(error.errors(include_url=False, include_context=False), manifest))
         raise SwquantError(f"{path}: {problem}, or fetch it again") from None

@@ -29,9 +29,7 @@ class OnnxFolder(ModelFolder):
         self.trust_remote_code = trust_remote_code
         manifest = read_manifest(folder)
         if not is_onnx(manifest):
-            raise SwquantError(
-                f"{self.name}: {MODEL} does not belong to this checkpoint, its manifest says; take it away"
-            )
+            raise SwquantError(f"{self.name}: {MODEL} does not belong to this folder, its manifest says; take it away")
         self.manifest = manifest
         self.fingerprint = manifest["digest"]
         self.raw_config = read_json(folder / "config.json")

@@ -1,4 +1,4 @@
-"""The types of the manifest: every key that `swquant/manifest.json` can have, of a checkpoint and of an ONNX folder.
+"""The types of the manifest: every key that `swquant/manifest.json` can have, of a checkpoint and of what is exported.
 
 Writers build these, `read_manifest` checks what it reads against them, so readers need no check of their own, and mypy
 knows every key. docs/format.md says what each key means; a test compares the two. To add a key, add it here as
@@ -12,6 +12,7 @@ from typing import Literal, NotRequired, final
 
 from typing_extensions import TypedDict  # pydantic reads that of `typing` from Python 3.12 on
 
+from swquant.checkpoints.onnx_schema import CheckRecord, ExportRecord, NodeRecord
 from swquant.checkpoints.pool_schema import PoolRecord
 
 __all__ = [
@@ -19,23 +20,22 @@ __all__ = [
     "UNUSED",
     "VERSION",
     "ActivationsRecord",
-    "CheckRecord",
     "CheckpointContent",
     "CheckpointManifest",
     "CheckpointTotals",
     "CompressionRecord",
     "DenseRecord",
     "DetectionRecord",
-    "ExportRecord",
+    "ExportTotals",
     "FileEntry",
     "InputsRecord",
     "LayerRecord",
     "Manifest",
     "MergeRecord",
-    "NodeRecord",
+    "MlxContent",
+    "MlxManifest",
     "OnnxContent",
     "OnnxManifest",
-    "OnnxTotals",
     "OptionsRecord",
     "PointRecord",
     "PublishedRecord",
@@ -89,15 +89,6 @@ class OptionsRecord(TypedDict):
     shard_size: str
     prompt: str
     seed: int
-
-
-class ExportRecord(TypedDict):
-    """The fields of `ExportOptions`."""
-
-    graph: str
-    precision: str
-    accuracy_level: int | None
-    lm_head_bits: int
 
 
 class SuperWeightRecord(TypedDict):
@@ -299,8 +290,8 @@ class CheckpointTotals(TypedDict):
     source_bytes: int
 
 
-class OnnxTotals(TypedDict):
-    """Sums over all files."""
+class ExportTotals(TypedDict):
+    """Sums over all files of an exported folder."""
 
     bytes: int
 
@@ -310,36 +301,6 @@ class CompressionRecord(TypedDict):
 
     source: SourceRecord
     options: OptionsRecord
-
-
-class CheckRecord(TypedDict):
-    """How the graph compares with the model that it was made from."""
-
-    runtime: str
-    prompt_tokens: int
-    generated_tokens: int
-    same_tokens: int
-    operator_library: bool
-    largest_difference: float
-    tolerance: float
-    without_outliers: float | None
-    providers: dict[str, int]
-    long_tokens: NotRequired[int]
-    unreached: NotRequired[list[int]]
-
-
-class NodeRecord(TypedDict):
-    """A quantized linear layer of the graph."""
-
-    shape: list[int]
-    operator: str
-    bits: int
-    block: int
-    offsets: NotRequired[bool]
-    outliers: int
-    trained_blocks: NotRequired[int]
-    channels: int
-    bytes: int
 
 
 class _Seal(TypedDict):
@@ -381,7 +342,21 @@ class OnnxContent(_Common):
     check: CheckRecord
     operators: dict[str, int]
     weights: dict[str, NodeRecord]
-    totals: OnnxTotals
+    totals: ExportTotals
+
+
+class MlxContent(_Common):
+    """What `export` says of a folder for MLX; its `tensors` are none. bits, group_size: of most layers. quantized,
+    dense: how many tensors are. left_out: what the checkpoint has and MLX cannot hold."""
+
+    kind: Literal["mlx"]
+    compression: CompressionRecord
+    bits: int
+    group_size: int
+    quantized: int
+    dense: int
+    left_out: list[str]
+    totals: ExportTotals
 
 
 @final
@@ -394,4 +369,9 @@ class OnnxManifest(OnnxContent, _Seal):
     """The manifest of an ONNX folder."""
 
 
-Manifest = CheckpointManifest | OnnxManifest
+@final
+class MlxManifest(MlxContent, _Seal):
+    """The manifest of a folder for MLX."""
+
+
+Manifest = CheckpointManifest | OnnxManifest | MlxManifest

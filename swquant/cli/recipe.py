@@ -37,11 +37,9 @@ def _recipe(context: typer.Context, path: Path | None) -> Path | None:
 def _like(context: typer.Context, folder: Path | None) -> Path | None:
     if folder is not None:
         from swquant.api import inspect
+        from swquant.checkpoints.manifest import made_with
 
-        options = inspect(folder)["options"]
-        if "bits" not in options:
-            raise SwquantError(f"{folder}: an ONNX folder, which has no options of compress; give a checkpoint")
-        given = {name: value for name, value in options.items() if value is not None}
+        given = {name: value for name, value in made_with(inspect(folder)).items() if value is not None}
         context.default_map = {**_taken(context, str(folder), given), **(context.default_map or {})}
     return folder
 

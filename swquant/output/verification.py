@@ -1,8 +1,9 @@
-"""`verify`: read every byte of a compressed checkpoint again and hold it against the manifest.
+"""`verify`: read every byte of a checkpoint, or of an exported folder, again and hold it against the manifest.
 
 A hash only says that a file is the one that the manifest lists. So what a loader would refuse (scales that are not
 finite, shapes that contradict each other, outliers that lie outside) is looked for, too, by the functions that loaders
-call: a checkpoint that verifies can be loaded.
+call: a checkpoint that verifies can be loaded. What was exported is for other
+programs, which have checks of their own: there it is hashes.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from exporters.pool_file import POOL, PoolFile
 from exporters.safetensors_file import FileRecord, SafetensorsReader
 from exporters.sidecar import SIDECAR, SidecarReader
 from exporters.text import shown
-from swquant.checkpoints.manifest import MANIFEST, read_manifest
+from swquant.checkpoints.manifest import MANIFEST, is_checkpoint, read_manifest
 from swquant.checkpoints.origin import CARD
 from swquant.checkpoints.patch_sets import uncounted
 from swquant.checkpoints.pool import pool_file_problem
-from swquant.checkpoints.schema import FileEntry, Manifest
+from swquant.checkpoints.schema import CheckpointManifest, FileEntry, Manifest
 from swquant.checkpoints.stored import check_stored
 from swquant.output.contents import contents
 from swquant.progress import Progress
@@ -49,7 +50,7 @@ def file_table(folder: Path, known: Mapping[str, FileRecord] = MappingProxyType(
 
 
 def verify(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint, one sentence each; an empty list if nothing is.
+    """What is wrong with a checkpoint or an exported folder, one sentence each; an empty list if nothing is.
 
     Checked: the manifest's own digest and bytes, that exactly the listed files exist and nothing else, the sha256 of
     every file (of README.md, which may be rewritten, only that it is there) and every tensor, that every tensor lies in
@@ -106,12 +107,12 @@ def _verify_file(path: Path, name: str, manifest: Manifest) -> list[str]:
         return []
     if size != listed["bytes"]:
         return [f"{name}: {size} bytes, the manifest says {listed['bytes']}"]
-    if name.endswith(".safetensors"):
+    if name.endswith(".safetensors") and is_checkpoint(manifest):
         return _verify_weights(path, name, manifest)
     return [] if _sha256(path) == listed["sha256"] else [f"{name}: its sha256 is not the manifest's"]
 
 
-def _verify_weights(path: Path, name: str, manifest: Manifest) -> list[str]:
+def _verify_weights(path: Path, name: str, manifest: CheckpointManifest) -> list[str]:
     if _sha256(path) != manifest["files"][name]["sha256"]:
         return [f"{name}: its sha256 is not the manifest's" + _damaged_tensor(path, name, manifest)]
     try:
@@ -138,7 +139,7 @@ def _verify_weights(path: Path, name: str, manifest: Manifest) -> list[str]:
         return [str(error)]
 
 
-def _damaged_tensor(path: Path, name: str, manifest: Manifest) -> str:
+def _damaged_tensor(path: Path, name: str, manifest: CheckpointManifest) -> str:
     """Which tensor of a damaged file is damaged, where that can be told."""
     try:
         with SafetensorsReader(path) as reader:
@@ -154,7 +155,7 @@ def _damaged_tensor(path: Path, name: str, manifest: Manifest) -> str:
     return ""
 
 
-def _verify_sidecar(path: Path, manifest: Manifest) -> list[str]:
+def _verify_sidecar(path: Path, manifest: CheckpointManifest) -> list[str]:
     sidecar = SidecarReader(path)
     try:
         odd = uncounted(sidecar, manifest)

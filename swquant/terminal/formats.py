@@ -12,14 +12,13 @@ from rich.console import Console
 from swquant.terminal.activations import show_activations
 from swquant.terminal.gguf import show_gguf
 from swquant.terminal.manifest import show_losses, show_manifest
-from swquant.terminal.mlx import show_mlx
+from swquant.terminal.mlx import show_mlx, show_mlx_manifest
 from swquant.terminal.onnx import show_export, show_onnx_manifest
 from swquant.terminal.plan import show_result
 
 if TYPE_CHECKING:
     from swquant.checkpoints.schema import CheckpointManifest, Manifest
     from swquant.export.gguf.pipeline import GgufRecord
-    from swquant.export.mlx.pipeline import MlxRecord
 
 __all__ = ["VIEWS", "View", "view_of"]
 
@@ -42,10 +41,10 @@ VIEWS = {
     "checkpoint": View(show_result, _show_checkpoint, show_losses),
     "onnx": View(show_export, show_onnx_manifest, None),
     "gguf": View(show_gguf, None, None),
-    "mlx": View(show_mlx, None, None),
+    "mlx": View(show_mlx, show_mlx_manifest, None),
 }
 
 
-def view_of(manifest: Manifest | GgufRecord | MlxRecord) -> View:
+def view_of(manifest: Manifest | GgufRecord) -> View:
     """The row of what a manifest describes."""
     return VIEWS[str(manifest.get("kind", "checkpoint"))]

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from swquant.checkpoints.schema import CheckRecord, NodeRecord, OnnxManifest
+from swquant.checkpoints.onnx_schema import CheckRecord, NodeRecord
+from swquant.checkpoints.schema import OnnxManifest
 from swquant.terminal.table import make_table, show_table
 from swquant.terminal.text import marked, marked_sentence, sentence
 from swquant.units import human_bytes

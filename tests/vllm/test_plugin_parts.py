@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.paths import PROJECT
 from torch import Tensor
 
 from calibrationless import Blocks, Channel, Group, Patch, Points, dequantize, quantize, restore
@@ -256,3 +258,9 @@ def test_a_sidecar_that_is_no_safetensors_file_is_refused(tmp_path: Path) -> Non
     (folder / SIDECAR).write_bytes(b"\xff" * 100)
     with pytest.raises(SidecarError, match="fetch it again"):
         open_checkpoint(sign(folder))
+
+
+def test_its_archives_hold_the_license() -> None:
+    folder = PROJECT / "plugins/vllm"
+    assert (folder / "LICENSE").read_bytes() == (PROJECT / "LICENSE").read_bytes()
+    assert tomllib.loads((folder / "pyproject.toml").read_text())["project"]["license-files"] == ["LICENSE"]

@@ -3,6 +3,9 @@
 Codes and scales are copied, nothing is rounded again. MLX has no sidecar: outliers are left out, which is said, and
 their codes stand for them; blocks that `tune` trained change what a model says, so a checkpoint with some is refused.
 `compress --format mlx` goes by way of a checkpoint with a real offset for every group, which MLX holds as it is.
+
+mlx-lm looks at the folder's own files; `swquant/manifest.json` below it says what it is, with a hash of each of them,
+so that `verify` and `inspect` know it and `--overwrite` may replace it.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,46 +23,33 @@ from calibrationless import Group
 from exporters import mlx
 from exporters.errors import SwquantError
 from exporters.json_file import write_json
-from exporters.safetensors_file import SafetensorsWriter
+from exporters.safetensors_file import FileRecord, SafetensorsWriter
 from exporters.sidecar import SETS
 from swquant.checkpoints.base import Stored
 from swquant.checkpoints.compressed import CompressedCheckpoint
-from swquant.checkpoints.manifest import rounded
+from swquant.checkpoints.manifest import rounded, write_manifest
+from swquant.checkpoints.schema import FileEntry, MlxContent, MlxManifest
 from swquant.compress.pipeline import written
 from swquant.compress.prepared import Prepared
 from swquant.models.architecture import describe
 from swquant.output.destination import check_destination, check_space, replace, unfinished, writing
+from swquant.output.verification import check_result, file_table
 from swquant.progress import Progress, silent
 from swquant.version import __version__
 
-__all__ = ["MlxFolder", "MlxRecord", "check_plan", "export_mlx", "write_mlx"]
+__all__ = ["MlxFolder", "check_plan", "export_mlx", "write_mlx"]
 
 _SHARD = 5_000_000_000  # bytes of one file of weights
 _OURS = ("swquant", "quantization_config", "torch_dtype")
 Form = tuple[str, torch.dtype, tuple[int, ...]]
 
 
-class MlxRecord(TypedDict):
-    """What a folder is, for people and `--json`. bits, group_size: of most layers. left_out: what the checkpoint has
-    and MLX cannot hold."""
-
-    kind: Literal["mlx"]
-    swquant: str
-    source: str
-    bits: int
-    group_size: int
-    quantized: int
-    dense: int
-    left_out: list[str]
-    bytes: int
-
-
 @dataclass(frozen=True)
 class MlxFolder:
-    """A finished folder and what is in it."""
+    """A finished folder and its manifest."""
 
     path: Path
-    manifest: MlxRecord
+    manifest: MlxManifest
 
 
 def check_plan(prepared: Prepared) -> None:
@@ -106,25 +96,44 @@ def export_mlx(
     check_space(out, size)
     said = mlx.quantization_config({_module(name): (scheme.bits, scheme.group) for name, scheme in schemes.items()})
     with writing(out, size), unfinished(out) as folder:
-        _write_weights(checkpoint, schemes, folder, size, progress)
+        written = _write_weights(checkpoint, schemes, folder, size, progress)
         checkpoint.save_companions(folder)
         config = {key: value for key, value in checkpoint.raw_config.items() if key not in _OURS}
         write_json(
             folder / "config.json", {**config, "quantization": said, "quantization_config": said}, constants=True
         )
+        (folder / "swquant").mkdir()
+        manifest = write_manifest(
+            folder, _content(checkpoint, said, left_out, len(schemes), file_table(folder, written))
+        )
+        check_result(folder, out, progress)
         replace(folder, out, overwrite)
-    record: MlxRecord = {
+    return MlxFolder(out, manifest)
+
+
+def _content(
+    checkpoint: CompressedCheckpoint,
+    said: Mapping[str, Any],
+    left_out: list[str],
+    quantized: int,
+    files: dict[str, FileEntry],
+) -> MlxContent:
+    """What the manifest says. said: the `quantization` of config.json; quantized: how many tensors are."""
+    return {
         "kind": "mlx",
         "swquant": __version__,
-        "source": checkpoint.name,
+        "source": {"name": checkpoint.name, "kind": checkpoint.kind, "fingerprint": checkpoint.fingerprint},
+        "compression": {"source": checkpoint.manifest["source"], "options": checkpoint.manifest["options"]},
+        "detection": checkpoint.manifest["detection"],
         "bits": said["bits"],
         "group_size": said["group_size"],
-        "quantized": len(schemes),
-        "dense": len(checkpoint.tensors) - len(schemes),
+        "quantized": quantized,
+        "dense": len(checkpoint.tensors) - quantized,
         "left_out": left_out,
-        "bytes": size,
+        "totals": {"bytes": sum(record["bytes"] for record in files.values())},
+        "tensors": {},
+        "files": files,
     }
-    return MlxFolder(out, record)
 
 
 @dataclass(frozen=True)
@@ -169,8 +178,8 @@ def _write_weights(
     folder: Path,
     size: int,
     progress: Progress,
-) -> None:
-    """Shards of at most 5 GB, and their index, as mlx-lm writes them."""
+) -> dict[str, FileRecord]:
+    """Shards of at most 5 GB, and their index, as mlx-lm writes them. Returns the shards' hashes."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name in checkpoint.tensors:
@@ -181,6 +190,7 @@ def _write_weights(
         shards[-1].append(name)
         filled += nbytes
     where: dict[str, str] = {}
+    written: dict[str, FileRecord] = {}
     with progress.bytes("Writing", size) as bar:
         for number, names in enumerate(shards, start=1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -190,9 +200,10 @@ def _write_weights(
                     for part, tensor in _tensors(checkpoint, name, rounded=name in schemes):
                         writer.write(part, tensor)
                         bar.advance(part, tensor.nbytes)
-                writer.finish()
+                written[file] = writer.finish()
             where |= {form[0]: file for form in forms}
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where})
+    return written
 
 
 def _tensors(checkpoint: CompressedCheckpoint, name: str, *, rounded: bool) -> Iterator[tuple[str, Tensor]]:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from calibrationless import CPU
 from exporters.errors import SwquantError
 from exporters.onnx.files import MODEL
-from swquant.checkpoints.schema import CheckRecord
+from swquant.checkpoints.onnx_schema import CheckRecord
 from swquant.export.onnx.lengths import BEHIND, changes_of, length_past, pieces_of, reached
 from swquant.export.onnx.options import ExportOptions
 from swquant.models.onnx_model import OnnxModel

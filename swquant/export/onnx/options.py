@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypedDict, cast
 from swquant.declared import check_choices, described
 
 if TYPE_CHECKING:
-    from swquant.checkpoints.schema import ExportRecord
+    from swquant.checkpoints.onnx_schema import ExportRecord
 
 __all__ = ["ExportKeywords", "ExportOptions"]
 

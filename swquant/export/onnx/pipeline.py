@@ -27,7 +27,8 @@ from exporters.onnx.write import count_operators, save, weight_bytes
 from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.compressed import CompressedCheckpoint
 from swquant.checkpoints.manifest import write_manifest
-from swquant.checkpoints.schema import CheckRecord, NodeRecord, OnnxManifest
+from swquant.checkpoints.onnx_schema import CheckRecord, NodeRecord
+from swquant.checkpoints.schema import OnnxManifest
 from swquant.compress.pipeline import written
 from swquant.compress.prepared import Prepared
 from swquant.export.onnx.builder import check_builder

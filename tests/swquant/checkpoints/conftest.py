@@ -1,4 +1,4 @@
-"""A checkpoint and an ONNX folder whose manifests have every key: made once per session."""
+"""A checkpoint, an ONNX folder and one for MLX whose manifests have every key: made once per session."""
 
 from __future__ import annotations
 
@@ -26,3 +26,9 @@ def int8(bf16_llama: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint = compressed_model("llama", tmp_path_factory.mktemp("llama"))
     return swquant.export(checkpoint, checkpoint.parent / "onnx", graph="genai").path
+
+
+@pytest.fixture(scope="session")
+def mlx(compressed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for MLX, without the outliers of its checkpoint."""
+    return swquant.export(compressed, tmp_path_factory.mktemp("mlx") / "out", format="mlx").path

@@ -22,8 +22,8 @@ from support.paths import PROJECT
 import swquant
 from calibrationless import LayerSpike, SuperActivation, SuperWeight
 from exporters.json_file import read_json
-from swquant.checkpoints import pool_schema, schema
-from swquant.checkpoints.manifest import MANIFEST, is_onnx, read_manifest, write_manifest
+from swquant.checkpoints import onnx_schema, pool_schema, schema
+from swquant.checkpoints.manifest import MANIFEST, is_checkpoint, is_onnx, made_with, read_manifest, write_manifest
 from swquant.compress.options import CompressOptions
 from swquant.export.onnx.options import ExportOptions
 
@@ -31,9 +31,10 @@ from swquant.export.onnx.options import ExportOptions
 TABLES: dict[str, tuple[Any, ...]] = {
     "a checkpoint": (schema.CheckpointManifest,),
     "an ONNX folder": (schema.OnnxManifest,),
+    "a folder for MLX": (schema.MlxManifest,),
     "`source`": (schema.SourceRecord,),
     "`options` of a checkpoint, as in [commands](commands.md)": (schema.OptionsRecord,),
-    "`options` of an ONNX folder": (schema.ExportRecord,),
+    "`options` of an ONNX folder": (onnx_schema.ExportRecord,),
     "`detection`": (schema.DetectionRecord,),
     "`detection.super_weights`, `detection.cancellers`": (schema.SuperWeightRecord,),
     "`detection.super_activations`": (schema.SuperActivationRecord,),
@@ -54,10 +55,10 @@ TABLES: dict[str, tuple[Any, ...]] = {
     "`pool.sets.NAME.tasks.NAME.options`, as in [commands](commands.md)": (pool_schema.AdaptOptionsRecord,),
     "`files.NAME`": (schema.FileEntry,),
     "`totals` of a checkpoint": (schema.CheckpointTotals,),
-    "`totals` of an ONNX folder": (schema.OnnxTotals,),
+    "`totals` of an exported folder": (schema.ExportTotals,),
     "`compression`": (schema.CompressionRecord,),
-    "`check`": (schema.CheckRecord,),
-    "`weights.NAME`": (schema.NodeRecord,),
+    "`check`": (onnx_schema.CheckRecord,),
+    "`weights.NAME`": (onnx_schema.NodeRecord,),
 }
 OPTIONAL = {key for kinds in TABLES.values() for kind in kinds for key in kind.__optional_keys__}
 Key = tuple[str | int, ...]
@@ -118,7 +119,7 @@ def test_every_record_has_a_table() -> None:
     ("record", "of"),
     [
         (schema.OptionsRecord, CompressOptions),
-        (schema.ExportRecord, ExportOptions),
+        (onnx_schema.ExportRecord, ExportOptions),
         (schema.SuperWeightRecord, SuperWeight),
         (schema.SuperActivationRecord, SuperActivation),
         (schema.LayerRecord, LayerSpike),
@@ -139,9 +140,12 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-@pytest.fixture(params=["int8", "onnx"])
+@pytest.fixture(params=["int8", "onnx", "mlx"])
 def manifest(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return manifest_of(request.getfixturevalue(request.param))
+    manifest = manifest_of(request.getfixturevalue(request.param))
+    if request.param == "mlx":  # the other two have the same records in these lists
+        manifest["detection"] |= {key: [] for key, value in manifest["detection"].items() if isinstance(value, list)}
+    return manifest
 
 
 @pytest.fixture
@@ -185,12 +189,13 @@ def refusal(folder: Path) -> str:
     return message.removeprefix(f"{folder / MANIFEST}: ")
 
 
-def test_what_is_written_is_read_as_it_was(int8: Path, onnx: Path) -> None:
-    for folder, of_onnx in ((int8, False), (onnx, True)):
+def test_what_is_written_is_read_as_it_was(int8: Path, onnx: Path, mlx: Path) -> None:
+    for folder in (int8, onnx, mlx):
         manifest = read_manifest(folder)
         assert manifest == read_json(folder / MANIFEST)
         assert list(manifest) == list(read_json(folder / MANIFEST))
-        assert is_onnx(manifest) is of_onnx
+        assert (is_checkpoint(manifest), is_onnx(manifest)) == (folder == int8, folder == onnx)
+        assert made_with(manifest) == read_json(folder / MANIFEST).get("compression", manifest)["options"]
 
 
 def test_the_checkpoint_of_these_tests_has_every_key(int8: Path) -> None:
@@ -230,8 +235,8 @@ def accepts(hint: Any, value: Any) -> bool:
 def check_against_types(folder: Path, manifest: dict[str, Any]) -> str:
     """`read_manifest` takes exactly what the types allow. Returns what it says against the rest."""
     write_signed(folder, manifest)
-    kind = schema.OnnxManifest if "kind" in manifest else schema.CheckpointManifest
-    if not accepts(kind, read_json(folder / MANIFEST)):
+    kinds = (schema.CheckpointManifest, schema.OnnxManifest, schema.MlxManifest)
+    if not any(accepts(kind, read_json(folder / MANIFEST)) for kind in kinds):
         return refusal(folder)
     read_manifest(folder)
     return ""
@@ -278,7 +283,9 @@ def test_a_key_that_nobody_knows_is_refused_wherever_it_is(manifest: dict[str, A
         (("options", "restore"), 1, "options.restore should be a valid boolean, not 1"),
         (("swquant",), "\x1b]0;title\x07\u202e" + "x" * 500, None),
         (("swquant",), ["\x1b]0;title\x07\u202e" + "x" * 500], "swquant should be a valid string, not"),
-        (("kind",), "gguf", "kind should be 'onnx', not \"gguf\""),
+        (("kind",), "gguf", "kind gguf is none that this version knows; update swquant"),
+        (("kind",), ["onnx"], "is none that this version knows; update swquant"),
+        (("kind",), "mlx", "is missing; write the folder again"),
         (("activations",), {}, "activations.dtype is missing"),
         (("options", "colour"), "red", "options.colour is not a key that this version knows; update swquant, or fetch"),
         (("totals", "a\x1b[2J\nb"), 1, r"totals.a\x1b[2J\nb is not a key"),
@@ -293,8 +300,6 @@ def test_the_message_names_the_key_and_what_it_should_be(
     write_signed(folder, changed)
     if message is None:
         read_manifest(folder)
-    elif place == ("kind",):  # an ONNX folder then, of which other keys are missing, too
-        refusal(folder)
     else:
         assert message in refusal(folder)
 
@@ -324,11 +329,11 @@ JSON = st.recursive(
 
 @given(st.data())
 def test_whatever_stands_there_it_is_read_or_refused(
-    int8: Path, onnx: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+    int8: Path, onnx: Path, mlx: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     folder = tmp_path_factory.mktemp("any")
     (folder / MANIFEST).parent.mkdir()
-    changed = manifest_of(data.draw(st.sampled_from([int8, onnx])))
+    changed = manifest_of(data.draw(st.sampled_from([int8, onnx, mlx])))
     for _ in range(data.draw(st.integers(1, 3))):
         place = data.draw(st.sampled_from([place for place in places(changed) if place[0] != "version"]))
         parent_of(changed, place)[place[-1]] = data.draw(JSON)

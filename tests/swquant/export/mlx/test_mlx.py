@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -77,9 +78,11 @@ def test_compress_goes_there_at_once(cli: Cli, bf16_llama: Planted, tmp_path: Pa
         bf16_llama.folder, tmp_path / "a", prompt=PROMPT, block="32", offsets="float", restore=False
     )
     swquant.export(again.path, tmp_path / "b", format="mlx")
-    names = {path.name for path in (tmp_path / "mlx").iterdir()}
-    assert names == {path.name for path in (tmp_path / "b").iterdir()}
-    assert all((tmp_path / "mlx" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
+    assert swquant.inspect(tmp_path / "mlx")["files"] == swquant.inspect(tmp_path / "b")["files"]
+    assert swquant.verify(tmp_path / "mlx") == swquant.verify(tmp_path / "b") == []
+    assert cli(*words, "--bits", "8").code == 1
+    assert cli(*words, "--bits", "8", "--overwrite").code == 0
+    assert swquant.inspect(tmp_path / "mlx")["bits"] == 8
 
 
 def test_symmetric_codes_and_bits_of_their_own(bf16_llama: Planted, tmp_path: Path) -> None:
@@ -135,6 +138,87 @@ def test_trained_blocks_are_not_forgotten(compressed: Path, bf16_llama: Planted,
     swquant.tune(compressed, tmp_path / "tuned", against=bf16_llama.folder, budget="0.5bits", **how)
     with pytest.raises(SwquantError, match="MLX has no place for the blocks tuned that tune trained"):
         swquant.export(tmp_path / "tuned", tmp_path / "mlx", format="mlx")
+
+
+# --- what swquant knows of the folder
+
+
+@pytest.fixture(scope="module")
+def folder(compressed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Do not change it."""
+    return swquant.export(compressed, tmp_path_factory.mktemp("mlx") / "mlx", format="mlx").path
+
+
+def test_the_manifest_is_what_json_prints(cli: Cli, folder: Path, compressed: Path, tmp_path: Path) -> None:
+    printed = document(cli("export", compressed, tmp_path / "mlx", "--format", "mlx", "--json"))["manifest"]
+    assert printed == swquant.inspect(folder) == document(cli("inspect", folder, "--json"))
+    made, checkpoint = printed, swquant.inspect(compressed)
+    packed = sum("dense" not in record for record in checkpoint["tensors"].values())
+    assert (made["kind"], made["quantized"], made["dense"]) == ("mlx", packed, len(checkpoint["tensors"]) - packed)
+    assert (made["source"]["name"], made["source"]["fingerprint"]) == ("out", checkpoint["digest"])
+    assert made["compression"] == {"source": checkpoint["source"], "options": checkpoint["options"]}
+    assert set(made["files"]) == {path.name for path in folder.iterdir()} - {"swquant"}
+    assert made["totals"]["bytes"] == sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+
+
+def test_inspect_and_verify_say_what_it_is(cli: Cli, folder: Path) -> None:
+    ran = cli("inspect", folder)
+    assert (ran.code, len(ran.out.split("\n")) < 12) == (0, True)
+    said = " ".join(ran.out.split())
+    assert "for MLX, made by swquant" in said
+    assert "Not in the folder: " in said
+    assert "4 bits in groups of 128" in said or "4 bits in groups of 64" in said
+    assert f"mlx_lm.generate --model {folder}" in said
+    ran = cli("verify", folder)
+    assert (ran.code, "every byte as written" in ran.out) == (0, True)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.json"])
+def test_verify_reads_every_byte(cli: Cli, folder: Path, tmp_path: Path, name: str) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    data = bytearray((copy / name).read_bytes())
+    data[-2] ^= 1
+    (copy / name).write_bytes(data)
+    ran = cli("verify", copy)
+    assert (ran.code, ran.err.strip()) == (1, f"damaged: {name}: its sha256 is not the manifest's")
+
+
+def test_overwrite_replaces_it_and_nothing_else(cli: Cli, folder: Path, compressed: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(folder, tmp_path / "mlx"))
+    words = ("export", compressed, out, "--format", "mlx")
+    assert "exists already; give another OUT, or --overwrite to replace it" in one_line(cli(*words))
+    was = (out / "config.json").stat().st_ino
+    assert cli(*words, "--overwrite").code == 0
+    assert (out / "config.json").stat().st_ino != was
+    assert swquant.verify(out) == []
+    (out / "notes.txt").write_text("mine")
+    assert "holds notes.txt, which swquant did not put there" in one_line(cli(*words, "--overwrite"))
+    assert (out / "notes.txt").read_text() == "mine"
+    (out / "notes.txt").unlink()
+    shutil.rmtree(out / "swquant")  # as mlx-lm itself writes one
+    assert "exists and is not a checkpoint" in one_line(cli(*words, "--overwrite"))
+    assert (out / "model.safetensors").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["mlx"]
+
+
+def test_whoever_wants_tensors_is_sent_on(cli: Cli, folder: Path, tmp_path: Path) -> None:
+    said = "mlx: a folder for MLX, which mlx-lm reads (mlx_lm.generate)"
+    for words in (
+        ("generate", folder, "t1 t2"),
+        ("export", folder, tmp_path / "onnx"),
+        ("compress", folder, tmp_path / "out"),
+        ("detect", folder),
+        ("verify", folder, "--loads"),
+    ):
+        assert said in one_line(cli(*words)), words
+    with pytest.raises(SwquantError, match="a folder for MLX"):
+        swquant.load(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_like_takes_the_options_of_its_checkpoint(cli: Cli, folder: Path, bf16_llama: Planted) -> None:
+    options = swquant.inspect(folder)["compression"]["options"]
+    assert document(cli("compress", bf16_llama.folder, "--like", folder, "--dry-run", "--json"))["options"] == options
 
 
 # --- MLX itself
