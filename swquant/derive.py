@@ -302,7 +302,7 @@ def tune(
         checkpoint, made_of(TuneOptions, options, changes), against, text, data, text_name, whole, trust_remote_code
     ) as planned:
         if not dry_run:  # nobody is shown a plan to be refused
-            check_destination(Path(out), overwrite if planned.checkpoint.is_compressed else None, planned.checkpoint)
+            check_destination(Path(out), None if whole else overwrite, planned.checkpoint)
         if on_plan is not None:
             on_plan(planned)
         if dry_run:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from exporters.errors import SwquantError
@@ -30,11 +32,22 @@ def export_set(checkpoint: CompressedCheckpoint, of_set: str, out: Path, *, over
     check_there(checkpoint, of_set)
     if out.is_dir() or (out.exists() and not overwrite):
         raise SwquantError(f"{out}: exists already; add --overwrite, or choose another OUT")
+    if os.path.lexists(out) and not _is_set(out):
+        raise SwquantError(f"{out}: no set that swquant wrote, so it is not replaced; give another OUT")
     if not out.parent.is_dir():
         raise SwquantError(f"{out}: there is no folder {out.parent}; make it first")
     content = (checkpoint.folder / pool_path(of_set)).read_bytes()
     with writing(out, len(content)):
         write_whole(out, content)
+
+
+def _is_set(path: Path) -> bool:
+    """Whether a file is what `export_set` writes."""
+    with suppress(SwquantError, OSError):
+        if path.is_file() and not path.is_symlink():
+            with PoolFile(path):
+                return True
+    return False
 
 
 def import_set(checkpoint: CompressedCheckpoint, sets: Mapping[str, StoredSet], path: Path) -> StoredSet:

@@ -22,7 +22,8 @@ from swquant.checkpoints.gguf import GgufCheckpoint
 from swquant.checkpoints.manifest import MANIFEST
 from swquant.checkpoints.onnx import OnnxFolder
 from swquant.checkpoints.origin import CARD
-from swquant.checkpoints.patched import PatchedCheckpoint, is_patches
+from swquant.checkpoints.patched import PatchedCheckpoint
+from swquant.checkpoints.patches import is_patches
 from swquant.checkpoints.safetensors import SafetensorsCheckpoint
 
 __all__ = ["is_onnx_folder", "open_checkpoint", "open_model"]

@@ -10,51 +10,19 @@ family has the same, so the sha256 of each tensor that is patched is kept, too: 
 from __future__ import annotations
 
 import hashlib
-import os
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal, cast, final
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
-from typing_extensions import TypedDict  # pydantic reads that of `typing` from Python 3.12 on
 
 from calibrationless import Blocks, Patch, restore
 from exporters.errors import CheckpointError, SwquantError
-from exporters.json_file import read_json
 from exporters.sidecar import SIDECAR, SidecarReader
 from swquant.checkpoints.base import Checkpoint, Stored
-from swquant.checkpoints.schema import SourceRecord, TuningRecord
+from swquant.checkpoints.patches import PATCHES, read_patches
 
-__all__ = ["PATCHES", "PatchedCheckpoint", "PatchedTensor", "PatchesManifest", "is_patches", "sha256_of"]
-
-PATCHES = "swquant/patches.json"
-
-
-class PatchedTensor(TypedDict):
-    """A tensor of the base: what it must be, and how many blocks of which set lie over it."""
-
-    shape: list[int]
-    sha256: str
-    blocks: dict[str, int]
-
-
-@final
-class PatchesManifest(TypedDict):
-    """What stands in `patches.json`. sidecar: sha256 of the file of blocks."""
-
-    format: Literal["swquant-patches-of-a-model"]
-    version: Literal[1]
-    swquant: str
-    base: SourceRecord
-    sidecar: str
-    tensors: dict[str, PatchedTensor]
-    tuned: dict[str, TuningRecord]
-
-
-def is_patches(path: Path) -> bool:
-    """Whether a folder holds patches alone."""
-    return os.path.isfile(path / PATCHES)  # unlike Path.is_file, no error for a name that is too long
+__all__ = ["PatchedCheckpoint", "sha256_of"]
 
 
 def sha256_of(tensor: torch.Tensor) -> str:
@@ -62,34 +30,12 @@ def sha256_of(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
 
 
-@cache
-def _validator() -> Any:
-    from pydantic import TypeAdapter  # here, not above: most commands read no such file
-
-    return TypeAdapter(PatchesManifest)
-
-
-def _read(folder: Path) -> PatchesManifest:
-    from pydantic import ValidationError
-
-    content = read_json(folder / PATCHES)
-    try:
-        _validator().validate_python(content, strict=True, extra="forbid")
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise SwquantError(
-            f"{folder / PATCHES}: {where[:100]}: {first['msg'].lower()}; fetch it again, or update swquant"
-        ) from None
-    return cast(PatchesManifest, content)
-
-
 class PatchedCheckpoint(Checkpoint):
     """A model with the patches of a folder laid over. base: the model, which is closed with this."""
 
     def __init__(self, folder: Path, base: Checkpoint) -> None:
         self.patches_folder, self.base = folder, base
-        self.manifest = _read(folder)
+        self.manifest = read_patches(folder)
         self.kind = base.kind  # type: ignore[misc]
         self.name, self.folder = folder.resolve().name, base.folder
         self.config, self.raw_config, self.tensors = base.config, base.raw_config, base.tensors

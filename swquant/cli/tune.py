@@ -69,7 +69,8 @@ DryOption = Annotated[
     bool, typer.Option("--dry-run", help="Show what would be trained; write nothing.", rich_help_panel=OUTPUT)
 ]
 OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Replace OUT if it is a checkpoint already.", rich_help_panel=OUTPUT)
+    bool,
+    typer.Option("--overwrite", help="Replace OUT if it is a checkpoint, or patches alone.", rich_help_panel=OUTPUT),
 ]
 
 

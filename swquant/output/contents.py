@@ -7,12 +7,14 @@ and folders with nothing in them.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 
 from exporters.errors import SwquantError
+from exporters.sidecar import SIDECAR
 from exporters.text import shown
 from swquant.checkpoints.manifest import MANIFEST, read_manifest
+from swquant.checkpoints.patches import PATCHES, is_patches, read_patches
 
 __all__ = ["contents", "remove_all_but", "size_of", "strangers", "why_not_ours"]
 
@@ -45,26 +47,34 @@ def size_of(folder: Path) -> int:
     return sum((folder / name).lstat().st_size for name in contents(folder)) if folder.is_dir() else 0
 
 
-def strangers(folder: Path, listed: Mapping[str, object]) -> list[str]:
-    """What lies in `folder` beside the manifest and the files that it lists."""
-    return sorted(contents(folder) - set(listed) - {MANIFEST})
+def strangers(folder: Path) -> list[str] | None:
+    """What lies in `folder` beside the files that swquant put there, by what it writes last; None where there is no
+    such thing. Raises SwquantError where it cannot be relied on, OSError where nobody can look."""
+    if (folder / MANIFEST).is_file():
+        ours = {MANIFEST, *read_manifest(folder)["files"]}
+    elif is_patches(folder):
+        read_patches(folder)
+        ours = {PATCHES, SIDECAR}
+    else:
+        return None
+    return sorted(contents(folder) - ours)
 
 
 def why_not_ours(folder: Path) -> str | None:
     """Why `folder` may not be replaced; None if it is empty, or swquant made it and everything in it."""
     only = "--overwrite replaces only checkpoints of swquant"
     try:
-        if not folder.is_dir() or not ((folder / MANIFEST).is_file() or not any(folder.iterdir())):
-            return f"exists and is not a checkpoint; {only}"
-        if not any(folder.iterdir()):
-            return None
-        others = strangers(folder, read_manifest(folder)["files"])
+        others = strangers(folder) if folder.is_dir() else None
+        if others is None:
+            empty = folder.is_dir() and not any(folder.iterdir())
+            return None if empty else f"exists and is not a checkpoint; {only}"
     except OSError as error:
         return f"exists and cannot be looked into ({error.strerror}); {only}"
     except SwquantError:
-        return (
-            f"exists, but its {MANIFEST} cannot be relied on (see swquant verify); move it away, or delete it yourself"
-        )
+        what = f"{MANIFEST} cannot be relied on (see swquant verify)"
+        if not (folder / MANIFEST).is_file():
+            what = f"{PATCHES} cannot be relied on"
+        return f"exists, but its {what}; move it away, or delete it yourself"
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         return (

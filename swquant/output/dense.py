@@ -2,7 +2,7 @@
 
 What compress writes has layouts, patches and a manifest; this has weights, config.json and what lies beside them, so
 that every loader takes it; of a mixture also the file that is its architecture. It appears whole or not at all, and
-replaces nothing: OUT must not exist.
+replaces nothing: OUT must not exist. Nor is it ever replaced: others train it further, and save under the same names.
 """
 
 from __future__ import annotations

@@ -23,7 +23,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from exporters.errors import SwquantError
-from swquant.checkpoints.manifest import MANIFEST, read_manifest
 from swquant.interrupts import uninterrupted
 from swquant.output.contents import strangers
 from swquant.output.journal import read_journal
@@ -80,10 +79,9 @@ def foreign(folder: Path) -> str | None:
     """Something that swquant did not put into a hidden folder: whoever was killed while OUT was exchanged left the old
     one there, and it was looked at only before. None where all is ours."""
     for inner in (folder, *(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())):
-        if (inner / MANIFEST).is_file():
-            with suppress(SwquantError):  # killed while it was written, or deleted
-                if others := strangers(inner, read_manifest(inner)["files"]):
-                    return (inner / others[0]).relative_to(folder).as_posix()
+        with suppress(SwquantError):  # killed while it was written, or deleted
+            if others := strangers(inner):
+                return (inner / others[0]).relative_to(folder).as_posix()
     return None
 
 

@@ -13,7 +13,7 @@ from swquant.terminal.text import marked, marked_sentence, rates_tried, sentence
 from swquant.units import human_bytes
 
 if TYPE_CHECKING:
-    from swquant.checkpoints.patched import PatchesManifest
+    from swquant.checkpoints.patches import PatchesManifest
     from swquant.checkpoints.schema import CheckpointManifest
     from swquant.tune.pipeline import Tuned
     from swquant.tune.plan import TunePlan

@@ -19,7 +19,8 @@ from calibrationless import Blocks
 from exporters.json_file import write_json
 from exporters.sidecar import SIDECAR, PlannedPatch, SidecarWriter
 from swquant.checkpoints.base import Checkpoint
-from swquant.checkpoints.patched import PATCHES, PatchesManifest, sha256_of
+from swquant.checkpoints.patched import sha256_of
+from swquant.checkpoints.patches import PATCHES, PatchesManifest
 from swquant.checkpoints.schema import TuningRecord
 from swquant.output.dense import Written, dense_folder, stored_form, with_dtype
 from swquant.output.destination import check_destination, check_space, replace, unfinished, writing
@@ -32,11 +33,17 @@ RECORD = "tuned.json"
 
 
 def write_patches(
-    checkpoint: Checkpoint, out: Path, of_set: str, blocks: Mapping[str, Blocks], record: TuningRecord
+    checkpoint: Checkpoint,
+    out: Path,
+    of_set: str,
+    blocks: Mapping[str, Blocks],
+    record: TuningRecord,
+    *,
+    overwrite: bool = False,
 ) -> PatchesManifest:
-    """Write a set of blocks (stored name -> blocks) into OUT, which must not exist. Raises SwquantError; then it does
-    not exist."""
-    check_destination(out, None, checkpoint)
+    """Write a set of blocks (stored name -> blocks) into OUT, which appears whole or not at all. Raises
+    SwquantError."""
+    check_destination(out, overwrite, checkpoint)
     check_space(out, record["bytes"])
     shapes = {name: (checkpoint.tensors[name].shape[0], checkpoint.tensors[name].shape[1]) for name in blocks}
     planned = [
@@ -66,7 +73,7 @@ def write_patches(
             "tuned": {of_set: record},
         }
         write_json(folder / PATCHES, manifest)
-        replace(folder, out, False)
+        replace(folder, out, overwrite)
     return manifest
 
 

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from calibrationless import Blocks, QuantizedTensor, moved, restore
 from swquant.checkpoints.compressed import CompressedCheckpoint
 from swquant.checkpoints.open import open_checkpoint
-from swquant.checkpoints.patched import PatchedCheckpoint, PatchesManifest, is_patches
+from swquant.checkpoints.patched import PatchedCheckpoint
+from swquant.checkpoints.patches import PatchesManifest, is_patches
 from swquant.checkpoints.schema import CheckpointManifest, TuningRecord
 from swquant.compress.report import REPORT
 from swquant.evaluate.pipeline import evaluate_model
@@ -69,7 +70,7 @@ def tune_checkpoint(
 ) -> Tuned:
     """Carry out a plan, on a device if the model fits there. `out` appears whole or not at all. name: of the set of
     blocks; a number is added where it is taken. eval_text: to measure on, before and after. Raises SwquantError."""
-    check_destination(out, overwrite if plan.checkpoint.is_compressed else None, plan.checkpoint)
+    check_destination(out, None if plan.whole else overwrite, plan.checkpoint)
     state = State.at(out.with_name(out.name + ".tuning"), _fingerprint(plan, device))
     of_set = free_name(plan.checkpoint.manifest if isinstance(plan.checkpoint, CompressedCheckpoint) else None, name)
     place, said = place_for(plan.checkpoint, torch.float32, device)
@@ -129,7 +130,7 @@ def _written(
             scaled=scaled, files={REPORT: html.encode()}, overwrite=overwrite, progress=progress,
         )  # fmt: skip
     if not plan.whole:
-        return write_patches(checkpoint, out, of_set, blocks, record)
+        return write_patches(checkpoint, out, of_set, blocks, record, overwrite=overwrite)
 
     def read(name: str) -> torch.Tensor:
         tensor = checkpoint.read(name)

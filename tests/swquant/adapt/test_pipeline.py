@@ -157,7 +157,14 @@ def test_a_set_goes_elsewhere_and_comes_back(cli: Cli, base: Path, pool: Path, t
 
 
 def test_a_set_of_another_base_is_refused(cli: Cli, base: Path, pool: Path, tmp_path: Path) -> None:
+    for there, said in ((True, "no set that swquant wrote, so it is not replaced"), (False, "exists already")):
+        (tmp_path / "low.set").write_text("mine")
+        with pytest.raises(swquant.SwquantError, match=said):
+            swquant.export_set(pool, "low", tmp_path / "low.set", overwrite=there)
+        assert (tmp_path / "low.set").read_text() == "mine"
+    (tmp_path / "low.set").unlink()
     swquant.export_set(pool, "low", tmp_path / "low.set")
+    swquant.export_set(pool, "low", tmp_path / "low.set", overwrite=True)
     with CompressedCheckpoint(base) as checkpoint:
         source = checkpoint.manifest["source"]["name"]
     assert source == "original"

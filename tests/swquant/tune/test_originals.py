@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.command_line import Cli, document
+from support.command_line import Cli, document, one_line
 from support.tiny_models import TOKENS, sample_text, save_model, tiny_model
 from transformers import AutoModelForCausalLM
 
 import swquant
 from exporters.errors import SwquantError
 from exporters.sidecar import SIDECAR
-from swquant.checkpoints.patched import PATCHES
+from swquant.checkpoints.patches import PATCHES
+from swquant.output.contents import why_not_ours
 
 QUICK: dict[str, Any] = {"budget": "5%", "block": 16, "steps": 12, "window": 32, "warmup": 2, "lr": "3e-3", "batch": 4}
 TEXT = sample_text(32 * 24)
@@ -117,6 +118,30 @@ def test_patches_alone_are_no_model(cli: Cli, original: Path, patches: Path, tmp
         assert "holds patches alone; swquant merge" in " ".join(ran.err.split())
     with pytest.raises(SwquantError, match="is a model by itself, which has no base"):
         swquant.load(original, base=original)
+
+
+def test_overwrite_replaces_them_and_nothing_else(
+    cli: Cli, original: Path, patches: Path, compressed: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text").write_text(TEXT)
+    out = Path(shutil.copytree(patches, tmp_path / "out"))
+    typed = [word for key, value in (QUICK | {"steps": 1}).items() for word in (f"--{key}", value)]
+    words = ("tune", original, out, "--text", tmp_path / "text", *typed)
+    assert "exists already; give another OUT, or --overwrite to replace it" in one_line(cli(*words))
+    assert "a new folder" in one_line(cli("merge", patches, out, "--base", original, "--overwrite"))
+    (out / "notes.txt").write_text("mine")
+    assert "holds notes.txt, which swquant did not put there" in one_line(cli(*words, "--overwrite"))
+    (out / "notes.txt").unlink()
+    ran = cli(*words, "--overwrite")
+    assert ran.code == 0, ran.err
+    assert json.loads((out / PATCHES).read_text())["tuned"]["tuned"]["options"]["steps"] == 1
+    (out / PATCHES).write_text("{}")
+    assert f"its {PATCHES} cannot be relied on; move it away" in one_line(cli(*words, "--overwrite"))
+    shutil.copytree(compressed, tmp_path / "checkpoint")  # of a model with patches in it only the manifest counts
+    shutil.copy(patches / PATCHES, tmp_path / "checkpoint" / PATCHES)
+    assert why_not_ours(tmp_path / "checkpoint") == (
+        f"holds {PATCHES}, which swquant did not put there; move that elsewhere, or give another OUT"
+    )
 
 
 def test_damage_is_found(original: Path, patches: Path, tmp_path: Path) -> None:
