@@ -51,7 +51,7 @@ def test_both_ways_in_open_the_same_checkpoint(name: str, request: pytest.Fixtur
 
 def test_a_graph_beside_a_checkpoint_is_not_run(damaged: Path) -> None:
     (damaged / MODEL).write_bytes(b"")
-    with pytest.raises(SwquantError, match=r"model\.onnx does not belong to this checkpoint"):
+    with pytest.raises(SwquantError, match=r"model\.onnx does not belong to this folder"):
         open_model(damaged)
 
 
