@@ -209,6 +209,7 @@ def _planned(
             chosen,
             low_memory=low_memory,
             stock=row.stock,
+            kept=row.export is None,
             team=working,
             device=place,
             progress=progress,

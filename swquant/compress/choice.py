@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from enum import StrEnum
 
 import torch
 
@@ -19,13 +20,24 @@ from swquant.checkpoints.base import Checkpoint, Stored
 from swquant.compress.options import CompressOptions
 from swquant.models.architecture import Architecture, Dense, LinearKind, LinearWeight
 
-__all__ = ["bits_of", "check_patterns", "choose_block", "dense_dtype", "expert_block", "shared_block"]
+__all__ = ["Decoded", "bits_of", "check_patterns", "choose_block", "dense_dtype", "expert_block", "shared_block"]
 
 # Weights in a block that may hold a super weight, at 4 bits: beyond a few hundred, the step that represents it rounds
 # all its neighbours to zero. Each further bit halves the step and doubles the limit.
 MAX_BLOCK_WITH_SUPER_WEIGHT = 512
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Decoded(StrEnum):
+    """What the modules of stock transformers cannot hold, so that it is told to decode all weights while it loads them.
+
+    CODES: of a Conv1D, a linear layer with a forward of its own, modules that the model's own code sets up; offsets.
+    ZERO_POINTS: compressed-tensors makes room for them unpacked (0.18 to 0.20) and stops where it meets packed ones."""
+
+    NOTHING = ""
+    CODES = "codes"
+    ZERO_POINTS = "zero points"
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -64,7 +76,7 @@ def choose_block(
     architecture: Architecture,
     options: CompressOptions,
     *,
-    decoded: bool = False,
+    decoded: Decoded = Decoded.NOTHING,
 ) -> Block | Dense:
     """The block of a tensor, or why it stays dense. decoded: see `Plan`."""
     if linear is None:
@@ -73,9 +85,9 @@ def choose_block(
         return Dense(f"--dense {pattern}")
     if stored.dtype not in _FLOATS:
         return Dense(f"stored as {str(stored.dtype).removeprefix('torch.')}")
-    if linear.kind is LinearKind.CONV1D and not decoded:
+    if linear.kind is LinearKind.CONV1D and decoded is not Decoded.CODES:
         return Dense("Conv1D, which compressed-tensors cannot pack (it knows nn.Linear)")
-    if linear.kind is LinearKind.CUSTOM and not decoded:
+    if linear.kind is LinearKind.CUSTOM and decoded is not Decoded.CODES:
         return Dense("a linear layer with a forward of its own, which stock loaders cannot decode")
     if linear.kind is LinearKind.FUSED:
         return Dense("experts fused in one 3-D tensor: compressed-tensors has no name for a slice")

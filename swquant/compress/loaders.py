@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from swquant.compress.choice import Decoded
+
 if TYPE_CHECKING:
     from swquant.compress.plan import Plan
 
@@ -54,7 +56,7 @@ def _vllm(plan: Plan) -> str:
     """vLLM's verdict: of the kernels for weights alone, those for CPUs know 4 bits, Marlin's on CUDA some groups."""
     if plan.options.offset_kind == "float":
         return "no: it knows no quant_method metal, the layout that holds offsets"
-    if plan.decoded:
+    if plan.decoded is Decoded.CODES:
         return "no: in GPT-2 and Falcon, where it was tried, it found no place for codes of what is no nn.Linear"
     if unlike := _unlike(plan):
         return f"no: it fuses layers whose weights must be stored alike, and {unlike}"
@@ -88,22 +90,18 @@ def _where(plan: Plan, bits: Sequence[int], groups: Sequence[int]) -> str:
 
 def loader_table(plan: Plan) -> dict[str, str]:
     """Loader -> what it does with the result, in one sentence each."""
-    odd = sorted({tensor.bits for tensor in plan.quantized} - {4, 8}, reverse=True)
+    odd = any(tensor.bits not in (2, 4, 8) for tensor in plan.quantized)  # packed in another way before 0.18
     vllm = _vllm(plan)
-    if not plan.options.symmetric:
-        # 0.18 to 0.20 allocate the zero point unpacked and stop with a size mismatch; earlier ones pack odd bits
-        # otherwise.
-        versions = "0.15 to 0.17 (0.18 to 0.20 stop at packed zero points)"
-    else:
-        versions = "0.18 or later" if odd and odd[0] != 2 else "0.15 or later"
     ours = "yes; restores every outlier" if plan.options.restore else "yes; nothing to restore"
-    stock = f"yes, with compressed-tensors {versions}; ignores the sidecar"
+    stock = f"yes, with compressed-tensors {'0.18' if odd else '0.15'} or later; ignores the sidecar"
     if plan.options.offset_kind == "byte":
         return {"ONNX Runtime": "yes; adds every outlier"}
     if plan.options.offset_kind == "float":
         stock = 'yes, from 5.23 on, with device_map="cpu" or another device; ignores the sidecar'
     elif plan.decoded:
         stock = "yes, from 5.23 on, which decodes it while loading; ignores the sidecar"
+    elif not plan.options.symmetric:  # on the way to another format, or written with a later compressed-tensors
+        stock = "only with a compressed-tensors that makes room for packed zero points (0.18 to 0.20 stop at them)"
     if plan.int8_inputs:
         ours, stock = f"{ours}, rounds activations", f"{stock}, rounds activations, all channels of them"
     elif plan.options.activations == "int8":

@@ -24,6 +24,7 @@ from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.schema import CheckpointManifest
 from swquant.cluster.workers import Team
 from swquant.compress.budget import bits_within
+from swquant.compress.choice import Decoded
 from swquant.compress.options import CompressOptions
 from swquant.compress.plan import Plan, make_plan, tied_copies
 from swquant.compress.prepared import Prepared
@@ -63,12 +64,14 @@ def prepare(
     *,
     low_memory: bool = False,
     stock: bool = True,
+    kept: bool = True,
     device: torch.device = CPU,
     team: Team | None = None,
     progress: Progress = silent,
 ) -> Prepared:
-    """Probe and plan; writes nothing. stock: whether stock transformers is to load what comes of the plan. device:
-    where the model is run, if it fits there, and weights are rounded. team: who will round."""
+    """Probe and plan; writes nothing. stock: whether stock transformers is to load what comes of the plan. kept:
+    whether a user is, and it is not on the way to another format, which zero points go into, too. device: where the
+    model is run, if it fits there, and weights are rounded. team: who will round."""
     if checkpoint.is_compressed:
         raise SwquantError(f"{checkpoint.name}: already compressed; start from the original model")
     checkpoint = as_built(checkpoint)
@@ -87,7 +90,9 @@ def prepare(
     known = found.architecture.without(_not_rounded_blindly(found))
     left_out = tied_copies(checkpoint, known)
 
-    def plan_with(bits: Mapping[str, int], architecture: Architecture = known, *, decoded: bool = False) -> Plan:
+    def plan_with(
+        bits: Mapping[str, int], architecture: Architecture = known, *, decoded: Decoded = Decoded.NOTHING
+    ) -> Plan:
         super_weights = found.detection.super_weights
         return make_plan(checkpoint, architecture, super_weights, options, found.folds, bits, left_out, decoded=decoded)
 
@@ -95,7 +100,9 @@ def prepare(
     if options.bits_budget is not None:
         bits = bits_within(checkpoint, found, options, plan_with, low_memory=low_memory, progress=progress)
     with progress.step("Rehearsing how stock transformers loads it"):
-        plan = rehearsed_plan(checkpoint, known, partial(plan_with, bits), offsets=options.offset_kind, stock=stock)
+        plan = rehearsed_plan(
+            checkpoint, known, partial(plan_with, bits), offsets=options.offset_kind, stock=stock, kept=kept
+        )
     return Prepared(checkpoint, found, plan, low_memory, device, team)
 
 

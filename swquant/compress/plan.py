@@ -19,7 +19,15 @@ from exporters.compressed_tensors import Scheme
 from exporters.errors import SwquantError
 from exporters.sidecar import OUTLIERS, PlannedPatch
 from swquant.checkpoints.base import Checkpoint, Stored
-from swquant.compress.choice import bits_of, check_patterns, choose_block, dense_dtype, expert_block, shared_block
+from swquant.compress.choice import (
+    Decoded,
+    bits_of,
+    check_patterns,
+    choose_block,
+    dense_dtype,
+    expert_block,
+    shared_block,
+)
 from swquant.compress.options import CompressOptions
 from swquant.detect.folds import Fold
 from swquant.models.architecture import Architecture, Dense, LinearKind
@@ -97,10 +105,8 @@ class TensorPlan:
 class Plan:
     """tensors: in the order of the source; with --refine self, what lies in decoder layers in their order. shards:
     the tensors of each file. left_out: name -> why it is not written. int8_inputs: whether stock loaders are told to
-    round activations. decoded: whether stock transformers is told to decode all weights while it loads them,
-    for models whose modules cannot hold codes: a Conv1D, a linear layer with a forward of its own, modules that the
-    model's own code sets up. All weights then share one scheme. mixture: whether the architecture is one that only
-    swquant knows."""
+    round activations. decoded: why stock transformers is told to decode all weights while it loads them, if it
+    is; all weights then share one scheme. mixture: whether the architecture is one that only swquant knows."""
 
     options: CompressOptions
     tensors: tuple[TensorPlan, ...]
@@ -108,7 +114,7 @@ class Plan:
     left_out: Mapping[str, str]
     notes: tuple[str, ...]
     int8_inputs: bool = False
-    decoded: bool = False
+    decoded: Decoded = Decoded.NOTHING
     mixture: bool = False
 
     @property
@@ -148,7 +154,7 @@ def make_plan(
     bits: Mapping[str, int] | None = None,
     left_out: Mapping[str, str] | None = None,
     *,
-    decoded: bool = False,
+    decoded: Decoded = Decoded.NOTHING,
 ) -> Plan:
     """Decide for every tensor. bits: of tensors that are not to take those of the options. left_out: from
     `tied_copies`. decoded: see `Plan`. Raises SwquantError where an option fits nothing, or --strict-block fails."""
@@ -222,10 +228,13 @@ def _with_one_block(checkpoint: Checkpoint, architecture: Architecture, options:
 
 
 def _check_one_scheme(checkpoint: Checkpoint, plan: Plan) -> None:
-    if len({plan.scheme(tensor) for tensor in plan.quantized}) > 1 or not plan.options.symmetric:
+    schemes = list(dict.fromkeys(plan.scheme(tensor) for tensor in plan.quantized))
+    if len(schemes) > 1:
+        alike = "one number of bits" if schemes[0].bits != schemes[1].bits else "--block 32 or channel"
+        remedy = f"{alike}, or --symmetric" if plan.decoded is Decoded.ZERO_POINTS else alike
         raise SwquantError(
-            f"{checkpoint.name}: stock transformers decodes a model while loading it only if all weights share one symmetric "
-            "scheme"
+            f"{checkpoint.name}: stock transformers holds no {plan.decoded} in its modules, and decodes a model while "
+            f"loading it only if all weights share one scheme, not {schemes[0]} and {schemes[1]}; use {remedy}"
         )
 
 
@@ -240,7 +249,7 @@ def _coordinates(architecture: Architecture, super_weights: Sequence[SuperWeight
 
 
 def _notes(
-    tensors: Sequence[TensorPlan], of_experts: Block | None, options: CompressOptions, *, decoded: bool
+    tensors: Sequence[TensorPlan], of_experts: Block | None, options: CompressOptions, *, decoded: Decoded
 ) -> tuple[str, ...]:
     """What a user should know of the plan beside its table."""
     blocks = [tensor.block for tensor in tensors if tensor.block not in (None, options.parsed_block)]
@@ -249,7 +258,7 @@ def _notes(
         for block, count in Counter(map(str, blocks)).items()
     ]
     if decoded and options.offset_kind == "none":
-        notes.append("its modules cannot hold codes: stock transformers decodes all weights while it loads them")
+        notes.append(f"its modules cannot hold {decoded}: stock transformers decodes all weights while it loads them")
     if options.activations == "int8" and of_experts is not None:
         notes.append("the inputs of experts stay in float; those of the other linear layers are rounded to int8")
     return tuple(notes)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Protocol
 
 from exporters.errors import SwquantError
 from swquant.checkpoints.base import Checkpoint
+from swquant.compress.choice import Decoded
 from swquant.compress.config import checkpoint_config
 from swquant.compress.plan import Plan, TooFewCodesError
 from swquant.models.architecture import Architecture
@@ -28,7 +30,7 @@ _OTHERS = "serve the original, or take a tool with a format of its own, such as 
 class Planner(Protocol):
     """The plan for an architecture; decoded: see `Plan`."""
 
-    def __call__(self, architecture: Architecture, *, decoded: bool = False) -> Plan: ...
+    def __call__(self, architecture: Architecture, *, decoded: Decoded = Decoded.NOTHING) -> Plan: ...
 
 
 def rehearsed_plan(
@@ -38,42 +40,51 @@ def rehearsed_plan(
     *,
     offsets: str = "none",
     stock: bool = True,
+    kept: bool = True,
 ) -> Plan:
     """The plan, with whatever must stay dense for stock transformers; codes in its modules if they can hold them,
-    decoded while loading where they cannot, and with float offsets, which no module holds. With offsets of a byte,
-    which go into an ONNX file, and where it is not for stock transformers, there is nothing to rehearse. Raises
-    SwquantError where neither packs half of the linear weights."""
+    decoded while loading where they cannot, or not the zero points, and with float offsets, which no module holds.
+    With offsets of a byte, which go into an ONNX file, and where it is not for stock transformers, there is nothing to
+    rehearse. kept: see `prepare`. Raises SwquantError where neither packs half of the linear weights."""
     if offsets == "byte" or not stock:
         plan = plan_with(architecture)
         _check_share(checkpoint, plan, architecture)
         return plan
     if offsets == "float":
-        return _rehearsed(checkpoint, architecture, plan_with, decoded=True)
+        return _rehearsed(checkpoint, architecture, plan_with, Decoded.CODES, kept=kept)
     try:
-        return _rehearsed(checkpoint, architecture, plan_with, decoded=False)
+        return _rehearsed(checkpoint, architecture, plan_with, Decoded.NOTHING, kept=kept)
     except TooFewCodesError:
         try:
-            return _rehearsed(checkpoint, architecture, plan_with, decoded=True)
+            return _rehearsed(checkpoint, architecture, plan_with, Decoded.CODES, kept=kept)
         except SwquantError:  # what kept the codes out of the modules is the reason to tell
             pass
         raise
 
 
-def _rehearsed(checkpoint: Checkpoint, architecture: Architecture, plan_with: Planner, *, decoded: bool) -> Plan:
+def _rehearsed(
+    checkpoint: Checkpoint, architecture: Architecture, plan_with: Planner, decoded: Decoded, *, kept: bool
+) -> Plan:
     whole = architecture
     for _ in range(_ROUNDS):
         plan = plan_with(architecture, decoded=decoded)
         layout = {name: form for tensor in plan.tensors for name, form in tensor.layout.items()}
         rehearsal = rehearse(checkpoint, checkpoint_config(checkpoint, plan, architecture), layout)
+        if not kept:
+            rehearsal = replace(rehearsal, zero_points=())
         if not rehearsal.problem:
             _check_share(checkpoint, plan, whole)
             return plan
         dense = _to_leave_dense(rehearsal, plan, architecture)
-        if not dense:
+        if dense:
+            architecture = architecture.without(dense)
+        elif rehearsal.zero_points and not decoded:
+            decoded = Decoded.ZERO_POINTS
+        else:
             break
-        architecture = architecture.without(dense)
     raise TooFewCodesError(
-        f"{checkpoint.name}: stock transformers could not load what would be written ({rehearsal.problem}); {_OTHERS}"
+        f"{checkpoint.name}: stock transformers could not load what would be written ({rehearsal.problem}); "
+        f"{_remedies(plan)}"
     )
 
 
@@ -104,5 +115,10 @@ def _check_share(checkpoint: Checkpoint, plan: Plan, architecture: Architecture)
     reason = max(reasons, key=reasons.__getitem__)
     raise TooFewCodesError(
         f"{checkpoint.name}: only {packed / sum(sizes.values()):.0%} of the linear weights would be packed ({reason}); "
-        f"{_OTHERS}, or add --allow-dense"
+        f"{_remedies(plan)}, or add --allow-dense"
     )
+
+
+def _remedies(plan: Plan) -> str:
+    """Without zero points blocks need not be alike, and weights stay in the modules."""
+    return f"use --symmetric, {_OTHERS}" if plan.decoded is Decoded.ZERO_POINTS else _OTHERS

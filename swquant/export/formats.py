@@ -147,6 +147,17 @@ def _with_offsets(name: str, offsets: str, holds: tuple[str, ...]) -> Callable[[
     return suited
 
 
+def _suited_for_checkpoint(options: CompressOptions, export: Any) -> CompressOptions:
+    options = _with_offsets("checkpoint", "none", ("none", "float"))(options, export)
+    given = "--bits-budget" if options.bits_budget is not None else "--bits-for" if options.bits_for else ""
+    if given and not options.symmetric:
+        raise SwquantError(
+            f"{given} does not go with --asymmetric: stock transformers decodes zero points only with one number of bits "
+            "for all weights; use --symmetric"
+        )
+    return options
+
+
 def _check_folder(out: Path, overwrite: bool, source: Checkpoint) -> None:
     from swquant.output.destination import check_destination
 
@@ -254,7 +265,7 @@ _ROWS = (
         text="for transformers and vLLM",
         suffix="",
         options=None,
-        suited=_with_offsets("checkpoint", "none", ("none", "float")),
+        suited=_suited_for_checkpoint,
         require=_nothing,
         check_out=_check_folder,
         fitted=_as_planned,

@@ -62,14 +62,12 @@ def _by_transformers(checkpoint: CompressedCheckpoint) -> Loading:
 
 
 def _problem(rehearsal: Rehearsal, layout: Layout) -> str:
-    """In a few words. What `compress` lets pass (zero points that only some versions take) is none here."""
+    """In a few words, "" if all is well."""
     if rehearsal.problem:
         return rehearsal.problem
     if rehearsal.recast:
         name = rehearsal.recast[0]
         return f"{name} is stored as {str(layout[name][0]).removeprefix('torch.')}, which the model does not expect"
-    if rehearsal.zero_points:
-        return f"{rehearsal.zero_points[0]} would have another shape"
     return ""
 
 

@@ -13,7 +13,7 @@ import inspect
 import io
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from exporters.errors import first_line
 from exporters.json_file import write_json
+from exporters.packing import packed_words
 from swquant.checkpoints.base import Checkpoint
 from swquant.models.converted import sources
 from swquant.models.loading import quiet
@@ -32,18 +33,18 @@ __all__ = ["Rehearsal", "rehearse"]
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
-# compressed-tensors 0.18 to 0.20 make room for these unpacked and then stop at packed ones, with an error; earlier
-# ones do not. The plan's table of loaders says so, and nobody gets a wrong model.
+# compressed-tensors 0.18 to 0.20 make room for these unpacked in a module and then stop at packed ones, with an error.
 _UNPACKED = ".weight_zero_point"
 
 
 @dataclass(frozen=True)
 class Rehearsal:
     """What went wrong. missing: parameters of the model that would be random. mismatched: of another shape than stored.
-    zero_points: those of another shape than this version makes room for. unexpected: stored tensors that nobody takes.
-    retyped: parameters that the model keeps in float32 and the loader would not. recast: numbers where the model has
-    codes, or codes where it has numbers. lacking: a packed module whose `weight` the model's own code touches (such
-    modules must stay dense). error: what the loader said where it gave up, "" where it did not."""
+    zero_points: those of another shape than this version of compressed-tensors makes room for. unexpected: stored
+    tensors that nobody takes. retyped: parameters that the model keeps in float32 and the loader would not. recast:
+    numbers where the model has codes, or codes where it has numbers. lacking: a packed module whose `weight` the
+    model's own code touches (such modules must stay dense). error: what the loader said where it gave up, "" where it
+    did not."""
 
     missing: tuple[str, ...] = ()
     mismatched: tuple[str, ...] = ()
@@ -63,6 +64,8 @@ class Rehearsal:
             return f"{len(self.missing)} weights would be missing, first {self.missing[0]}"
         if self.mismatched:
             return f"{self.mismatched[0]} would have another shape"
+        if self.zero_points:
+            return f"{self.zero_points[0]} would have another shape"
         return f"{self.retyped[0]} would not be float32, as the model keeps it" if self.retyped else ""
 
 
@@ -92,7 +95,12 @@ def rehearse(checkpoint: Checkpoint, config: Mapping[str, Any], layout: Layout) 
         return Rehearsal(error=first_line(error))
     except Exception as error:  # transformers raises nearly everything here
         return Rehearsal(error=first_line(error))
-    mismatched = sorted(name for name, *_ in info["mismatched_keys"])
+    channels = _bits_of_channels(told)
+    mismatched = sorted(
+        name
+        for name, found, wanted in info["mismatched_keys"]
+        if name in layout or not _bounded_by_words(found, wanted, channels)
+    )
     return Rehearsal(
         missing=tuple(sorted(info["missing_keys"])),
         mismatched=tuple(name for name in mismatched if not name.endswith(_UNPACKED)),
@@ -101,6 +109,19 @@ def rehearse(checkpoint: Checkpoint, config: Mapping[str, Any], layout: Layout) 
         retyped=_retyped(model),
         recast=_recast(empty, model, layout),
     )
+
+
+def _bits_of_channels(told: Mapping[str, Any]) -> tuple[int, ...]:
+    """Of the codes that have one scale per row, so that nothing but weight_shape says how many there are in it."""
+    groups = (group["weights"] for group in told.get("config_groups", {}).values())
+    return tuple(weights["num_bits"] for weights in groups if weights["strategy"] == "channel")
+
+
+def _bounded_by_words(found: Sequence[int], wanted: Sequence[int], bits: Iterable[int]) -> bool:
+    """Whether a weight's shape is only the most that its words could hold: without memory compressed-tensors cannot
+    read weight_shape, and takes 19 words of 3 bits for 202 codes where they are 200."""
+    words = {packed_words(wanted[-1], number) * 32 // number for number in bits}
+    return tuple(found[:-1]) == tuple(wanted[:-1]) and found[-1] in words
 
 
 def _recast(empty: PreTrainedModel, model: PreTrainedModel, layout: Layout) -> tuple[str, ...]:

@@ -96,7 +96,7 @@ OPTIONS = [
     {"bits": 2, "block": "32", "refine": "none"},
     {"bits": 3, "block": "channel", "refine": "none"},
     {"bits": 5, "block": "32x32", "outliers": 0.01, "refine": "none"},
-    {"bits": 6, "block": "flat:64", "symmetric": False, "refine": "none"},
+    {"bits": 6, "block": "flat:32", "symmetric": False, "refine": "none"},
     {"bits": 7, "block": "tensor", "dtype": "float16", "refine": "none"},
     {"bits": 8, "block": "32", "symmetric": False, "outliers": 0.01, "dtype": "float32", "refine": "none"},
     {"bits": 4, "block": "128", "clip": "z=2", "outliers": 0.01},

@@ -17,6 +17,7 @@ import swquant
 from exporters.json_file import read_json
 from swquant.checkpoints.open import open_checkpoint
 from swquant.compress import rehearsal
+from swquant.compress.choice import Decoded
 from swquant.compress.config import checkpoint_config
 from swquant.compress.options import CompressOptions
 from swquant.compress.pipeline import prepare
@@ -124,8 +125,9 @@ def test_what_no_module_can_hold_is_decoded_while_loading(tmp_path: Path) -> Non
 
 def test_weights_that_share_no_scheme_are_not_decoded_while_loading(tmp_path: Path) -> None:
     planted = planted_model("gpt2", tmp_path / "model", torch.bfloat16)
+    mixed = {"prompt": PROMPT, "bits_for": ("c_fc=3",)}
     with pytest.raises(swquant.SwquantError, match="nothing would be compressed; 24 tensors: Conv1D"):
-        swquant.compress(planted.folder, tmp_path / "out", block="32", symmetric=False, prompt=PROMPT)
+        swquant.compress(planted.folder, tmp_path / "out", block="32", **mixed)
 
 
 def test_weights_that_the_model_keeps_in_float32_must_stay_so(tmp_path: Path) -> None:
@@ -146,3 +148,4 @@ class _Nothing:
 
     tensors = ()
     quantized = ()
+    decoded = Decoded.NOTHING
