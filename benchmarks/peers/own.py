@@ -22,22 +22,23 @@ from exporters.sidecar import SIDECAR
 from peers.base import CELLS, Cell, Method, Original, Outcome, Rounded, gather
 from swquant.checkpoints.open import open_checkpoint
 from swquant.compress.options import PRESETS, CompressOptions
-from swquant.compress.pipeline import compress_checkpoint
+from swquant.compress.pipeline import prepare, write
 
 __all__ = ["METHODS", "MIN_MAX"]
 
 MIN_MAX = "min/max rounding"
 
 
-def compressed(options: Mapping[str, Any]) -> Callable[[Original, Cell], Outcome]:
-    """Compress to a temporary folder and read the linear weights back."""
+def compressed(options: Mapping[str, Any], *, kept: bool = True) -> Callable[[Original, Cell], Outcome]:
+    """Compress to a temporary folder and read the linear weights back. kept: whether stock transformers could read that
+    folder; with zero points it wants one block for all weights."""
 
     def run(original: Original, cell: Cell) -> Outcome:
         chosen = CompressOptions(bits=cell.bits, block=cell.block, **options)
         with tempfile.TemporaryDirectory(prefix="swquant-quality-") as folder:
             out = Path(folder, "out")
             with open_checkpoint(original.folder) as checkpoint:
-                manifest = compress_checkpoint(checkpoint, out, chosen).manifest
+                manifest = write(prepare(checkpoint, chosen, kept=kept), out).manifest
             return read_back(original, out, manifest)
 
     return run
@@ -58,10 +59,10 @@ def read_back(original: Original, folder: Path, manifest: Mapping[str, Any]) -> 
     return Outcome(state, nbytes, (f"{len(dense)} dense: {', '.join(dense)}",) if dense else ())
 
 
-def row(name: str, cells: Sequence[Cell] = CELLS, **options: Any) -> Method:
+def row(name: str, cells: Sequence[Cell] = CELLS, *, kept: bool = True, **options: Any) -> Method:
     call = ", ".join(f"{key}={value!r}" for key, value in options.items())
     call = f"swquant.compress(model, out, {call})"
-    return Method(name, ("swquant",), call, compressed({"dtype": "bfloat16", **options}), cells)
+    return Method(name, ("swquant",), call, compressed({"dtype": "bfloat16", **options}, kept=kept), cells)
 
 
 def onnx_row(name: str, cells: Sequence[Cell], **options: Any) -> Method:
@@ -117,7 +118,7 @@ def gguf_file(name: str) -> Callable[[Original, Cell], Outcome]:
 
 
 METHODS = [
-    row(MIN_MAX, preset="fast", symmetric=False),
+    row(MIN_MAX, kept=False, preset="fast", symmetric=False),
     *(row(f"swquant {preset}", preset=preset) for preset in PRESETS),
     row("swquant best, outliers", preset="best", outliers=0.0005),
     *(row(f"swquant {preset}, offsets", _OFFSETS, preset=preset, offsets="float") for preset in ("balanced", "best")),
