@@ -34,7 +34,7 @@ from swquant.models.routing import choose
 from swquant.tune.session import Session
 from swquant.units import short
 
-__all__ = ["decide", "decided", "hindrance_of"]
+__all__ = ["control_of", "decide", "decided", "hindrance_of"]
 
 _SERVED = 0.5  # of what a set gave its own task, which a task that is the same gets from it
 _ROOM = 0.05  # of a gradient that has to be left for learning to make sense
@@ -54,10 +54,7 @@ def decide(shop: Workshop, session: Session, task: str, number: int) -> Decision
     }
     known = _known(shop, found, routed, base_loss)
     action, of_set, reason = decided(options, found, known, list(shop.sets), number)
-    drawn = {name: {**item, "excess": item["random_excess"]} for name, item in found.items()}
-    control = None
-    if options.policy == "lw2g" and found:
-        control = "{} {}".format(*decided(options, drawn, known, list(shop.sets), number)[:2]).strip()  # type: ignore[arg-type]
+    control = control_of(options, found, known, list(shop.sets), number) if options.policy == "lw2g" and found else None
     return {
         "action": action,
         "set": of_set or task,
@@ -91,6 +88,14 @@ def decided(
     if math.sin(math.radians(found[least]["angle"])) ** 2 > 1 - _ROOM:
         return "grow", "", f"{least} leaves less than {_ROOM:.0%} of the gradient"
     return ("reuse", least, said) if excess < threshold else ("grow", "", said)
+
+
+def control_of(options: AdaptOptions, found: Sets, known: str | None, names: list[str], number: int) -> str:
+    """What random spaces of the same ranks decide: their share of the gradient, and the angle that they leave."""
+    drawn: Sets = {
+        name: {**item, "excess": item["random_excess"], "angle": item["chance"]} for name, item in found.items()
+    }
+    return "{} {}".format(*decided(options, drawn, known, names, number)[:2]).strip()
 
 
 def _threshold(options: AdaptOptions, record: HindranceRecord) -> float:

@@ -10,7 +10,7 @@ from torch import nn
 from calibrationless import Blocks
 from calibrationless.subspaces import basis_of, second_moment
 from exporters.errors import SwquantError
-from swquant.adapt.decide import decided
+from swquant.adapt.decide import control_of, decided
 from swquant.adapt.options import AdaptOptions
 from swquant.adapt.spaces import gradients_of, hindered, keep_beside, moments_of
 from swquant.adapt.writing import angle_between
@@ -47,6 +47,15 @@ def numbers(excess: float, own: float, angle: float = 40.0, drawn: float = 0.0) 
 )
 def test_the_rules(changes: dict, sets: dict, known: str | None, action: str, of_set: str) -> None:
     assert decided(AdaptOptions(**changes), sets, known, list(sets), 3)[:2] == (action, of_set)
+
+
+def test_the_control_is_of_random_spaces_alone() -> None:
+    """Sets that take nearly all of a gradient are grown beside; random spaces of their ranks take hardly any."""
+    found = {"a": numbers(0.97, 0.98, angle=82.0, drawn=0.003), "b": numbers(0.98, 0.99, angle=83.0, drawn=0.002)}
+    options = AdaptOptions()
+    assert decided(options, found, None, ["a", "b"], 2)[0] == "grow"
+    assert control_of(options, found, None, ["a", "b"], 2) == "reuse b"
+    assert control_of(options, found, "a", ["a", "b"], 2) == "reuse a"
 
 
 def test_chance_grows_as_often_as_it_is_told() -> None:
