@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from machine import describe as machine
 
+from swquant.models.devices import named
 from swquant.output.destination import write_whole
 
-__all__ = ["Cells", "clock"]
+__all__ = ["Cells", "card", "clock"]
 
 
 class Cells:
@@ -56,6 +57,11 @@ class Cells:
         content = {"machine": {**machine(), "device": self.device}, "settings": self.settings, "cells": self.own}
         write_whole(self.path, json.dumps(content, indent=1).encode())
         print(f"{key}: {said(cell)}", flush=True)
+
+
+def card(device: torch.device) -> str:
+    """A device with the name of its GPU; cpu."""
+    return named(device).removeprefix(" on ") or "cpu"
 
 
 def clock(device: torch.device) -> float:

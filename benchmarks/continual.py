@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import Cells, clock
+from cells import Cells, card, clock
 from continual_report import said_of, table
 from tasks import FORMATS, TEXTS, lines_of, measured, spaced, texts_of
 
@@ -46,7 +46,7 @@ from swquant.adapt.pipeline import open_workshop
 from swquant.adapt.plan import AdaptPlan, Task, make_plan
 from swquant.adapt.workshop import Workshop
 from swquant.checkpoints.compressed import CompressedCheckpoint
-from swquant.models.devices import device_for, named
+from swquant.models.devices import device_for
 from swquant.models.routing import choose
 from swquant.progress import silent
 from swquant.training.data import Corpus, conversations, text_windows
@@ -129,7 +129,7 @@ class Row:
             "sets": len(self.shop.sets),
             "bytes": sum(stored.record["bytes"] for stored in self.shop.sets.values()),
             "seconds": seconds,
-            "device": named(self.shop.model.device).removeprefix(" on ") or "cpu",
+            "device": card(self.shop.model.device),
             "decisions": self.decisions,
             "stages": self.measures,
         }
@@ -265,7 +265,7 @@ def main() -> None:
     kept = ("tasks", "steps", "batch", "window", "warmup", "texts", "train", "test", "block", "budget", "energy",
             "soft", "lr")  # fmt: skip
     settings = {key: getattr(args, key) for key in kept} | {"device": device.type}
-    cells = Cells(args.json, None if args.tables else settings, named(device).removeprefix(" on ") or "cpu")
+    cells = Cells(args.json, None if args.tables else settings, card(device))
     if args.tables:
         print(table(cells.all, METHODS))
         return

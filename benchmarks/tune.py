@@ -31,7 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cells import Cells
+from cells import Cells, card
 from tuning.methods import METHODS, missing
 from tuning.report import draw, tables
 from tuning.results import Case, best_rate, rates_to_try, said
@@ -40,7 +40,7 @@ from tuning.world import TASKS, World
 
 from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.open import open_checkpoint
-from swquant.models.devices import device_for, named
+from swquant.models.devices import device_for
 
 DATA = Path(__file__).parent.parent / "data"
 FAST = ("blocks", "lora", "dora", "shira", "supertuning", "full")  # of --speed
@@ -156,7 +156,7 @@ def main() -> None:
         device = device_for(args.device)
         with open_checkpoint(args.checkpoint) as checkpoint, open_checkpoint(args.original) as original:
             settings = settings_of(args, checkpoint, original)
-            cells = Cells(args.json, settings, named(device).removeprefix(" on ") or "cpu")
+            cells = Cells(args.json, settings, card(device))
             (speeds if args.speed else quality)(World(checkpoint, original, args, device), cells, args)
     print_tables([path for path in args.json if path.exists()], args.plots)
 

@@ -195,9 +195,9 @@ def _merged(plan: MergePlan, name: str, inputs_of: Statistics, device: torch.dev
     )
     # A block may have moved the outliers that stay: they are read anew.
     kept = [Points.at(target, patch.rows, patch.cols) for patch in outliers if OUTLIERS not in plan.sets]
-    factor, energy = moved(inputs_of(name), device)
-    held = moved((target, old, factor, kept, _super_weights(target, record)), device)
-    new = moved(feed_back(*held[:3], *held[3], *held[4]), CPU)
+    factor, energy = inputs_of(name)
+    patches = moved([*kept, *_super_weights(target, record)], device)
+    new = moved(feed_back(moved(target, device), moved(old, device), moved(factor, device), *patches), CPU)
     module = name.removesuffix(".weight")
     int8_inputs = {f"{module}.weight", f"{module}.weight_scale"} == set(record["sha256"])
     parts = layouts.to_tensors(new, int8_inputs=int8_inputs)

@@ -2,8 +2,8 @@
 
 A hash only says that a file is the one that the manifest lists. So what a loader would refuse (scales that are not
 finite, shapes that contradict each other, outliers that lie outside) is looked for, too, by the functions that loaders
-call: a checkpoint that verifies can be loaded. What was exported is for other
-programs, which have checks of their own: there it is hashes.
+call: a checkpoint that verifies can be loaded. What was exported is for other programs, which have checks of their own:
+there it is hashes.
 """
 
 from __future__ import annotations
