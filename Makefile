@@ -15,7 +15,7 @@ demo: $(VENV)/installed $(SMOLLM2)
 	@$(BIN)/python tools/demo.py $(SMOLLM2)
 
 test: $(VENV)/test $(SMOLLM2)
-	$(BIN)/python -m pytest -m "not slow and not vllm"
+	$(BIN)/python -m pytest -m "not slow and not vllm" --numprocesses logical --maxprocesses 4 --dist loadfile
 
 test-slow: $(VENV)/test-slow $(SMOLLM2) $(GEMMA)
 	$(BIN)/python -m pytest -m slow
