@@ -22,7 +22,6 @@
 namespace swquant::cpu {
 namespace {
 
-constexpr int kAhead = 2048;  // bytes
 constexpr int kFlush = 4;  // units whose products are summed in 16 bits
 
 inline __m256i four(const int8_t* q) {
@@ -67,7 +66,6 @@ void int8_rows(const Layout& layout, int64_t group, const int8_t* q, const Piece
         for (auto& sum : row) sum[0] = sum[1] = _mm256_setzero_si256();
       const int end = std::min(piece.units, unit + kFlush);
       for (int u = unit; u < end; ++u, lanes += kUnit, activations += 4 * kPer) {
-        // One row waits for memory, and the hardware's prefetching ends at every page. Beyond the end it does no harm.
         if constexpr (kRows == 1) _mm_prefetch(reinterpret_cast<const char*>(lanes) + kAhead, _MM_HINT_T0);
         const __m256i low = _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes));
         const __m256i high = _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes + 32));

@@ -74,6 +74,7 @@ void int8_rows(const Layout& layout, int64_t group, const int8_t* q, const Piece
 #pragma GCC unroll 16
         for (auto& chain : unit) chain = _mm512_setzero_si512();
     const auto add = [&](int u) {
+      if constexpr (kRows == 1) _mm_prefetch(reinterpret_cast<const char*>(lanes) + kAhead, _MM_HINT_T0);
       const __m512i packed = _mm512_load_si512(lanes);
 #pragma GCC unroll 16
       for (int i = 0; i < kPer; ++i) {

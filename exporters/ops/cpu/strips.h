@@ -10,6 +10,10 @@
 namespace swquant::cpu {
 namespace {
 
+// One row waits for memory, and the hardware's prefetching ends at every page: codes are asked for so many bytes ahead.
+// Beyond the end that does no harm.
+constexpr int kAhead = 2048;
+
 // kPer: codes per byte. y[kRows][16] = int8 product of one group's weights with kRows quantized rows.
 template <int kPer, int kRows>
 void int8_rows(const Layout&, int64_t group, const int8_t* q, const PieceScale* scales, float* y);
