@@ -299,14 +299,14 @@ def load(
 
 
 def inspect(path: Model) -> Manifest:
-    """The manifest of a compressed checkpoint: what is in it, how it was made. Raises SwquantError if it has none."""
+    """The manifest of a folder made by swquant: what is in it, how it was made. Raises SwquantError if it has none."""
     from swquant.checkpoints.manifest import read_manifest
 
     return read_manifest(Path(path))
 
 
 def verify(path: Model, *, loads: bool = False, trust_remote_code: bool = False) -> list[str]:
-    """Read every byte of a compressed checkpoint and compare it with the manifest. Returns what is wrong.
+    """Read every byte of a folder made by swquant and compare it with the manifest. Returns what is wrong.
 
     loads: also let the stock loader look at it, without memory for the weights (of an ONNX folder: with ONNX Runtime,
     in full). Raises SwquantError where there is no intact manifest."""
@@ -330,6 +330,7 @@ def evaluate(
     limit: int | None = None,
     restore: bool = True,
     task: str | None = None,
+    base: Model | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
     progress: Progress = silent,
@@ -337,14 +338,14 @@ def evaluate(
     """Perplexity of a model on a text; against an original also KL divergence (nats), top-1 agreement and
     the expected acceptance rate of speculative decoding (both 0 to 1), by the protocol of docs/evaluation.md.
 
-    window: tokens per window. limit: evaluate only the first so many windows. restore, task: see `load`. Raises
+    window: tokens per window. limit: evaluate only the first so many windows. restore, task, base: see `load`. Raises
     SwquantError."""
     from swquant.checkpoints.open import open_model
     from swquant.evaluate.pipeline import evaluate_model
     from swquant.models.devices import device_for
 
     how: dict[str, Any] = {"window": window, "limit": limit, "device": device_for(device), "progress": progress}
-    with open_model(model, restored=restore, task=task, trust_remote_code=trust_remote_code) as checkpoint:
+    with open_model(model, restored=restore, task=task, base=base, trust_remote_code=trust_remote_code) as checkpoint:
         if against is None:
             return evaluate_model(checkpoint, text, **how)
         with open_model(against, trust_remote_code=trust_remote_code) as original:

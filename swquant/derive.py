@@ -138,6 +138,7 @@ def generate(
     chat: bool = False,
     restore: bool = True,
     task: str | None = None,
+    base: Model | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
     on_text: Callable[[str], None] | None = None,
@@ -146,15 +147,15 @@ def generate(
     """Continue a prompt greedily, until a token ends the text. Returns the prompt and what follows.
 
     chat: the prompt is what a user says, put into the model's chat template; what comes back is the answer alone.
-    on_text: is given the text piece by piece, as it is written; together they are what is returned. task: see `load`.
-    Raises SwquantError.
+    on_text: is given the text piece by piece, as it is written; together they are what is returned. task, base: see
+    `load`. Raises SwquantError.
     """
     from swquant.checkpoints.open import open_model
     from swquant.evaluate.writing import generate_text
     from swquant.models.devices import device_for
 
     place = device_for(device)
-    with open_model(model, restored=restore, task=task, trust_remote_code=trust_remote_code) as checkpoint:
+    with open_model(model, restored=restore, task=task, base=base, trust_remote_code=trust_remote_code) as checkpoint:
         return generate_text(
             checkpoint, prompt, tokens=tokens, chat=chat, device=place, on_text=on_text, progress=progress
         )
@@ -250,7 +251,7 @@ def push(
     dry_run: bool = False,
     progress: Progress = silent,
 ) -> Pushed:
-    """Publish a compressed checkpoint on the Hugging Face hub, if every byte of it is as it was written.
+    """Publish a folder made by swquant on the Hugging Face hub, if every byte of it is as it was written.
 
     repository: OWNER/NAME, made where there is none; private: only then. dry_run: only verify, and say what would be
     sent. Returns the files with their sizes, and the commit's address. Raises SwquantError; then nothing was published.

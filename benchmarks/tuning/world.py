@@ -25,11 +25,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from swquant.checkpoints.base import Checkpoint
+from swquant.checkpoints.tokenizer import begins_with
 from swquant.detect.texts import write_text
 from swquant.evaluate.pipeline import Score, make_windows, score_window, window_logits
 from swquant.output.destination import write_whole
 from swquant.progress import silent
-from swquant.training.data import Corpus, begins_with, conversations, text_windows, token_windows
+from swquant.training.data import Corpus, conversations, text_windows, token_windows
 from swquant.training.model import trainable_model
 from swquant.tune.options import TuneOptions
 from swquant.tune.plan import TunePlan, make_plan

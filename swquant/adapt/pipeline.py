@@ -26,11 +26,12 @@ from swquant.adapt.writing import write_pool
 from swquant.checkpoints.pool import pool_of
 from swquant.checkpoints.pool_schema import DecisionRecord
 from swquant.checkpoints.schema import CheckpointManifest
+from swquant.checkpoints.tokenizer import begins_with
 from swquant.models.devices import place_for
 from swquant.models.routing import Key, key_of
 from swquant.output.destination import check_destination
 from swquant.progress import Progress, silent
-from swquant.training.data import begins_with, own_windows, token_windows
+from swquant.training.data import own_windows, token_windows
 from swquant.training.loop import State, fingerprint_of
 from swquant.training.model import trainable_model
 

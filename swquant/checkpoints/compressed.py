@@ -35,6 +35,7 @@ __all__ = ["CompressedCheckpoint"]
 _ELSEWHERE = {
     "onnx": f"{MANIFEST} is that of an ONNX folder, but the graph is missing; fetch it again",
     "mlx": "a folder for MLX, which mlx-lm reads (mlx_lm.generate); here, give the model or checkpoint that it was made from",
+    "patches": "holds patches alone; swquant merge writes the whole model: swquant merge PATCHES OUT --base MODEL",
 }
 
 

@@ -1,6 +1,6 @@
 """The manifest, `swquant/manifest.json`: what a compressed checkpoint is, how it was made, and a hash of every byte.
 
-What is exported into a folder has one, too, of a `kind` of its own; a checkpoint's has none.
+What is exported into a folder has one, too, and so have patches alone: of a `kind` of its own. A checkpoint's has none.
 
 It is written last, so a folder without one is unfinished. `digest` is the sha256 of the manifest itself with
 that field empty. Nothing in it depends on the machine, the time or the number of threads.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -34,6 +35,8 @@ from swquant.checkpoints.schema import (
     OnnxContent,
     OnnxManifest,
     OptionsRecord,
+    PatchesContent,
+    PatchesManifest,
     RoundedRecord,
     TensorRecord,
 )
@@ -41,8 +44,10 @@ from swquant.checkpoints.schema import (
 __all__ = [
     "MANIFEST",
     "content_of",
+    "holds_patches",
     "is_checkpoint",
     "is_onnx",
+    "is_patches",
     "made_with",
     "read_manifest",
     "rounded",
@@ -52,7 +57,13 @@ __all__ = [
 
 MANIFEST = "swquant/manifest.json"
 _CHECKPOINT = "checkpoint"  # the kind that is not written
-_TYPES: dict[str, type] = {_CHECKPOINT: CheckpointManifest, "onnx": OnnxManifest, "mlx": MlxManifest}
+_TYPES: dict[str, type] = {
+    _CHECKPOINT: CheckpointManifest,
+    "onnx": OnnxManifest,
+    "mlx": MlxManifest,
+    "patches": PatchesManifest,
+}
+_TENSORS = [[kind.__name__] for kind in (DenseRecord, RoundedRecord)]
 _LONGEST = 100  # characters of a file's text in a message
 
 
@@ -66,7 +77,9 @@ def write_manifest(folder: Path, content: CheckpointContent) -> CheckpointManife
 def write_manifest(folder: Path, content: OnnxContent) -> OnnxManifest: ...
 @overload
 def write_manifest(folder: Path, content: MlxContent) -> MlxManifest: ...
-def write_manifest(folder: Path, content: CheckpointContent | OnnxContent | MlxContent) -> Manifest:
+@overload
+def write_manifest(folder: Path, content: PatchesContent) -> PatchesManifest: ...
+def write_manifest(folder: Path, content: CheckpointContent | OnnxContent | MlxContent | PatchesContent) -> Manifest:
     """Write `content` with format, version and digest. Returns what was written."""
     manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "digest": "", **content}
     manifest["digest"] = _digest(manifest)
@@ -89,8 +102,22 @@ def is_onnx(manifest: Manifest) -> TypeIs[OnnxManifest]:
     return manifest.get("kind") == "onnx"
 
 
-def made_with(manifest: Manifest) -> OptionsRecord:
-    """The options of `compress`: the checkpoint's own, or those of the one that was exported."""
+def is_patches(manifest: Manifest) -> TypeIs[PatchesManifest]:
+    """Whether a manifest is that of patches alone."""
+    return manifest.get("kind") == "patches"
+
+
+def holds_patches(folder: Path) -> bool:
+    """Whether a folder holds patches alone. Raises SwquantError for a manifest that cannot be relied on."""
+    if not os.path.isfile(folder / MANIFEST):  # unlike Path.is_file, no error for a name that is too long
+        return False
+    return not os.path.isfile(folder / "config.json") and is_patches(read_manifest(folder))
+
+
+def made_with(manifest: Manifest) -> OptionsRecord | None:
+    """The options of `compress`: the checkpoint's own, or those of the one that was exported; None of patches alone."""
+    if is_patches(manifest):
+        return None
     return manifest["options"] if is_checkpoint(manifest) else manifest["compression"]["options"]
 
 
@@ -158,7 +185,7 @@ def _problems(errors: Iterable[Mapping[str, Any]], manifest: Mapping[str, Any]) 
     """One sentence per error that pydantic has with a manifest, and what the user can do."""
     for error in errors:
         key = list(error["loc"])
-        if key[:1] == ["tensors"] and len(key) > 2:  # key[2] is one of the two types of a tensor: both were tried
+        if key[:1] == ["tensors"] and key[2:3] in _TENSORS:  # one of the two types of a tensor: both were tried
             record = manifest["tensors"][key[1]]
             kind = DenseRecord if isinstance(record, dict) and "dense" in record else RoundedRecord
             if key.pop(2) != kind.__name__:

@@ -1,7 +1,7 @@
 """From what a user types to a model: `open_model` opens whatever can be run, `open_checkpoint` what has tensors.
 
-a folder with swquant/manifest.json   CompressedCheckpoint; OnnxFolder where it has model.onnx, too
-a folder with swquant/patches.json    PatchedCheckpoint, over the model that is named as its base
+a folder with swquant/manifest.json   CompressedCheckpoint; OnnxFolder where it has model.onnx, too; PatchedCheckpoint
+                                      of patches alone, over the model that is named as their base
 a folder with config.json             SafetensorsCheckpoint
 a file that ends in .gguf             GgufCheckpoint
 OWNER/NAME                            fetched from the hub (safetensors only), then one of these folders
@@ -15,15 +15,15 @@ from pathlib import Path
 
 from exporters.errors import SwquantError, first_line
 from exporters.onnx.files import MODEL
+from exporters.text import shown
 from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.companions import CODE, COMPANIONS, NEVER
 from swquant.checkpoints.compressed import CompressedCheckpoint
 from swquant.checkpoints.gguf import GgufCheckpoint
-from swquant.checkpoints.manifest import MANIFEST
+from swquant.checkpoints.manifest import MANIFEST, holds_patches, read_manifest
 from swquant.checkpoints.onnx import OnnxFolder
 from swquant.checkpoints.origin import CARD
 from swquant.checkpoints.patched import PatchedCheckpoint
-from swquant.checkpoints.patches import is_patches
 from swquant.checkpoints.safetensors import SafetensorsCheckpoint
 
 __all__ = ["is_onnx_folder", "open_checkpoint", "open_model"]
@@ -41,12 +41,15 @@ def open_model(
     task: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    base: str | os.PathLike[str] | None = None,
 ) -> Checkpoint | OnnxFolder:
     """Open anything that can be run: as `open_checkpoint`, or an ONNX folder."""
     path = Path(model)
-    if is_onnx_folder(path) and task is None:
+    if is_onnx_folder(path) and task is None and base is None:
         return OnnxFolder(path, restored=restored, trust_remote_code=trust_remote_code)
-    return open_checkpoint(model, restored=restored, task=task, revision=revision, trust_remote_code=trust_remote_code)
+    return open_checkpoint(
+        model, restored=restored, task=task, revision=revision, trust_remote_code=trust_remote_code, base=base
+    )
 
 
 def open_checkpoint(
@@ -63,8 +66,11 @@ def open_checkpoint(
     restored: for a compressed checkpoint, whether outliers are laid back while reading. base: for a folder of patches
     alone, the model that they belong to. task: of a compressed checkpoint's pool.
     """
-    path = Path(model)
-    if is_patches(path):
+    path, name = _found(model, revision, code=trust_remote_code)
+    if holds_patches(path):
+        if task is not None or not restored:
+            left = "--no-restore" if task is None else f"--task {task}"
+            raise SwquantError(f"{model}: patches of an original are laid over it, all of them; leave out {left}")
         return _patched(path, base, trust_remote_code)
     if base is not None:
         raise SwquantError(f"{model}: is a model by itself, which has no base; leave out --base")
@@ -76,33 +82,35 @@ def open_checkpoint(
                 f"{path.name}: neither a folder nor a .gguf file; give the folder that holds config.json"
             )
         return GgufCheckpoint(path)
-    if os.path.isdir(path):
-        if is_onnx_folder(path):
-            raise SwquantError(
-                f"{path.resolve().name}: an ONNX graph, which can only be run (swquant generate, swquant eval); "
-                "use the checkpoint that it was made from"
-            )
-        if (path / MANIFEST).is_file():
-            return CompressedCheckpoint(path, restored=restored, task=task, trust_remote_code=trust_remote_code)
-        if not any(path.iterdir()):
-            raise SwquantError(
-                f"{model}: the folder is empty; give a folder saved by save_pretrained(), or a .gguf file"
-            )
-        return SafetensorsCheckpoint(path, trust_remote_code=trust_remote_code)
+    if is_onnx_folder(path):
+        raise SwquantError(
+            f"{path.resolve().name}: an ONNX graph, which can only be run (swquant generate, swquant eval); "
+            "use the checkpoint that it was made from"
+        )
+    if (path / MANIFEST).is_file():
+        return CompressedCheckpoint(path, name=name, restored=restored, task=task, trust_remote_code=trust_remote_code)
+    if not any(path.iterdir()):
+        raise SwquantError(f"{model}: the folder is empty; give a folder saved by save_pretrained(), or a .gguf file")
+    return SafetensorsCheckpoint(path, name=name, trust_remote_code=trust_remote_code)
+
+
+def _found(model: str | os.PathLike[str], revision: str | None, *, code: bool) -> tuple[Path, str | None]:
+    """The folder or file on this machine, and the name of what was fetched."""
+    path = Path(model)
+    if os.path.isfile(path) or os.path.isdir(path):
+        return path, None
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
-        folder, name = _fetch(str(model), revision, code=trust_remote_code), str(model).rpartition("/")[2]
-        if (folder / MANIFEST).is_file():
-            return CompressedCheckpoint(folder, name=name, restored=restored, trust_remote_code=trust_remote_code)
-        return SafetensorsCheckpoint(folder, name=name, trust_remote_code=trust_remote_code)
+        return _fetch(str(model), revision, code=code), str(model).rpartition("/")[2]
     raise SwquantError(f"{model}: no such folder or file that can be read, and not a hub id (OWNER/NAME)")
 
 
 def _patched(path: Path, base: str | os.PathLike[str] | None, trust_remote_code: bool) -> PatchedCheckpoint:
     """Patches over their base."""
     if base is None:
+        original = shown(read_manifest(path)["source"]["name"], 60)
         raise SwquantError(
-            f"{path}: holds patches alone; swquant merge {path} OUT --base MODEL writes the whole model, swquant.load takes "
-            "base=MODEL"
+            f"{path}: holds patches alone; name their model, {original}, with --base MODEL (eval, generate; base=MODEL in "
+            f"Python), or write the whole: swquant merge {path} OUT --base MODEL"
         )
     opened = open_checkpoint(base, trust_remote_code=trust_remote_code)
     try:

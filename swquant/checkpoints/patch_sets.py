@@ -12,6 +12,7 @@ from typing import cast
 
 from exporters.errors import SwquantError
 from exporters.sidecar import SETS, SIDECAR, SidecarReader
+from swquant.checkpoints.manifest import is_patches
 from swquant.checkpoints.schema import Manifest
 
 __all__ = ["counted", "open_patches", "uncounted"]
@@ -40,8 +41,9 @@ def open_patches(folder: Path, manifest: Manifest, name: str) -> SidecarReader |
     were written. name: of the checkpoint, for messages."""
     if not counted(manifest):
         return None
+    remedy = "fetch it again" + ("" if is_patches(manifest) else ", or load without it (--no-restore)")
     if not (folder / SIDECAR).is_file() or SIDECAR not in manifest["files"]:
-        raise SwquantError(f"{name}: {SIDECAR} is missing; fetch it again, or load without it (--no-restore)")
+        raise SwquantError(f"{name}: {SIDECAR} is missing; {remedy}")
     sidecar = SidecarReader(folder / SIDECAR)
     odd = uncounted(sidecar, manifest)
     if odd is None and sidecar.sha256() == manifest["files"][SIDECAR]["sha256"]:
@@ -52,4 +54,4 @@ def open_patches(folder: Path, manifest: Manifest, name: str) -> SidecarReader |
         if odd is None
         else f"does not hold the {odd} that the manifest counts"
     )
-    raise SwquantError(f"{name}: {SIDECAR} {what}; fetch it again, or load without it (--no-restore)")
+    raise SwquantError(f"{name}: {SIDECAR} {what}; {remedy}")

@@ -1,7 +1,8 @@
 """Patches alone: what `tune` writes of a model that is no compressed checkpoint, and that model with them laid over.
 
-    OUT/swquant/patches.json             which model they belong to, how they were trained
+    OUT/swquant/manifest.json            which model they belong to, how they were trained; of the kind `patches`
     OUT/swquant/outliers.safetensors     the sets of blocks, as beside a compressed checkpoint
+    OUT/README.md                        the card
 
 A few megabytes that mean nothing without their base. A fingerprint tells a folder by its headers, and every model of a
 family has the same, so the sha256 of each tensor that is patched is kept, too: over any other weights they are refused.
@@ -18,9 +19,10 @@ from transformers import PreTrainedTokenizerBase
 
 from calibrationless import Blocks, Patch, restore
 from exporters.errors import CheckpointError, SwquantError
-from exporters.sidecar import SIDECAR, SidecarReader
+from exporters.sidecar import SIDECAR
 from swquant.checkpoints.base import Checkpoint, Stored
-from swquant.checkpoints.patches import PATCHES, read_patches
+from swquant.checkpoints.manifest import MANIFEST, is_patches, read_manifest
+from swquant.checkpoints.patch_sets import open_patches
 
 __all__ = ["PatchedCheckpoint", "sha256_of"]
 
@@ -35,37 +37,27 @@ class PatchedCheckpoint(Checkpoint):
 
     def __init__(self, folder: Path, base: Checkpoint) -> None:
         self.patches_folder, self.base = folder, base
-        self.manifest = read_patches(folder)
+        manifest = read_manifest(folder)
+        if not is_patches(manifest):
+            raise SwquantError(f"{folder}: is no folder of patches alone")
+        self.manifest = manifest
         self.kind = base.kind  # type: ignore[misc]
         self.name, self.folder = folder.resolve().name, base.folder
         self.config, self.raw_config, self.tensors = base.config, base.raw_config, base.tensors
         self.trust_remote_code = base.trust_remote_code
-        self.fingerprint = hashlib.sha256(f"{base.fingerprint} {self.manifest['sidecar']}".encode()).hexdigest()
-        self._sidecar = SidecarReader(folder / SIDECAR)
-        try:
-            self._check()
-        except BaseException:
-            self._sidecar.close()
-            raise
-
-    def _check(self) -> None:
-        """Raise SwquantError unless the file of blocks is the one that was written, and the base has these tensors."""
-        counted = {
-            (of_set, name): count
-            for name, record in self.manifest["tensors"].items()
-            for of_set, count in record["blocks"].items()
-        }
-        found = {(of_set, name): n for of_set, counts in self._sidecar.counts.items() for name, n in counts.items()}
-        if found != counted or self._sidecar.sha256() != self.manifest["sidecar"]:
-            raise SwquantError(f"{self.name}: {SIDECAR} is not what was written; fetch it again")
-        for name, record in self.manifest["tensors"].items():
-            form = self.base.tensors.get(name)
+        self.fingerprint = hashlib.sha256(f"{base.fingerprint} {manifest['digest']}".encode()).hexdigest()
+        for tensor, record in manifest["tensors"].items():
+            form = base.tensors.get(tensor)
             if form is None or list(form.shape) != record["shape"] or len(form.shape) != 2:
-                self._refuse(name)
+                self._refuse(tensor)
+        sidecar = open_patches(folder, manifest, self.name)
+        if sidecar is None:
+            raise SwquantError(f"{self.name}: holds no patches at all; give {base.name} itself")
+        self._sidecar = sidecar
 
     def _refuse(self, name: str) -> None:
         raise SwquantError(
-            f"{self.name}: its patches belong to {self.manifest['base']['name']}, and {name} of {self.base.name} is "
+            f"{self.name}: its patches belong to {self.manifest['source']['name']}, and {name} of {self.base.name} is "
             "another; name the model that was tuned"
         )
 
@@ -101,7 +93,7 @@ class PatchedCheckpoint(Checkpoint):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        return (*self.base.files, self.patches_folder / PATCHES, self.patches_folder / SIDECAR)
+        return (*self.base.files, self.patches_folder / MANIFEST, self.patches_folder / SIDECAR)
 
     @property
     def fills_folder(self) -> bool:
@@ -110,6 +102,14 @@ class PatchedCheckpoint(Checkpoint):
     @property
     def stores_floats(self) -> bool:
         return False
+
+    @property
+    def repository(self) -> str | None:
+        return self.base.repository
+
+    @property
+    def license(self) -> str | None:
+        return self.base.license
 
     @property
     def generation(self) -> dict[str, Any]:

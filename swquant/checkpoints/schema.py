@@ -12,6 +12,7 @@ from typing import Literal, NotRequired, final
 
 from typing_extensions import TypedDict  # pydantic reads that of `typing` from Python 3.12 on
 
+from swquant.checkpoints.detection_schema import DetectionRecord
 from swquant.checkpoints.onnx_schema import CheckRecord, ExportRecord, NodeRecord
 from swquant.checkpoints.pool_schema import PoolRecord
 
@@ -25,11 +26,9 @@ __all__ = [
     "CheckpointTotals",
     "CompressionRecord",
     "DenseRecord",
-    "DetectionRecord",
     "ExportTotals",
     "FileEntry",
     "InputsRecord",
-    "LayerRecord",
     "Manifest",
     "MergeRecord",
     "MlxContent",
@@ -37,13 +36,13 @@ __all__ = [
     "OnnxContent",
     "OnnxManifest",
     "OptionsRecord",
+    "PatchedRecord",
+    "PatchesContent",
+    "PatchesManifest",
     "PointRecord",
-    "PublishedRecord",
     "RoundedRecord",
     "SourceKind",
     "SourceRecord",
-    "SuperActivationRecord",
-    "SuperWeightRecord",
     "TensorRecord",
     "TuneOptionsRecord",
     "TuningRecord",
@@ -89,69 +88,6 @@ class OptionsRecord(TypedDict):
     shard_size: str
     prompt: str
     seed: int
-
-
-class SuperWeightRecord(TypedDict):
-    """The fields of `calibrationless.SuperWeight`."""
-
-    name: str
-    layer: int
-    row: int
-    col: int
-    value: float
-    role: str
-    token: int
-    input: float
-    output: float
-    share: float
-    residual: float
-    kl: float
-    loss: float
-
-
-class SuperActivationRecord(TypedDict):
-    """The fields of `calibrationless.SuperActivation`."""
-
-    channel: int
-    token: int
-    value: float
-    born: int
-    gone: int | None
-    magnitudes: list[float]
-
-
-class LayerRecord(TypedDict):
-    """The fields of `calibrationless.LayerSpike`."""
-
-    layer: int
-    name: str
-    input: float
-    input_channel: int
-    output: float
-    output_channel: int
-
-
-class PublishedRecord(TypedDict):
-    """A model of this shape in the paper's Table 2, and its (layer, row, col)."""
-
-    model: str
-    coordinates: list[list[int]]
-
-
-class DetectionRecord(TypedDict):
-    """What the one prompt showed."""
-
-    prompt: str
-    token_ids: list[int]
-    tokens: list[str]
-    rounds: int
-    super_weights: list[SuperWeightRecord]
-    cancellers: list[SuperWeightRecord]
-    super_activations: list[SuperActivationRecord]
-    layers: list[LayerRecord]
-    published: list[PublishedRecord]
-    unseen: NotRequired[list[str]]
-    unseen_layers: NotRequired[list[int]]
 
 
 class ActivationsRecord(TypedDict):
@@ -273,6 +209,14 @@ class MergeRecord(TypedDict):
     kl_merged: float
 
 
+class PatchedRecord(TypedDict):
+    """A tensor that patches lie over: the shape and sha256 that it must have, and how many blocks of each set."""
+
+    shape: list[int]
+    sha256: str
+    blocks: dict[str, int]
+
+
 class FileEntry(TypedDict):
     """Size and hash of a file."""
 
@@ -359,6 +303,18 @@ class MlxContent(_Common):
     totals: ExportTotals
 
 
+class PatchesContent(TypedDict):
+    """What `tune` says of patches alone: which model they belong to (`source`, `tensors`), how they were trained."""
+
+    kind: Literal["patches"]
+    swquant: str
+    source: SourceRecord
+    tensors: dict[str, PatchedRecord]
+    files: dict[str, FileEntry]
+    tuned: dict[str, TuningRecord]
+    totals: ExportTotals
+
+
 @final
 class CheckpointManifest(CheckpointContent, _Seal):
     """The manifest of a compressed checkpoint, which has no `kind`."""
@@ -374,4 +330,9 @@ class MlxManifest(MlxContent, _Seal):
     """The manifest of a folder for MLX."""
 
 
-Manifest = CheckpointManifest | OnnxManifest | MlxManifest
+@final
+class PatchesManifest(PatchesContent, _Seal):
+    """The manifest of a folder of patches alone."""
+
+
+Manifest = CheckpointManifest | OnnxManifest | MlxManifest | PatchesManifest

@@ -14,7 +14,7 @@ from exporters.errors import SwquantError
 from swquant.checkpoints.base import ModelFolder
 from swquant.checkpoints.guard import failures_of
 
-__all__ = ["context_of", "encode"]
+__all__ = ["begins_with", "context_of", "encode"]
 
 
 def context_of(config: Any) -> int | None:
@@ -44,6 +44,15 @@ def encode(checkpoint: ModelFolder, text: str, *, special: bool = True, tokenize
                 "of the text, or the tokenizer belongs to another model"
             )
     return ids
+
+
+def begins_with(checkpoint: ModelFolder, tokenizer: Any = None) -> int | None:
+    """The BOS token where the tokenizer begins a text with it, else None. tokenizer: the checkpoint's, where it is
+    loaded already."""
+    tokenizer = checkpoint.tokenizer() if tokenizer is None else tokenizer
+    bos = tokenizer.bos_token_id
+    with_special = encode(checkpoint, "a", tokenizer=tokenizer)
+    return bos if bos is not None and with_special and with_special[0] == bos else None
 
 
 def _word(tokenizer: Any, token: object) -> str:

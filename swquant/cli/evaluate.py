@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from exporters.errors import SwquantError
+from swquant.cli.options import OUTPUT
 from swquant.cli.shared import (
+    BaseOption,
     DeviceOption,
     JsonOption,
     ModelArgument,
@@ -27,6 +29,21 @@ if TYPE_CHECKING:
     from swquant.evaluate.pipeline import Evaluation
 
 __all__ = ["evaluate"]
+
+MaxPerplexityOption = Annotated[
+    float | None,
+    typer.Option(metavar="X", help="Exit with 1 above this perplexity.", show_default=False, rich_help_panel=OUTPUT),
+]
+MaxKlOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        help="Exit with 1 above this KL divergence (with --against).",
+        show_default=False,
+        rich_help_panel=OUTPUT,
+    ),
+]
+CardOption = Annotated[bool, typer.Option("--card", help="Write it into README.md.", rich_help_panel=OUTPUT)]
 
 
 def evaluate(
@@ -50,14 +67,10 @@ def evaluate(
     ] = None,
     restore: RestoreOption = True,
     task: TaskOption = None,
-    max_perplexity: Annotated[
-        float | None, typer.Option(metavar="X", help="Exit with 1 above this perplexity.", show_default=False)
-    ] = None,
-    max_kl: Annotated[
-        float | None,
-        typer.Option(metavar="X", help="Exit with 1 above this KL divergence (with --against).", show_default=False),
-    ] = None,
-    card: Annotated[bool, typer.Option("--card", help="Write it into README.md.")] = False,
+    base: BaseOption = None,
+    max_perplexity: MaxPerplexityOption = None,
+    max_kl: MaxKlOption = None,
+    card: CardOption = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
@@ -70,7 +83,7 @@ def evaluate(
     if card:
         _check_card(Path(model))
     result = evaluate_model(
-        model, text_of(text), against, window=window, limit=limit, restore=restore, task=task, device=device,
+        model, text_of(text), against, window=window, limit=limit, restore=restore, task=task, base=base, device=device,
         trust_remote_code=trust_remote_code, progress=make_progress(as_json),
     )  # fmt: skip
     if card:
@@ -90,7 +103,7 @@ def _check_card(folder: Path) -> None:
 
     if not (folder / MANIFEST).is_file():
         raise SwquantError(
-            f"{folder}: no compressed checkpoint, which alone has a card to write into; leave out --card"
+            f"{folder}: no folder made by swquant, which alone has a card to write into; leave out --card"
         )
     read_card(folder)
 

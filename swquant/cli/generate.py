@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from swquant.cli.shared import (
+    BaseOption,
     DeviceOption,
     JsonOption,
     ModelArgument,
@@ -30,6 +31,7 @@ def generate(
     ] = False,
     restore: RestoreOption = True,
     task: TaskOption = None,
+    base: BaseOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
@@ -44,6 +46,7 @@ def generate(
         chat=chat,
         restore=restore,
         task=task,
+        base=base,
         device=device,
         trust_remote_code=trust_remote_code,
         on_text=None if as_json else _show,

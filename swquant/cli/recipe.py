@@ -39,7 +39,9 @@ def _like(context: typer.Context, folder: Path | None) -> Path | None:
         from swquant.api import inspect
         from swquant.checkpoints.manifest import made_with
 
-        given = {name: value for name, value in made_with(inspect(folder)).items() if value is not None}
+        if (made := made_with(inspect(folder))) is None:
+            raise SwquantError(f"--like {folder}: holds patches alone, which compress did not make; give a checkpoint")
+        given = {name: value for name, value in made.items() if value is not None}
         context.default_map = {**_taken(context, str(folder), given), **(context.default_map or {})}
     return folder
 

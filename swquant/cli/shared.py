@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from swquant.progress import Progress
 
 __all__ = [
+    "BaseOption",
     "CheckpointArgument",
     "DeviceOption",
     "JsonOption",
@@ -53,7 +54,7 @@ ModelArgument = Annotated[
     ),
 ]
 CheckpointArgument = Annotated[
-    Path, typer.Argument(metavar="OUT", help="A folder made by `swquant compress`.", show_default=False)
+    Path, typer.Argument(metavar="OUT", help="A folder made by swquant.", show_default=False)
 ]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.", rich_help_panel=OTHER)
@@ -106,6 +107,17 @@ TaskOption = Annotated[
         "--task",
         metavar="NAME",
         help="Answer with the set of the pool that serves this task; auto: the input chooses.",
+        show_default=False,
+    ),
+]
+
+
+BaseOption = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="ORIGINAL",
+        help="Where MODEL holds patches alone (tune): what they lie over.",
         show_default=False,
     ),
 ]

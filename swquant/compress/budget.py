@@ -20,13 +20,14 @@ from torch import Tensor
 from calibrationless import MAX_BITS, MIN_BITS, allocate, dequantize, fit, follow, restore, shape_of
 from exporters.errors import SwquantError
 from swquant.checkpoints.base import Checkpoint
+from swquant.checkpoints.tokenizer import begins_with
 from swquant.compress.evidence import evidence_for
 from swquant.compress.loaders import fused_layer
 from swquant.compress.options import CompressOptions
 from swquant.compress.plan import Plan, TensorPlan
 from swquant.detect.found import Found
 from swquant.detect.pipeline import probed_model, run_text, watchable
-from swquant.detect.texts import start_token, write_text
+from swquant.detect.texts import write_text
 from swquant.models.architecture import LinearKind
 from swquant.progress import Progress
 
@@ -98,7 +99,7 @@ def sensitivities(
     """KL divergence of the predictions, in nats per token, with each group alone rounded as it is planned."""
     felt = []
     with probed_model(checkpoint, low_memory) as model, watchable(model):
-        tokens = write_text(model, start_token(checkpoint, found), options.seed, progress, texts=TEXTS, length=LENGTH)
+        tokens = write_text(model, begins_with(checkpoint), options.seed, progress, texts=TEXTS, length=LENGTH)
 
         def predict(group: Sequence[TensorPlan]) -> Tensor:
             """Log-probabilities, float32 [tokens, vocabulary]."""

@@ -23,9 +23,10 @@ from transformers import PreTrainedModel
 
 from calibrationless import CPU, Factor, damping_for, inverse_factor_
 from swquant.checkpoints.base import Checkpoint
+from swquant.checkpoints.tokenizer import begins_with
 from swquant.detect.found import Found
 from swquant.detect.pipeline import probed_model, watchable
-from swquant.detect.texts import length_for, other_writer, runs_on, start_token, write_text
+from swquant.detect.texts import length_for, other_writer, runs_on, write_text
 from swquant.models.architecture import LinearKind
 from swquant.models.converted import as_built
 from swquant.models.layerwise import SideBySide, side_by_side
@@ -174,7 +175,7 @@ def self_text(
     model that writes the text instead. device: where both run, if they fit there."""
 
     def written_by(writer: PreTrainedModel) -> Tensor:
-        start, length = start_token(checkpoint, found), length_for(checkpoint)
+        start, length = begins_with(checkpoint), length_for(checkpoint)
         with watchable(writer):
             return write_text(writer, start, seed, progress, texts=texts, length=length)
 

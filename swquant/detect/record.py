@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from swquant.checkpoints.schema import DetectionRecord
+from swquant.checkpoints.detection_schema import DetectionRecord
 from swquant.units import short
 
 if TYPE_CHECKING:

@@ -21,10 +21,9 @@ from exporters.errors import SwquantError
 from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.open import open_checkpoint
 from swquant.checkpoints.tokenizer import context_of
-from swquant.detect.found import Found
 from swquant.progress import Progress
 
-__all__ = ["LENGTH", "length_for", "other_writer", "runs_on", "start_token", "write_text"]
+__all__ = ["LENGTH", "length_for", "other_writer", "runs_on", "write_text"]
 
 LENGTH = 256  # tokens of a text
 
@@ -58,12 +57,6 @@ def other_writer(name: str, checkpoint: Checkpoint) -> Iterator[Checkpoint]:
 def runs_on(model: PreTrainedModel) -> torch.device:
     """Where tokens are given to it: of a model whose weights stay in their files, the CPU."""
     return CPU if model.device.type == "meta" else model.device
-
-
-def start_token(checkpoint: Checkpoint, found: Found) -> int | None:
-    """The BOS token where the tokenizer begins a text with one, else None."""
-    bos = checkpoint.tokenizer().bos_token_id
-    return bos if bos is not None and found.token_ids[0] == bos else None
 
 
 def write_text(

@@ -23,8 +23,9 @@ from transformers import PreTrainedModel
 
 from exporters.errors import SwquantError
 from swquant.checkpoints.base import Checkpoint
+from swquant.checkpoints.tokenizer import begins_with
 from swquant.detect.found import Found
-from swquant.detect.texts import start_token, write_text
+from swquant.detect.texts import write_text
 from swquant.evaluate.pipeline import score_window
 from swquant.progress import Progress, silent
 
@@ -157,7 +158,7 @@ def least_missed(
             f"{checkpoint.name}: {count} layers are to go, {len(candidates)} of {len(layers)} may; keep more, or add "
             "--no-keep-super"
         )
-    tokens = write_text(model, start_token(checkpoint, found), seed, progress, texts=TEXTS, length=LENGTH)
+    tokens = write_text(model, begins_with(checkpoint), seed, progress, texts=TEXTS, length=LENGTH)
     trial = _Trial(model, layers, tokens)
     reference = trial.whole(())
     gone: list[tuple[int, float]] = []

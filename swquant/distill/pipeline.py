@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from exporters.errors import SwquantError
 from swquant.checkpoints.base import Checkpoint
+from swquant.checkpoints.tokenizer import begins_with
 from swquant.detect.found import Found
 from swquant.detect.pipeline import find_super_weights
-from swquant.detect.texts import start_token
 from swquant.distill.measure import Measured, least_missed, leaving_out, super_layers
 from swquant.distill.options import DistillOptions
 from swquant.distill.plan import DistillPlan
@@ -81,7 +81,7 @@ def distill_checkpoint(plan: DistillPlan, out: Path, *, progress: Progress = sil
     lesson, trained, state = None, {}, None
     if options.steps:
         state = State.at(out.with_name(out.name + ".training"), _fingerprint(plan, keep))
-        corpus = plan.given or windows_of(teacher, model, options, start_token(teacher, found), state, progress)
+        corpus = plan.given or windows_of(teacher, model, options, begins_with(teacher), state, progress)
         lesson = teach(student, model, pupil, options, corpus, state=state, progress=progress)
         trained = _trained(student, pupil)
     del model, pupil

@@ -16,6 +16,7 @@ from functools import cached_property
 
 import torch
 
+from calibrationless import CPU
 from exporters.errors import SwquantError
 from swquant.checkpoints.base import Checkpoint
 from swquant.distill.options import DistillOptions
@@ -128,7 +129,7 @@ def _place(teacher: Checkpoint, device: torch.device, memory: int) -> torch.devi
             f"{teacher.name}: teacher and student take {human_bytes(memory)} of memory, {human_bytes(available_memory())} are "
             "free; close other programs, or use a larger machine"
         )
-    return torch.device("cpu")
+    return CPU
 
 
 def _speed(device: torch.device) -> float:

@@ -29,6 +29,7 @@ from swquant.checkpoints.compressed import CompressedCheckpoint
 from swquant.checkpoints.patch_sets import counted
 from swquant.checkpoints.patched import PatchedCheckpoint
 from swquant.checkpoints.schema import CheckpointManifest, MergeRecord, RoundedRecord
+from swquant.checkpoints.tokenizer import begins_with
 from swquant.detect.own_text import self_text
 from swquant.detect.pipeline import find_super_weights
 from swquant.detect.texts import length_for, write_text
@@ -40,7 +41,6 @@ from swquant.models.loading import running_model
 from swquant.output.destination import check_destination
 from swquant.output.rewritten import Changes, rewrite
 from swquant.progress import Progress, silent
-from swquant.training.data import begins_with
 from swquant.training.losses import divergence
 from swquant.training.over_original import write_whole
 from swquant.units import short

@@ -17,6 +17,7 @@ from exporters.errors import SwquantError
 from exporters.json_file import read_json
 from exporters.safetensors_file import SafetensorsReader
 from swquant.checkpoints.compressed import CompressedCheckpoint
+from swquant.checkpoints.manifest import holds_patches
 from swquant.checkpoints.open import open_model
 from swquant.checkpoints.shards import shard_names
 from swquant.models.rehearsal import Rehearsal, rehearse
@@ -40,6 +41,8 @@ class Loading:
 def loading_of(folder: Path, *, trust_remote_code: bool = False) -> Loading:
     """Let the stock loader of a folder look at it. Raises SwquantError for a folder that `compress` and `export` did
     not write, and for one that is damaged."""
+    if holds_patches(folder):
+        raise SwquantError(f"{folder}: patches alone, which no stock loader takes; leave out --loads")
     with open_model(folder, restored=True, trust_remote_code=trust_remote_code) as model:
         if isinstance(model, CompressedCheckpoint):
             return _by_transformers(model)

@@ -1,4 +1,4 @@
-"""README.md of a checkpoint, its model card: what the folder is, for whoever opens it on a disk or on the hub.
+"""README.md of a checkpoint or of patches alone, its card: what the folder is, for whoever opens it anywhere.
 
 It is made of what the manifest says, so equal checkpoints have equal cards: no date, no path, no name of OUT. Names of
 models and tensors come from files; they stand in code spans, without what would end one, and the YAML block at the top
@@ -22,11 +22,11 @@ from exporters.text import shown
 from swquant.checkpoints.base import ModelFolder
 from swquant.checkpoints.manifest import MANIFEST, rounded
 from swquant.checkpoints.origin import CARD
-from swquant.checkpoints.schema import CheckpointContent, TensorRecord
+from swquant.checkpoints.schema import CheckpointContent, PatchesContent, TensorRecord
 from swquant.output.destination import write_whole, writing
 from swquant.units import human_bytes
 
-__all__ = ["Measured", "add_evaluation", "read_card", "write_card"]
+__all__ = ["Measured", "add_evaluation", "read_card", "write_card", "write_patches_card"]
 
 _BEGIN, _END = "<!-- swquant evaluation -->", "<!-- end of swquant evaluation -->"
 _HEAD = "| text | read by | tokens | windows | perplexity | original | KL divergence, nats | same first token |"
@@ -71,22 +71,37 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def _metadata(source: ModelFolder, content: CheckpointContent) -> str:
+def _metadata(source: ModelFolder, relation: str, tags: Sequence[str], library: str | None) -> str:
     """The YAML block. The hub refuses a base_model that is no repository, so a name of a folder is none."""
     from huggingface_hub import ModelCardData
 
     architectures = getattr(source.config, "architectures", None) or ()
-    bits = {record["bits"] for record in rounded(content["tensors"]).values()}
-    plain = content["options"].get("offsets", "none") == "none"
     data = ModelCardData(
         license=source.license,
-        library_name="transformers",
+        library_name=library,
         pipeline_tag="text-generation" if any(name.endswith("ForCausalLM") for name in architectures) else None,
         base_model=source.repository,
-        base_model_relation="quantized" if source.repository else None,
-        tags=["swquant", "quantized", *(["compressed-tensors"] if plain else []), *(f"{n}-bit" for n in sorted(bits))],
+        base_model_relation=relation if source.repository else None,
+        tags=["swquant", *tags],
     )
     return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _tags(content: CheckpointContent) -> list[str]:
+    bits = {record["bits"] for record in rounded(content["tensors"]).values()}
+    plain = content["options"].get("offsets", "none") == "none"
+    return ["quantized", *(["compressed-tensors"] if plain else []), *(f"{n}-bit" for n in sorted(bits))]
+
+
+def _named(source: ModelFolder, name: str) -> str:
+    """The original: a link to its page where that is known."""
+    page = f"[{source.repository}](https://huggingface.co/{source.repository})"
+    return page if source.repository else _code(name)
+
+
+def _numbers(how: str) -> str:
+    """The section that `eval --card` writes into. how: what measures it."""
+    return f"## Evaluation\n\n{_BEGIN}\n\nNot measured: `{how}`\n\n{_END}\n"
 
 
 def _said(source: ModelFolder, content: CheckpointContent) -> str:
@@ -96,10 +111,9 @@ def _said(source: ModelFolder, content: CheckpointContent) -> str:
         f"{options['bits']} bits" if options["bits_budget"] is None else f"{options['bits_budget']:g} bits on average"
     )
     size = sum(record["bytes"] for record in content["tensors"].values())
-    page = f"[{source.repository}](https://huggingface.co/{source.repository})"
     inputs = "" if options["activations"] == "none" else " Inputs of these layers are rounded to 8 bits."
     return (
-        f"Weights of {page if source.repository else _code(content['source']['name'])}, rounded to {bits} in blocks of "
+        f"Weights of {_named(source, content['source']['name'])}, rounded to {bits} in blocks of "
         f"{_code(options['block'])} by swquant {content['swquant']}, without calibration data: "
         f"{human_bytes(totals['source_bytes'])} became {human_bytes(size)}, {totals['bits_per_quantized_weight']:.3f} bits "
         f"for each rounded weight.{inputs}\n"
@@ -146,13 +160,38 @@ def write_card(folder: Path, source: ModelFolder, content: CheckpointContent) ->
     loaders = _table(("loader", ""), [(loader, _plain(verdict)) for loader, verdict in content["loaders"].items()])
     notes = "".join(f"- {_plain(note)}\n" for note in content["notes"][:_SHOWN])
     parts = [
-        f"{_metadata(source, content)}\n# {_code(content['source']['name'])}, compressed\n\n{_said(source, content)}",
+        f"{_metadata(source, 'quantized', _tags(content), 'transformers')}\n# {_code(content['source']['name'])}, compressed\n\n"
+        f"{_said(source, content)}",
         f"## How to load it\n\n{loaders}\nPATH is this folder, or its name on the hub.\n\n{_how(content['loaders'])}",
         "ONNX Runtime, llama.cpp: `swquant export PATH FOLDER`, `swquant export PATH FILE.gguf`.\n",
         f"## What was kept\n\n{_kept(content['tensors'])}",
         *([f"## Notes\n\n{notes}"] if notes else []),
-        f"## Evaluation\n\n{_BEGIN}\n\nNot measured: `swquant eval PATH --text FILE --against ORIGINAL --card`\n\n{_END}\n",
+        _numbers("swquant eval PATH --text FILE --against ORIGINAL --card"),
         f"`{MANIFEST}` holds every option, error and checksum; `swquant verify PATH` compares the files with it.\n",
+    ]
+    (folder / CARD).write_text("\n".join(parts), encoding="utf-8", newline="\n")
+
+
+def write_patches_card(folder: Path, source: ModelFolder, content: PatchesContent) -> None:
+    """Write README.md of patches alone. source: the model that they belong to. content: as for `write_card`."""
+    sets = "".join(
+        f"- {record['blocks']:,} blocks of {record['options']['block']} x {record['options']['block']}, the set {_code(name)}, "
+        f"trained for {record['options']['steps']} steps on {_plain(record['data'])}: held-out loss "
+        f"{record['held_out_before']:.4f}, then {record['held_out_after']:.4f} nats per token\n"
+        for name, record in content["tuned"].items()
+    )
+    name = content["source"]["name"]
+    parts = [
+        f"{_metadata(source, 'adapter', ['patches'], None)}\n# {_code(name)}, patches\n\n"
+        f"Blocks of weights that are laid over {_named(source, name)}, trained by swquant {content['swquant']}. They belong to "
+        "that very model, whose weights are not in here.\n",
+        f"## What is in it\n\n{sets}",
+        "## How to load it\n\nPATH is this folder, or its name on the hub; MODEL is the model.\n\n"
+        '```python\nimport swquant\n\nmodel = swquant.load("PATH", base="MODEL")\n```\n\n'
+        "`swquant generate PATH TEXT --base MODEL` lets it write; `swquant merge PATH WHOLE --base MODEL` writes the whole "
+        "model, which every loader takes.\n",
+        _numbers("swquant eval PATH --base MODEL --text FILE --against MODEL --card"),
+        f"`{MANIFEST}` holds every option and checksum; `swquant verify PATH` compares the files with it.\n",
     ]
     (folder / CARD).write_text("\n".join(parts), encoding="utf-8", newline="\n")
 

@@ -11,10 +11,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from exporters.errors import SwquantError
-from exporters.sidecar import SIDECAR
 from exporters.text import shown
 from swquant.checkpoints.manifest import MANIFEST, read_manifest
-from swquant.checkpoints.patches import PATCHES, is_patches, read_patches
 
 __all__ = ["contents", "remove_all_but", "size_of", "strangers", "why_not_ours"]
 
@@ -50,14 +48,9 @@ def size_of(folder: Path) -> int:
 def strangers(folder: Path) -> list[str] | None:
     """What lies in `folder` beside the files that swquant put there, by what it writes last; None where there is no
     such thing. Raises SwquantError where it cannot be relied on, OSError where nobody can look."""
-    if (folder / MANIFEST).is_file():
-        ours = {MANIFEST, *read_manifest(folder)["files"]}
-    elif is_patches(folder):
-        read_patches(folder)
-        ours = {PATCHES, SIDECAR}
-    else:
+    if not (folder / MANIFEST).is_file():
         return None
-    return sorted(contents(folder) - ours)
+    return sorted(contents(folder) - {MANIFEST, *read_manifest(folder)["files"]})
 
 
 def why_not_ours(folder: Path) -> str | None:
@@ -71,10 +64,9 @@ def why_not_ours(folder: Path) -> str | None:
     except OSError as error:
         return f"exists and cannot be looked into ({error.strerror}); {only}"
     except SwquantError:
-        what = f"{MANIFEST} cannot be relied on (see swquant verify)"
-        if not (folder / MANIFEST).is_file():
-            what = f"{PATCHES} cannot be relied on"
-        return f"exists, but its {what}; move it away, or delete it yourself"
+        return (
+            f"exists, but its {MANIFEST} cannot be relied on (see swquant verify); move it away, or delete it yourself"
+        )
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         return (

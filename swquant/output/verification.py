@@ -1,4 +1,4 @@
-"""`verify`: read every byte of a checkpoint, or of an exported folder, again and hold it against the manifest.
+"""`verify`: read every byte of a checkpoint, an export or patches alone again, and hold it against the manifest.
 
 A hash only says that a file is the one that the manifest lists. So what a loader would refuse (scales that are not
 finite, shapes that contradict each other, outliers that lie outside) is looked for, too, by the functions that loaders
@@ -19,11 +19,11 @@ from exporters.pool_file import POOL, PoolFile
 from exporters.safetensors_file import FileRecord, SafetensorsReader
 from exporters.sidecar import SIDECAR, SidecarReader
 from exporters.text import shown
-from swquant.checkpoints.manifest import MANIFEST, is_checkpoint, read_manifest
+from swquant.checkpoints.manifest import MANIFEST, is_checkpoint, is_patches, read_manifest
 from swquant.checkpoints.origin import CARD
-from swquant.checkpoints.patch_sets import uncounted
+from swquant.checkpoints.patch_sets import counted, uncounted
 from swquant.checkpoints.pool import pool_file_problem
-from swquant.checkpoints.schema import CheckpointManifest, FileEntry, Manifest
+from swquant.checkpoints.schema import CheckpointManifest, FileEntry, Manifest, PatchesManifest
 from swquant.checkpoints.stored import check_stored
 from swquant.output.contents import contents
 from swquant.progress import Progress
@@ -67,6 +67,8 @@ def verify(folder: Path) -> list[str]:
     listed = manifest["files"]
     problems += [f"{shown(name)}: listed in the manifest, but not there" for name in sorted(set(listed) - present)]
     problems += [_unlisted(folder, name) for name in sorted(present - set(listed))]
+    if counted(manifest) and SIDECAR not in listed:
+        problems.append(f"{SIDECAR}: holds patches that the manifest counts, but is not listed in it")
     for name in sorted(present & set(listed)):
         try:
             problems += _verify_file(folder / name, name, manifest)
@@ -107,17 +109,19 @@ def _verify_file(path: Path, name: str, manifest: Manifest) -> list[str]:
         return []
     if size != listed["bytes"]:
         return [f"{name}: {size} bytes, the manifest says {listed['bytes']}"]
-    if name.endswith(".safetensors") and is_checkpoint(manifest):
+    if name.endswith(".safetensors") and (is_checkpoint(manifest) or is_patches(manifest)):
         return _verify_weights(path, name, manifest)
     return [] if _sha256(path) == listed["sha256"] else [f"{name}: its sha256 is not the manifest's"]
 
 
-def _verify_weights(path: Path, name: str, manifest: CheckpointManifest) -> list[str]:
+def _verify_weights(path: Path, name: str, manifest: CheckpointManifest | PatchesManifest) -> list[str]:
     if _sha256(path) != manifest["files"][name]["sha256"]:
         return [f"{name}: its sha256 is not the manifest's" + _damaged_tensor(path, name, manifest)]
     try:
         if name == SIDECAR:
             return _verify_sidecar(path, manifest)
+        if not is_checkpoint(manifest):
+            return [f"{name}: patches alone have no such file"]
         if name.startswith(f"{POOL}/"):
             with PoolFile(path) as file:
                 problem = pool_file_problem(file, path.stem, manifest)
@@ -139,8 +143,10 @@ def _verify_weights(path: Path, name: str, manifest: CheckpointManifest) -> list
         return [str(error)]
 
 
-def _damaged_tensor(path: Path, name: str, manifest: CheckpointManifest) -> str:
+def _damaged_tensor(path: Path, name: str, manifest: CheckpointManifest | PatchesManifest) -> str:
     """Which tensor of a damaged file is damaged, where that can be told."""
+    if not is_checkpoint(manifest):  # of its own tensors it has no hashes
+        return ""
     try:
         with SafetensorsReader(path) as reader:
             for tensor, record in manifest["tensors"].items():
@@ -155,7 +161,7 @@ def _damaged_tensor(path: Path, name: str, manifest: CheckpointManifest) -> str:
     return ""
 
 
-def _verify_sidecar(path: Path, manifest: CheckpointManifest) -> list[str]:
+def _verify_sidecar(path: Path, manifest: CheckpointManifest | PatchesManifest) -> list[str]:
     sidecar = SidecarReader(path)
     try:
         odd = uncounted(sidecar, manifest)

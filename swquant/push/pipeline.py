@@ -1,7 +1,8 @@
 """`push`, from end to end: who is asking -> verify every byte -> one commit to the hub.
 
 What does not verify is not published. The commit holds everything or nothing, and takes away what an older checkpoint
-left in the repository: shards that no longer belong to it would be read by vLLM, and refused. Other files there stay.
+left in the repository: shards that no longer belong to it would be read by vLLM, and refused. Other files there stay;
+beside patches alone also shards, for those may be the weights of the model itself.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporters.errors import SwquantError, first_line
-from swquant.checkpoints.manifest import MANIFEST, read_manifest
+from swquant.checkpoints.manifest import MANIFEST, is_patches, read_manifest
 from swquant.checkpoints.origin import repository_id
 from swquant.output.verification import verify
 from swquant.progress import Progress, silent
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Pushed", "push_folder"]
 
-_REPLACED = ["*.safetensors", "swquant/*"]  # what an older checkpoint left behind goes
+_OURS, _SHARDS = "swquant/*", "*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Pushed:
 def push_folder(
     folder: Path, repository: str, *, private: bool = False, dry_run: bool = False, progress: Progress = silent
 ) -> Pushed:
-    """Publish a checkpoint (or an ONNX folder) as repository OWNER/NAME, which is made where there is none.
+    """Publish a folder with a manifest (a checkpoint, an export, patches alone) as repository OWNER/NAME, which is made
+    where there is none.
 
     private: only of a repository that is made now. dry_run: verify and tell, ask the hub nothing. Raises SwquantError
     for a folder that does not verify, and for all that the hub or the network has against it.
@@ -62,11 +64,12 @@ def push_folder(
     if dry_run:
         return Pushed(repository, files, None)
     with _one_line(repository), progress.step(f"Sending {len(files)} files, {human_bytes(sum(files.values()))}"):
-        return Pushed(repository, files, _send(api, folder, repository, private))
+        old = [_OURS] if is_patches(manifest) else [_OURS, _SHARDS]
+        return Pushed(repository, files, _send(api, folder, repository, private, old))
 
 
-def _send(api: HfApi, folder: Path, repository: str, private: bool) -> str:
-    """The commit. Returns its address."""
+def _send(api: HfApi, folder: Path, repository: str, private: bool, old: list[str]) -> str:
+    """The commit. old: patterns of what goes, where it is no part of it. Returns its address."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     quiet = are_progress_bars_disabled()
@@ -76,8 +79,8 @@ def _send(api: HfApi, folder: Path, repository: str, private: bool) -> str:
         made = api.upload_folder(
             repo_id=repository,
             folder_path=folder,
-            commit_message="A checkpoint made by swquant",
-            delete_patterns=_REPLACED,
+            commit_message="Made by swquant",
+            delete_patterns=old,
         )
     finally:
         if not quiet:

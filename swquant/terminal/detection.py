@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.table import Table
 
-from swquant.checkpoints.schema import DetectionRecord, SuperWeightRecord
+from swquant.checkpoints.detection_schema import DetectionRecord, SuperWeightRecord
 from swquant.terminal.table import make_table, short_name, show_table
 from swquant.terminal.text import marked
 from swquant.units import thousands

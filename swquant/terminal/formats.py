@@ -1,4 +1,5 @@
-"""What a person sees of each format: one row, as `export.formats` has one for writing it."""
+"""What a person sees of each kind of result: a row for each format, as `export.formats` has one for writing it, and one
+for patches alone."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from swquant.terminal.manifest import show_losses, show_manifest
 from swquant.terminal.mlx import show_mlx, show_mlx_manifest
 from swquant.terminal.onnx import show_export, show_onnx_manifest
 from swquant.terminal.plan import show_result
+from swquant.terminal.tune import show_patches, show_tuned
 
 if TYPE_CHECKING:
     from swquant.checkpoints.schema import CheckpointManifest, Manifest
@@ -42,6 +44,7 @@ VIEWS = {
     "onnx": View(show_export, show_onnx_manifest, None),
     "gguf": View(show_gguf, None, None),
     "mlx": View(show_mlx, show_mlx_manifest, None),
+    "patches": View(show_tuned, show_patches, None),
 }
 
 

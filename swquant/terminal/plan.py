@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from swquant.compress.loaders import loader_table
-from swquant.detect.record import detection_record
 from swquant.terminal.detection import weights_table
 from swquant.terminal.manifest import show_schemes
 from swquant.terminal.table import make_table, short_name, show_table
@@ -24,6 +22,9 @@ __all__ = ["plan_record", "show_plan", "show_result"]
 
 def plan_record(planned: Planned) -> dict[str, Any]:
     """The plan as JSON can hold it, for `--dry-run --json`."""
+    from swquant.compress.loaders import loader_table  # here, not above: whoever inspects waits for no transformers
+    from swquant.detect.record import detection_record
+
     prepared, plan = planned.prepared, planned.prepared.plan
     return {
         "out": str(planned.out),

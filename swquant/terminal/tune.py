@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -13,12 +15,11 @@ from swquant.terminal.text import marked, marked_sentence, rates_tried, sentence
 from swquant.units import human_bytes
 
 if TYPE_CHECKING:
-    from swquant.checkpoints.patches import PatchesManifest
-    from swquant.checkpoints.schema import CheckpointManifest
+    from swquant.checkpoints.schema import CheckpointManifest, PatchesManifest
     from swquant.tune.pipeline import Tuned
     from swquant.tune.plan import TunePlan
 
-__all__ = ["show_blocks", "show_tune_plan", "show_tuned"]
+__all__ = ["show_blocks", "show_patches", "show_tune_plan", "show_tuned"]
 
 _LAYER = re.compile(r"\.(\d+)\.")
 
@@ -64,7 +65,7 @@ def show_tuned(console: Console, result: Tuned) -> None:
     said = [f"{human_bytes(record['bytes'])} of blocks"] if record["blocks"] else []
     said += [f"{record['scales']:,} scales and offsets"] if record.get("scales") else []
     bits = ""
-    if manifest is not None and "totals" in manifest:
+    if manifest is not None and "kind" not in manifest:
         bits = f"; {manifest['totals']['bits_per_quantized_weight']:.3f} bits per rounded weight"
     console.print(
         f"Held-out loss {record['held_out_before']:.4f} -> [bold]{record['held_out_after']:.4f}[/] with "
@@ -76,6 +77,28 @@ def show_tuned(console: Console, result: Tuned) -> None:
             table.add_row(key, f"{before:.4f}", f"{after:.4f}")
         show_table(console, table)
     console.print(f"Written to [bold]{marked_sentence(str(result.path))}[/]", soft_wrap=True)
+
+
+def show_patches(console: Console, path: Path, manifest: PatchesManifest) -> None:
+    """`inspect` of patches alone: whose they are, how large, which blocks, what training did."""
+    source = manifest["source"]
+    console.print(
+        f"[bold]{marked_sentence(str(path))}[/], patches made by swquant {marked(manifest['swquant'])} for "
+        f"{marked(source['name'])} ({source['kind']}, fingerprint {marked(source['fingerprint'][:12])})",
+        soft_wrap=True,
+    )
+    console.print(f"{human_bytes(manifest['totals']['bytes'])} on disk, over {len(manifest['tensors'])} of its tensors")
+    show_blocks(console, manifest)
+    for of_set, record in manifest["tuned"].items():
+        options = record["options"]
+        said = (
+            f"{of_set}: {record['blocks']:,} blocks of {options['block']} x {options['block']}, {human_bytes(record['bytes'])}, "
+            f"{options['steps']} steps on {record['data']}; held-out loss {record['held_out_before']:.4f} -> "
+            f"{record['held_out_after']:.4f}"
+        )
+        console.print(sentence(said), markup=False, soft_wrap=True)
+    where = marked_sentence(shlex.quote(str(path)))
+    console.print(f"Next: swquant merge {where} OUT --base MODEL writes the whole model", soft_wrap=True)
 
 
 def show_blocks(console: Console, manifest: CheckpointManifest | PatchesManifest) -> None:

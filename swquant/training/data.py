@@ -24,11 +24,11 @@ from exporters.errors import SwquantError, first_line
 from exporters.text import shown
 from swquant.checkpoints.base import ModelFolder
 from swquant.checkpoints.guard import failures_of
-from swquant.checkpoints.tokenizer import context_of, encode
+from swquant.checkpoints.tokenizer import begins_with, context_of, encode
 from swquant.detect.texts import write_text
 from swquant.progress import Progress
 
-__all__ = ["Batch", "Corpus", "begins_with", "conversations", "own_windows", "text_windows", "token_windows"]
+__all__ = ["Batch", "Corpus", "conversations", "own_windows", "text_windows", "token_windows"]
 
 _ROLES = ("system", "user", "assistant", "tool", "developer")
 
@@ -103,15 +103,6 @@ class Corpus:
         """All sequences in their order."""
         for start in range(0, len(self), size):
             yield self.batch(range(start, min(start + size, len(self))))
-
-
-def begins_with(model: ModelFolder, tokenizer: Any = None) -> int | None:
-    """The BOS token where the tokenizer begins a text with it, else None. tokenizer: the model's, where it is loaded
-    already."""
-    tokenizer = model.tokenizer() if tokenizer is None else tokenizer
-    bos = tokenizer.bos_token_id
-    with_special = encode(model, "a", tokenizer=tokenizer)
-    return bos if bos is not None and with_special and with_special[0] == bos else None
 
 
 def _checked_window(model: ModelFolder, window: int) -> int:

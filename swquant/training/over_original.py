@@ -6,7 +6,6 @@ write_whole     an ordinary Hugging Face folder in the model's own dtype: the bl
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from functools import partial
@@ -16,14 +15,15 @@ from typing import Any
 from torch import Tensor
 
 from calibrationless import Blocks
-from exporters.json_file import write_json
 from exporters.sidecar import SIDECAR, PlannedPatch, SidecarWriter
 from swquant.checkpoints.base import Checkpoint
+from swquant.checkpoints.manifest import write_manifest
 from swquant.checkpoints.patched import sha256_of
-from swquant.checkpoints.patches import PATCHES, PatchesManifest
-from swquant.checkpoints.schema import TuningRecord
+from swquant.checkpoints.schema import PatchesContent, PatchesManifest, TuningRecord
+from swquant.output.card import write_patches_card
 from swquant.output.dense import Written, dense_folder, stored_form, with_dtype
 from swquant.output.destination import check_destination, check_space, replace, unfinished, writing
+from swquant.output.verification import check_result, file_table
 from swquant.progress import Progress, silent
 from swquant.version import __version__
 
@@ -40,8 +40,9 @@ def write_patches(
     record: TuningRecord,
     *,
     overwrite: bool = False,
+    progress: Progress = silent,
 ) -> PatchesManifest:
-    """Write a set of blocks (stored name -> blocks) into OUT, which appears whole or not at all. Raises
+    """Write a set of blocks (stored name -> blocks) into OUT, which is verified and appears whole or not at all. Raises
     SwquantError."""
     check_destination(out, overwrite, checkpoint)
     check_space(out, record["bytes"])
@@ -56,12 +57,10 @@ def write_patches(
             for name, patch in blocks.items():
                 writer.write(of_set, name, patch)
             writer.finish()
-        manifest: PatchesManifest = {
-            "format": "swquant-patches-of-a-model",
-            "version": 1,
+        content: PatchesContent = {
+            "kind": "patches",
             "swquant": __version__,
-            "base": {"name": checkpoint.name, "kind": checkpoint.kind, "fingerprint": checkpoint.fingerprint},
-            "sidecar": hashlib.sha256((folder / SIDECAR).read_bytes()).hexdigest(),
+            "source": {"name": checkpoint.name, "kind": checkpoint.kind, "fingerprint": checkpoint.fingerprint},
             "tensors": {
                 name: {
                     "shape": list(shapes[name]),
@@ -71,8 +70,14 @@ def write_patches(
                 for name, patch in blocks.items()
             },
             "tuned": {of_set: record},
+            "files": {},
+            "totals": {"bytes": 0},
         }
-        write_json(folder / PATCHES, manifest)
+        write_patches_card(folder, checkpoint, content)
+        content["files"] = file_table(folder)
+        content["totals"]["bytes"] = sum(entry["bytes"] for entry in content["files"].values())
+        manifest = write_manifest(folder, content)
+        check_result(folder, out, progress)
         replace(folder, out, overwrite)
     return manifest
 

@@ -16,18 +16,19 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from calibrationless import Blocks, QuantizedTensor, moved, restore
+from calibrationless import CPU, Blocks, QuantizedTensor, moved, restore
 from swquant.checkpoints.compressed import CompressedCheckpoint
+from swquant.checkpoints.manifest import holds_patches
 from swquant.checkpoints.open import open_checkpoint
 from swquant.checkpoints.patched import PatchedCheckpoint
-from swquant.checkpoints.patches import PatchesManifest, is_patches
-from swquant.checkpoints.schema import CheckpointManifest, TuningRecord
+from swquant.checkpoints.schema import CheckpointManifest, PatchesManifest, TuningRecord
+from swquant.checkpoints.tokenizer import begins_with
 from swquant.compress.report import REPORT
 from swquant.evaluate.pipeline import evaluate_model
 from swquant.models.devices import place_for
 from swquant.output.destination import check_destination
 from swquant.progress import Progress, silent
-from swquant.training.data import Corpus, begins_with, own_windows
+from swquant.training.data import Corpus, own_windows
 from swquant.training.loop import Schedule, State, fingerprint_of, train
 from swquant.training.model import lay, trainable_model, trained_parameters
 from swquant.training.over_original import write_patches, write_whole
@@ -42,13 +43,11 @@ from swquant.tune.session import Session
 
 __all__ = ["Tuned", "tune_checkpoint"]
 
-_CPU = torch.device("cpu")
-
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was written, and the name of the set of blocks. manifest: of the checkpoint; of an original, what
-    `patches.json` says, None where the whole model was written. record: how it was trained. evaluation: measure ->
+    """What was written, and the name of the set of blocks. manifest: of the checkpoint, or of the patches
+    alone; None where a whole model was written. record: how it was trained. evaluation: measure ->
     (before, after) on a text to evaluate on, {} where there is none."""
 
     path: Path
@@ -66,7 +65,7 @@ def tune_checkpoint(
     progress: Progress = silent,
     name: str = "tuned",
     eval_text: str | None = None,
-    device: torch.device = _CPU,
+    device: torch.device = CPU,
 ) -> Tuned:
     """Carry out a plan, on a device if the model fits there. `out` appears whole or not at all. name: of the set of
     blocks; a number is added where it is taken. eval_text: to measure on, before and after. Raises SwquantError."""
@@ -130,7 +129,7 @@ def _written(
             scaled=scaled, files={REPORT: html.encode()}, overwrite=overwrite, progress=progress,
         )  # fmt: skip
     if not plan.whole:
-        return write_patches(checkpoint, out, of_set, blocks, record, overwrite=overwrite)
+        return write_patches(checkpoint, out, of_set, blocks, record, overwrite=overwrite, progress=progress)
 
     def read(name: str) -> torch.Tensor:
         tensor = checkpoint.read(name)
@@ -143,7 +142,7 @@ def _written(
 def _evaluated(plan: TunePlan, out: Path, text: str, progress: Progress) -> dict[str, tuple[float, float]]:
     """What `evaluate` says of the checkpoint and of OUT, in windows of 512 tokens at most."""
     base, trust = plan.checkpoint, plan.checkpoint.trust_remote_code  # the base is closed twice, which it may be
-    with PatchedCheckpoint(out, base) if is_patches(out) else open_checkpoint(out, trust_remote_code=trust) as tuned:
+    with PatchedCheckpoint(out, base) if holds_patches(out) else open_checkpoint(out, trust_remote_code=trust) as tuned:
         before, after = (
             asdict(evaluate_model(model, text, plan.against, window=512, progress=progress))
             for model in (plan.checkpoint, tuned)

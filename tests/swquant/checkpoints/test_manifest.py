@@ -22,7 +22,7 @@ from support.paths import PROJECT
 import swquant
 from calibrationless import LayerSpike, SuperActivation, SuperWeight
 from exporters.json_file import read_json
-from swquant.checkpoints import onnx_schema, pool_schema, schema
+from swquant.checkpoints import detection_schema, onnx_schema, pool_schema, schema
 from swquant.checkpoints.manifest import MANIFEST, is_checkpoint, is_onnx, made_with, read_manifest, write_manifest
 from swquant.compress.options import CompressOptions
 from swquant.export.onnx.options import ExportOptions
@@ -32,14 +32,16 @@ TABLES: dict[str, tuple[Any, ...]] = {
     "a checkpoint": (schema.CheckpointManifest,),
     "an ONNX folder": (schema.OnnxManifest,),
     "a folder for MLX": (schema.MlxManifest,),
+    "patches alone": (schema.PatchesManifest,),
+    "`tensors.NAME` of patches alone": (schema.PatchedRecord,),
     "`source`": (schema.SourceRecord,),
     "`options` of a checkpoint, as in [commands](commands.md)": (schema.OptionsRecord,),
     "`options` of an ONNX folder": (onnx_schema.ExportRecord,),
-    "`detection`": (schema.DetectionRecord,),
-    "`detection.super_weights`, `detection.cancellers`": (schema.SuperWeightRecord,),
-    "`detection.super_activations`": (schema.SuperActivationRecord,),
-    "`detection.layers`": (schema.LayerRecord,),
-    "`detection.published`": (schema.PublishedRecord,),
+    "`detection`": (detection_schema.DetectionRecord,),
+    "`detection.super_weights`, `detection.cancellers`": (detection_schema.SuperWeightRecord,),
+    "`detection.super_activations`": (detection_schema.SuperActivationRecord,),
+    "`detection.layers`": (detection_schema.LayerRecord,),
+    "`detection.published`": (detection_schema.PublishedRecord,),
     "`activations`": (schema.ActivationsRecord,),
     "`tensors.NAME`": (schema.DenseRecord, schema.RoundedRecord),
     "`tensors.NAME.inputs`": (schema.InputsRecord,),
@@ -120,9 +122,9 @@ def test_every_record_has_a_table() -> None:
     [
         (schema.OptionsRecord, CompressOptions),
         (onnx_schema.ExportRecord, ExportOptions),
-        (schema.SuperWeightRecord, SuperWeight),
-        (schema.SuperActivationRecord, SuperActivation),
-        (schema.LayerRecord, LayerSpike),
+        (detection_schema.SuperWeightRecord, SuperWeight),
+        (detection_schema.SuperActivationRecord, SuperActivation),
+        (detection_schema.LayerRecord, LayerSpike),
     ],
     ids=lambda kind: kind.__name__,
 )

@@ -6,6 +6,7 @@ import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -13,6 +14,7 @@ import torch
 from huggingface_hub import ModelCard
 from support.command_line import Cli, document, one_line
 from support.hub import Hub, running_hub
+from support.tiny_models import Planted, sample_text
 
 import swquant
 from exporters.errors import SwquantError
@@ -58,6 +60,22 @@ def test_an_older_checkpoint_does_not_stay(hub: Hub, compressed: Path) -> None:
     pushed = swquant.push(compressed, "me/tiny")
     assert hub.repositories["me/tiny"] == {**contents(compressed), "picture.png": b"mine"}
     assert dict(pushed.files) == {name: len(data) for name, data in contents(compressed).items()}
+
+
+def test_patches_alone_are_published_beside_what_is_there(hub: Hub, bf16_llama: Planted, tmp_path: Path) -> None:
+    options: Any = {"budget": "2%", "block": 16, "steps": 1, "window": 16, "warmup": 1, "lr": "1e-3", "batch": 1}
+    swquant.tune(bf16_llama.folder, tmp_path / "patches", text=sample_text(16 * 16), **options)
+    hub.repositories["me/patches"] = {"model.safetensors": b"the model itself", "swquant/old.json": b"old"}
+    swquant.push(tmp_path / "patches", "me/patches")
+    assert hub.repositories["me/patches"] == {
+        **contents(tmp_path / "patches"),
+        "model.safetensors": b"the model itself",
+    }
+    here, there = (swquant.load(name, base=bf16_llama.folder) for name in (tmp_path / "patches", "me/patches"))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(here.parameters(), there.parameters(), strict=True))
+    (tmp_path / "patches/swquant/outliers.safetensors").write_bytes(b"")
+    with pytest.raises(SwquantError, match="does not verify"):
+        swquant.push(tmp_path / "patches", "me/patches", dry_run=True)
 
 
 def test_what_was_published_can_be_loaded_by_its_name(hub: Hub, compressed: Path) -> None:
