@@ -104,6 +104,7 @@ def distill(
     *,
     text: tuple[str, str] | None = None,
     device: str = "auto",
+    overwrite: bool = False,
     trust_remote_code: bool = False,
     on_plan: Callable[[DistillPlan], None] | None = None,
     dry_run: bool = False,
@@ -122,12 +123,15 @@ def distill(
     from swquant.checkpoints.open import open_checkpoint
     from swquant.distill.pipeline import distill_checkpoint
     from swquant.distill.plan import make_plan
+    from swquant.output.destination import check_destination
 
     with open_checkpoint(teacher, trust_remote_code=trust_remote_code) as checkpoint:
+        if not dry_run:  # nobody is shown a plan to be refused
+            check_destination(Path(out), overwrite, checkpoint)
         plan = make_plan(checkpoint, chosen, text=text, device=device)
         if on_plan is not None:
             on_plan(plan)
-        return None if dry_run else distill_checkpoint(plan, Path(out), progress=progress)
+        return None if dry_run else distill_checkpoint(plan, Path(out), overwrite=overwrite, progress=progress)
 
 
 def generate(
@@ -218,6 +222,7 @@ def moe(
     *,
     text: tuple[str, str] | None = None,
     device: str = "auto",
+    overwrite: bool = False,
     trust_remote_code: bool = False,
     on_plan: Callable[[MoePlan], None] | None = None,
     dry_run: bool = False,
@@ -233,14 +238,20 @@ def moe(
     """
     chosen = made_of(MoeOptions, options, changes)
     from swquant.checkpoints.open import open_checkpoint
-    from swquant.moe.pipeline import moe_checkpoint
+    from swquant.moe.pipeline import check_text, moe_checkpoint
     from swquant.moe.plan import make_plan
+    from swquant.output.destination import check_destination
 
     with open_checkpoint(model, trust_remote_code=trust_remote_code) as checkpoint:
+        if not dry_run:  # nobody is shown a plan to be refused
+            check_destination(Path(out), overwrite, checkpoint)
         plan = make_plan(checkpoint, chosen)
+        check_text(plan, text)
         if on_plan is not None:
             on_plan(plan)
-        return None if dry_run else moe_checkpoint(plan, Path(out), text=text, device=device, progress=progress)
+        if dry_run:
+            return None
+        return moe_checkpoint(plan, Path(out), text=text, device=device, overwrite=overwrite, progress=progress)
 
 
 def push(
@@ -303,7 +314,7 @@ def tune(
         checkpoint, made_of(TuneOptions, options, changes), against, text, data, text_name, whole, trust_remote_code
     ) as planned:
         if not dry_run:  # nobody is shown a plan to be refused
-            check_destination(Path(out), None if whole else overwrite, planned.checkpoint)
+            check_destination(Path(out), overwrite, planned.checkpoint)
         if on_plan is not None:
             on_plan(planned)
         if dry_run:

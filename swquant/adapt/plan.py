@@ -67,7 +67,7 @@ def read_task(checkpoint: CompressedCheckpoint, name: str, path: Path, window: i
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise SwquantError(f"{path}: cannot be read ({error.strerror})") from None
+        raise SwquantError(f"{path}: cannot be read ({error.strerror}); give a text, or a .jsonl file") from None
     except UnicodeDecodeError:
         raise SwquantError(f"{path}: not UTF-8 text; give a text, or a .jsonl file") from None
     return Task(name, text_windows(checkpoint, text, window, path.name))

@@ -11,7 +11,7 @@ import typer
 from exporters.errors import SwquantError
 from swquant.adapt.options import AdaptOptions
 from swquant.cli.options import BASIC, OUTPUT, takes
-from swquant.cli.shared import DeviceOption, JsonOption, TrustOption, err, make_progress, out, print_json
+from swquant.cli.shared import DeviceOption, JsonOption, OverwriteOption, TrustOption, make_progress, out, print_json
 
 if TYPE_CHECKING:
     from swquant.adapt.plan import AdaptPlan
@@ -69,9 +69,7 @@ def adapt(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Decide, and train and write nothing.", rich_help_panel=OUTPUT)
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT if it is a checkpoint already.", rich_help_panel=OUTPUT)
-    ] = False,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
@@ -81,7 +79,6 @@ def adapt(
     """Learn tasks one after the other over CHECKPOINT: each in a set that it does not hurt, or in a new one."""
     from swquant.derive import adapt as adapt_model
     from swquant.terminal.adapt import show_adapt_plan, show_adapted, show_decisions
-    from swquant.terminal.text import sentence
 
     tasks = _named(task or ())
     if export_set is not None:
@@ -94,16 +91,11 @@ def adapt(
         if not as_json:
             show_adapt_plan(out, plan)
 
-    try:
-        result = adapt_model(
-            checkpoint, out_folder, tasks, options, drop=drop_set or (), imports=import_set or (), overwrite=overwrite,
-            device=device, dry_run=dry_run, on_plan=show, trust_remote_code=trust_remote_code,
-            progress=make_progress(as_json),
-        )  # fmt: skip
-    except BaseException as error:
-        for note in getattr(error, "__notes__", ()):
-            err.print(sentence(note), markup=False, soft_wrap=True)
-        raise
+    result = adapt_model(
+        checkpoint, out_folder, tasks, options, drop=drop_set or (), imports=import_set or (), overwrite=overwrite,
+        device=device, dry_run=dry_run, on_plan=show, trust_remote_code=trust_remote_code,
+        progress=make_progress(as_json),
+    )  # fmt: skip
     if isinstance(result, dict):
         if as_json:
             print_json(result)

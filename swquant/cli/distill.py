@@ -11,6 +11,7 @@ from swquant.cli.options import OUTPUT, takes
 from swquant.cli.shared import (
     DeviceOption,
     JsonOption,
+    OverwriteOption,
     TextOption,
     TrustOption,
     make_progress,
@@ -41,6 +42,7 @@ def distill(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be done; write nothing.", rich_help_panel=OUTPUT)
     ] = False,
+    overwrite: OverwriteOption = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
@@ -65,6 +67,7 @@ def distill(
         on_plan=show,
         dry_run=dry_run,
         device=device,
+        overwrite=overwrite,
         trust_remote_code=trust_remote_code,
         progress=make_progress(as_json),
     )

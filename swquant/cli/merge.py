@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 
 from swquant.cli.options import BASIC, OUTPUT, takes
-from swquant.cli.shared import DeviceOption, JsonOption, TrustOption, make_progress, out, print_json, text_of
+from swquant.cli.shared import (
+    DeviceOption,
+    JsonOption,
+    OverwriteOption,
+    TrustOption,
+    make_progress,
+    out,
+    print_json,
+    text_of,
+)
 from swquant.merge.options import MergeOptions
 
 __all__ = ["merge"]
@@ -53,9 +62,7 @@ def merge(
     base: BaseOption = None,
     eval_text: EvalOption = None,
     against: AgainstOption = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT if it is a checkpoint already.", rich_help_panel=OUTPUT)
-    ] = False,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,

@@ -11,6 +11,7 @@ from swquant.cli.options import OUTPUT, takes
 from swquant.cli.shared import (
     DeviceOption,
     JsonOption,
+    OverwriteOption,
     TextOption,
     TrustOption,
     make_progress,
@@ -40,6 +41,7 @@ def moe(
         bool,
         typer.Option("--dry-run", help="Show what would be made; write nothing.", rich_help_panel=OUTPUT),
     ] = False,
+    overwrite: OverwriteOption = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
@@ -62,6 +64,7 @@ def moe(
         options,
         text=None if text is None else (text.name, text_of(text)),
         device=device,
+        overwrite=overwrite,
         trust_remote_code=trust_remote_code,
         on_plan=show,
         dry_run=dry_run,

@@ -84,7 +84,7 @@ def _read(path: Path) -> Mapping[str, Any]:
         node = yaml.compose(data.decode("utf-8-sig"), yaml.SafeLoader)
         found = yaml.safe_load(data)
     except OSError as error:
-        raise SwquantError(f"{path}: cannot be read ({error.strerror})") from None
+        raise SwquantError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from None
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise SwquantError(f"{path}: not YAML ({' '.join(str(error).split())}); write one option a line") from None
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from exporters.errors import SwquantError
 from exporters.text import harmless_json
-from swquant.cli.options import BASIC, OTHER
+from swquant.cli.options import BASIC, OTHER, OUTPUT
 
 if TYPE_CHECKING:
     from swquant.compress.pipeline import Compressed
@@ -29,6 +29,7 @@ __all__ = [
     "LowMemoryOption",
     "MemoryOption",
     "ModelArgument",
+    "OverwriteOption",
     "RestoreOption",
     "TaskOption",
     "TextOption",
@@ -96,6 +97,12 @@ DeviceOption = Annotated[
         rich_help_panel=OTHER,
     ),
 ]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Replace OUT if swquant made it and nothing else is in it.", rich_help_panel=OUTPUT
+    ),
+]
 RestoreOption = Annotated[
     bool,
     typer.Option("--restore/--no-restore", help="Lay the sidecar's outliers back, or see what a stock loader sees."),
@@ -136,7 +143,7 @@ def text_of(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")  # Windows editors put a mark in front
     except OSError as error:
-        raise SwquantError(f"{path}: cannot be read ({error.strerror})") from None
+        raise SwquantError(f"{path}: cannot be read ({error.strerror}); give a text file") from None
     except UnicodeDecodeError:
         raise SwquantError(f"{path}: not UTF-8 text; give a plain text file") from None
 

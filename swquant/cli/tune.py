@@ -11,9 +11,9 @@ from swquant.cli.options import BASIC, OUTPUT, takes
 from swquant.cli.shared import (
     DeviceOption,
     JsonOption,
+    OverwriteOption,
     TextOption,
     TrustOption,
-    err,
     make_progress,
     out,
     print_json,
@@ -68,10 +68,6 @@ MergeOption = Annotated[
 DryOption = Annotated[
     bool, typer.Option("--dry-run", help="Show what would be trained; write nothing.", rich_help_panel=OUTPUT)
 ]
-OverwriteOption = Annotated[
-    bool,
-    typer.Option("--overwrite", help="Replace OUT if it is a checkpoint, or patches alone.", rich_help_panel=OUTPUT),
-]
 
 
 @takes(TuneOptions)
@@ -93,7 +89,6 @@ def tune(
 ) -> None:
     """Train a few blocks of weights over MODEL, which stays as it is; of a compressed one, OUT holds both."""
     from swquant.derive import tune as tune_model
-    from swquant.terminal.text import sentence
     from swquant.terminal.tune import show_tune_plan, show_tuned
     from swquant.tune.records import plan_record
 
@@ -107,16 +102,11 @@ def tune(
 
     given = None if text is None else text_of(text)
     progress = make_progress(as_json)
-    try:
-        result = tune_model(
-            checkpoint, out_folder, options, against=against, text=given, data=data, eval_text=evaluated,
-            text_name="text" if text is None else text.name, whole=whole, device=device, overwrite=overwrite, dry_run=dry_run, on_plan=show,
-            trust_remote_code=trust_remote_code, progress=progress,
-        )  # fmt: skip
-    except BaseException as error:
-        for note in getattr(error, "__notes__", ()):
-            err.print(sentence(note), markup=False, soft_wrap=True)
-        raise
+    result = tune_model(
+        checkpoint, out_folder, options, against=against, text=given, data=data, eval_text=evaluated,
+        text_name="text" if text is None else text.name, whole=whole, device=device, overwrite=overwrite, dry_run=dry_run, on_plan=show,
+        trust_remote_code=trust_remote_code, progress=progress,
+    )  # fmt: skip
     if result is None:
         return
     if as_json:

@@ -24,8 +24,9 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Read every byte of a compressed checkpoint again and compare it with the manifest."""
-    from swquant.api import inspect as read_manifest
     from swquant.api import verify as find_problems
+    from swquant.checkpoints.manifest import MANIFEST
+    from swquant.output.contents import FILES, contents
     from swquant.units import human_bytes
 
     problems, loaded, word = find_problems(checkpoint), "", "damaged"
@@ -37,8 +38,8 @@ def verify(
     if as_json:
         print_json({"ok": not problems, "problems": problems} | ({"loads": loaded or None} if loads else {}))
     elif not problems:
-        files = read_manifest(checkpoint)["files"]
-        size = human_bytes(sum(record["bytes"] for record in files.values()))
+        files = contents(checkpoint) - {MANIFEST, FILES}
+        size = human_bytes(sum((checkpoint / name).stat().st_size for name in files))
         out.print(
             f"{marked_sentence(str(checkpoint))}: {len(files)} files, {size}, every byte as written", soft_wrap=True
         )

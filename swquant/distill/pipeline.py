@@ -64,10 +64,13 @@ class Distilled:
         return tuple(layer for layer in range(self.depth) if layer not in self.keep)
 
 
-def distill_checkpoint(plan: DistillPlan, out: Path, *, progress: Progress = silent) -> Distilled:
-    """Carry out a plan. Raises SwquantError for everything the user can mend; then `out` does not exist."""
+def distill_checkpoint(
+    plan: DistillPlan, out: Path, *, overwrite: bool = False, progress: Progress = silent
+) -> Distilled:
+    """Carry out a plan. Raises SwquantError for everything the user can mend; then `out` does not exist, or is what it
+    was."""
     teacher, options = plan.teacher, plan.options
-    check_destination(out, None, teacher)
+    check_destination(out, overwrite, teacher)
     with progress.step(f"Loading {teacher.name}{named(plan.device)}"):
         model = build_model(teacher, torch.float32, plan.device).requires_grad_(False)
     with progress.step(f"Probing {teacher.name} with one prompt"):
@@ -87,7 +90,8 @@ def distill_checkpoint(plan: DistillPlan, out: Path, *, progress: Progress = sil
     del model, pupil
     tensors = student.written(trained)
     record = _record(teacher, options, keep, found, measured, difference, lesson)
-    with dense_folder(student, out, tensors, with_dtype(student.raw_config, tensors), (RECORD, record), progress):
+    config = with_dtype(student.raw_config, tensors)
+    with dense_folder(student, out, tensors, config, (RECORD, record), progress, overwrite=overwrite):
         pass
     if state is not None:
         state.remove()

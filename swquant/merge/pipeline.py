@@ -126,11 +126,12 @@ def merge_patches(
 ) -> Merged:
     """Write the model that patches belong to, with them in it, as an ordinary Hugging Face folder. Raises
     SwquantError."""
-    if overwrite or options.set_ or options.points:
+    if options.set_ or options.points:
         raise SwquantError(
-            f"{patched.name}: holds patches of an original; all are merged into a new folder (no --set, --points, --overwrite)"
+            f"{patched.name}: holds patches of an original, and all are merged; leave out --set and --points"
         )
-    write_whole(patched, out, patched.read, {**patched.manifest}, progress)
+    manifest = patched.manifest
+    write_whole(patched, out, patched.read, manifest["source"], manifest["tuned"], progress, overwrite=overwrite)
     return Merged(out)
 
 

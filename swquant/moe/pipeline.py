@@ -41,7 +41,7 @@ from swquant.training.data import text_windows
 from swquant.training.loop import State, fingerprint_of
 from swquant.version import __version__
 
-__all__ = ["RECORD", "Mixed", "moe_checkpoint"]
+__all__ = ["RECORD", "Mixed", "check_text", "moe_checkpoint"]
 
 RECORD = "moe.json"
 _TOKENS = 64  # of the text that mixture and dense model are compared on
@@ -61,22 +61,28 @@ class Mixed:
     record: Mapping[str, Any]
 
 
+def check_text(plan: MoePlan, text: tuple[str, str] | None) -> None:
+    """Raise SwquantError unless there is a text to train on, long enough, where there are steps, and none where not."""
+    if bool(plan.options.steps) != (text is not None):
+        raise SwquantError("--steps and --text go together: so many steps on that text")
+    if text is not None:
+        text_windows(plan.checkpoint, text[1], plan.options.window, text[0]).split()  # refuses what is too short
+
+
 def moe_checkpoint(
     plan: MoePlan,
     out: Path,
     *,
     text: tuple[str, str] | None = None,
     device: str = "auto",
+    overwrite: bool = False,
     progress: Progress = silent,
 ) -> Mixed:
     """Carry out a plan. text: (name, content) to train on; device: where, if there is room. Raises SwquantError for
-    everything the user can mend; then `out` does not exist."""
+    everything the user can mend; then `out` does not exist, or is what it was."""
     checkpoint, options, chosen = plan.checkpoint, plan.options, device_for(device)
-    check_destination(out, None, checkpoint)
-    if bool(options.steps) != (text is not None):
-        raise SwquantError("--steps and --text go together: so many steps on that text")
-    if text is not None:
-        text_windows(checkpoint, text[1], options.window, text[0]).split()  # refuses what is too short
+    check_destination(out, overwrite, checkpoint)
+    check_text(plan, text)
     tensors = _tensors(plan)
     dtypes = [item.form.dtype for item in tensors.values() if item.form.dtype.is_floating_point]
     dtype = str(max(dtypes, key=dtypes.count)).removeprefix("torch.")
@@ -91,7 +97,8 @@ def moe_checkpoint(
     }
     course = None
     state = State.at(out.with_name(out.name + ".training"), _fingerprint(checkpoint, options, text, chosen))
-    with dense_folder(plan.checkpoint, out, tensors, config, (RECORD, record), progress) as folder:
+    how = (RECORD, record)
+    with dense_folder(plan.checkpoint, out, tensors, config, how, progress, overwrite=overwrite) as folder:
         with progress.step("Comparing the mixture with the dense model"):
             difference = record["difference"] = _difference(plan, folder)
         if text is not None and options.steps:

@@ -1,8 +1,8 @@
 """A dense model as an ordinary Hugging Face folder, written tensor by tensor: what students and mixtures are.
 
 What compress writes has layouts, patches and a manifest; this has weights, config.json and what lies beside them, so
-that every loader takes it; of a mixture also the file that is its architecture. It appears whole or not at all, and
-replaces nothing: OUT must not exist. Nor is it ever replaced: others train it further, and save under the same names.
+that every loader takes it; of a mixture also the file that is its architecture. It appears whole or not at all. What
+was written is listed with its hashes: `--overwrite` replaces such a folder only as long as nobody trained it further.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import swquant.pr_moe
 from exporters.json_file import write_json
 from exporters.safetensors_file import SafetensorsWriter
 from swquant.checkpoints.base import Checkpoint, Stored
+from swquant.output.contents import write_files
 from swquant.output.destination import check_destination, check_space, replace, unfinished, writing
 from swquant.pr_moe import AUTO_MAP, CODE, PrMoeConfig
 from swquant.progress import Progress, silent
@@ -50,13 +51,15 @@ def dense_folder(
     config: Mapping[str, Any],
     record: tuple[str, Mapping[str, Any]],
     progress: Progress = silent,
+    *,
+    overwrite: bool = False,
 ) -> Iterator[Path]:
     """Write everything, give the hidden folder to be checked, and put it in its place if the block ends well.
 
     checkpoint: what it was made of, whose tokenizer and other companions are copied. config: what config.json will
     hold. record: (name below swquant/, how it was made). Raises SwquantError; then `out` does not exist.
     """
-    check_destination(out, None, checkpoint)
+    check_destination(out, overwrite, checkpoint)
     size = nbytes_of(tensors)
     check_space(out, size)
     with writing(out, size), unfinished(out) as folder:
@@ -70,7 +73,8 @@ def dense_folder(
         name, content = record
         write_json(folder / "swquant" / name, content)
         yield folder
-        replace(folder, out, False)
+        write_files(folder)
+        replace(folder, out, overwrite)
 
 
 def write_weights(folder: Path, tensors: Mapping[str, Written], progress: Progress) -> None:

@@ -23,7 +23,7 @@ from exporters.errors import SwquantError
 from swquant.checkpoints.base import ModelFolder
 from swquant.checkpoints.companions import check_readable
 from swquant.interrupts import sigterm_interrupts, uninterrupted
-from swquant.output.contents import why_not_ours
+from swquant.output.contents import may_be_ours, why_not_ours
 from swquant.output.exchange import flush, flush_folder, swap, swap_back
 from swquant.output.hidden import forget, locked_file, locked_folder, remove_dead, visible
 from swquant.scratch import lock, same
@@ -34,9 +34,9 @@ _PATIENCE = 30.0  # seconds that another run may take to delete what it replaced
 _APPEARED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
-def check_destination(out: Path, overwrite: bool | None, source: ModelFolder) -> None:
+def check_destination(out: Path, overwrite: bool, source: ModelFolder) -> None:
     """Raise SwquantError unless OUT can be created, and all that goes into it can be read. Called before the probe:
-    nobody waits to be refused. overwrite: whether OUT may be replaced; None where it never is."""
+    nobody waits to be refused. overwrite: whether OUT may be replaced."""
     try:
         out.lstat()
         exists = True
@@ -54,7 +54,7 @@ def check_destination(out: Path, overwrite: bool | None, source: ModelFolder) ->
             f"{out}: a mount point, whose name cannot be given to another folder; give {out}/NAME as OUT"
         )
     if exists and not overwrite:
-        instead = "" if overwrite is None else ", or --overwrite to replace it"
+        instead = ", or --overwrite to replace it" if may_be_ours(out) else ""
         raise SwquantError(f"{out}: exists already; give another OUT{instead}")
     if exists and (problem := why_not_ours(out)):
         raise SwquantError(f"{out}: {problem}")

@@ -25,16 +25,10 @@ from swquant.checkpoints.patch_sets import counted, uncounted
 from swquant.checkpoints.pool import pool_file_problem
 from swquant.checkpoints.schema import CheckpointManifest, FileEntry, Manifest, PatchesManifest
 from swquant.checkpoints.stored import check_stored
-from swquant.output.contents import contents
+from swquant.output.contents import contents, is_ordinary, ordinary_problems, sha256_of_file
 from swquant.progress import Progress
 
 __all__ = ["check_result", "file_table", "verify"]
-
-
-def _sha256(path: Path) -> str:
-    """Hexadecimal sha256 of a file, read in pieces."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_table(folder: Path, known: Mapping[str, FileRecord] = MappingProxyType({})) -> dict[str, FileEntry]:
@@ -44,19 +38,21 @@ def file_table(folder: Path, known: Mapping[str, FileRecord] = MappingProxyType(
         path, record = folder / name, known.get(name)
         table[name] = {
             "bytes": record.nbytes if record else path.stat().st_size,
-            "sha256": record.sha256 if record else _sha256(path),
+            "sha256": record.sha256 if record else sha256_of_file(path),
         }
     return table
 
 
 def verify(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint or an exported folder, one sentence each; an empty list if nothing is.
+    """What is wrong with what swquant wrote into a folder, one sentence each; an empty list if nothing is.
 
     Checked: the manifest's own digest and bytes, that exactly the listed files exist and nothing else, the sha256 of
     every file (of README.md, which may be rewritten, only that it is there) and every tensor, that every tensor lies in
     the file that is said to hold it, and what a loader would refuse of weights and sidecar. Raises SwquantError where
     there is no manifest to hold anything against.
     """
+    if is_ordinary(folder):
+        return ordinary_problems(folder)
     manifest = read_manifest(folder)
     problems: list[str] = []
     try:
@@ -111,11 +107,11 @@ def _verify_file(path: Path, name: str, manifest: Manifest) -> list[str]:
         return [f"{name}: {size} bytes, the manifest says {listed['bytes']}"]
     if name.endswith(".safetensors") and (is_checkpoint(manifest) or is_patches(manifest)):
         return _verify_weights(path, name, manifest)
-    return [] if _sha256(path) == listed["sha256"] else [f"{name}: its sha256 is not the manifest's"]
+    return [] if sha256_of_file(path) == listed["sha256"] else [f"{name}: its sha256 is not the manifest's"]
 
 
 def _verify_weights(path: Path, name: str, manifest: CheckpointManifest | PatchesManifest) -> list[str]:
-    if _sha256(path) != manifest["files"][name]["sha256"]:
+    if sha256_of_file(path) != manifest["files"][name]["sha256"]:
         return [f"{name}: its sha256 is not the manifest's" + _damaged_tensor(path, name, manifest)]
     try:
         if name == SIDECAR:

@@ -28,11 +28,12 @@ def show_tune_plan(console: Console, plan: TunePlan) -> None:
     """What will be trained, on what, and what it takes."""
     options = plan.options
     goal = "the text itself" if plan.against is None else f"what {plan.against.name} predicts"
+    of = "rounded weight" if plan.checkpoint.is_compressed else "weight of its linear layers"
     trained = []
     if plan.count:
         trained.append(
             f"{plan.count:,} of {plan.of_blocks:,} blocks of {options.block} x {options.block} on {plan.checkpoint.name}: "
-            f"{human_bytes(plan.nbytes)}, {plan.more_bits:.3f} bits more per rounded weight"
+            f"{human_bytes(plan.nbytes)}, {plan.more_bits:.3f} bits more per {of}"
         )
     if plan.scales:
         trained.append(
@@ -77,6 +78,8 @@ def show_tuned(console: Console, result: Tuned) -> None:
             table.add_row(key, f"{before:.4f}", f"{after:.4f}")
         show_table(console, table)
     console.print(f"Written to [bold]{marked_sentence(str(result.path))}[/]", soft_wrap=True)
+    if manifest is not None and "kind" in manifest:
+        _show_next(console, result.path)
 
 
 def show_patches(console: Console, path: Path, manifest: PatchesManifest) -> None:
@@ -97,8 +100,13 @@ def show_patches(console: Console, path: Path, manifest: PatchesManifest) -> Non
             f"{record['held_out_after']:.4f}"
         )
         console.print(sentence(said), markup=False, soft_wrap=True)
+    _show_next(console, path)
+
+
+def _show_next(console: Console, path: Path) -> None:
+    """Of patches alone."""
     where = marked_sentence(shlex.quote(str(path)))
-    console.print(f"Next: swquant merge {where} OUT --base MODEL writes the whole model", soft_wrap=True)
+    console.print(f"Next: swquant merge {where} WHOLE --base MODEL writes the whole model", soft_wrap=True)
 
 
 def show_blocks(console: Console, manifest: CheckpointManifest | PatchesManifest) -> None:

@@ -171,7 +171,7 @@ def conversations(model: ModelFolder, path: Path, window: int) -> Corpus:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
-        raise SwquantError(f"{path}: cannot be read ({error.strerror})") from None
+        raise SwquantError(f"{path}: cannot be read ({error.strerror}); give a jsonl file") from None
     except UnicodeDecodeError:
         raise SwquantError(f"{path}: not UTF-8 text; give a jsonl file") from None
     tokenizer = model.tokenizer()
@@ -198,7 +198,7 @@ def _messages(line: str, where: str) -> list[dict[str, str]]:
     try:
         content = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise SwquantError(f"{where} is not JSON ({first_line(error)})") from None
+        raise SwquantError(f"{where} is not JSON ({first_line(error)}); mend that line, or take it out") from None
     if not isinstance(content, dict):
         raise SwquantError(f'{where} is no object; write {{"prompt": "…", "response": "…"}}')
     if "messages" not in content:

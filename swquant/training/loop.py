@@ -172,7 +172,7 @@ def train(
                 with uninterrupted():
                     _take(state, parameters, optimizer, losses)
                     state.write()
-                end.add_note(f"What was trained stays in {state.path}, and the next run goes on from it")
+                end.add_note(f"what was trained stays in {state.path}, and the next run goes on from it")
             raise
     return Trained(losses)
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from exporters.sidecar import SIDECAR, PlannedPatch, SidecarWriter
 from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.manifest import write_manifest
 from swquant.checkpoints.patched import sha256_of
-from swquant.checkpoints.schema import PatchesContent, PatchesManifest, TuningRecord
+from swquant.checkpoints.schema import PatchesContent, PatchesManifest, SourceRecord, TuningRecord
 from swquant.output.card import write_patches_card
 from swquant.output.dense import Written, dense_folder, stored_form, with_dtype
 from swquant.output.destination import check_destination, check_space, replace, unfinished, writing
@@ -27,7 +26,7 @@ from swquant.output.verification import check_result, file_table
 from swquant.progress import Progress, silent
 from swquant.version import __version__
 
-__all__ = ["RECORD", "write_patches", "write_whole"]
+__all__ = ["RECORD", "source_of", "write_patches", "write_whole"]
 
 RECORD = "tuned.json"
 
@@ -60,7 +59,7 @@ def write_patches(
         content: PatchesContent = {
             "kind": "patches",
             "swquant": __version__,
-            "source": {"name": checkpoint.name, "kind": checkpoint.kind, "fingerprint": checkpoint.fingerprint},
+            "source": source_of(checkpoint),
             "tensors": {
                 name: {
                     "shape": list(shapes[name]),
@@ -86,12 +85,22 @@ def write_whole(
     checkpoint: Checkpoint,
     out: Path,
     read: Callable[[str], Tensor],
-    record: Mapping[str, Any],
+    source: SourceRecord,
+    tuned: Mapping[str, TuningRecord],
     progress: Progress = silent,
+    *,
+    overwrite: bool = False,
 ) -> None:
-    """Write the model as an ordinary Hugging Face folder. read: stored name -> tensor, blocks in it. record: how they
-    were trained. Raises SwquantError; then `out` does not exist."""
+    """Write the model as an ordinary Hugging Face folder. read: stored name -> tensor, blocks in it. source: the model
+    without them; tuned: set of blocks -> how it was trained. Raises SwquantError; then `out` does not exist, or is
+    what it was."""
     tensors = {name: Written(stored_form(checkpoint, name), partial(read, name)) for name in checkpoint.tensors}
     config = with_dtype(checkpoint.raw_config, tensors)
-    with dense_folder(checkpoint, out, tensors, config, (RECORD, record), progress):
+    record = {"swquant": __version__, "source": source, "tuned": tuned}
+    with dense_folder(checkpoint, out, tensors, config, (RECORD, record), progress, overwrite=overwrite):
         pass
+
+
+def source_of(checkpoint: Checkpoint) -> SourceRecord:
+    """What a record says of the model that was trained over."""
+    return {"name": checkpoint.name, "kind": checkpoint.kind, "fingerprint": checkpoint.fingerprint}

@@ -30,6 +30,8 @@ class Budget:
     def parse(text: str) -> Budget:
         """`1%`, `0.1bits` or a size. Raises SwquantError for anything else."""
         if match := _BUDGET.fullmatch(text):
+            if match[2] == "%" and float(match[1]) > 100:
+                raise SwquantError(f"--budget {text}: more than all of the parameters; 1% is usual")
             return Budget(float(match[1]), match[2].lower())
         try:
             return Budget(float(parse_bytes(text)), "bytes")

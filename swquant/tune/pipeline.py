@@ -31,7 +31,7 @@ from swquant.progress import Progress, silent
 from swquant.training.data import Corpus, own_windows
 from swquant.training.loop import Schedule, State, fingerprint_of, train
 from swquant.training.model import lay, trainable_model, trained_parameters
-from swquant.training.over_original import write_patches, write_whole
+from swquant.training.over_original import source_of, write_patches, write_whole
 from swquant.training.patched import free_name, write_patched
 from swquant.training.rates import settle
 from swquant.training.scales import ScaledWeight
@@ -69,7 +69,7 @@ def tune_checkpoint(
 ) -> Tuned:
     """Carry out a plan, on a device if the model fits there. `out` appears whole or not at all. name: of the set of
     blocks; a number is added where it is taken. eval_text: to measure on, before and after. Raises SwquantError."""
-    check_destination(out, None if plan.whole else overwrite, plan.checkpoint)
+    check_destination(out, overwrite, plan.checkpoint)
     state = State.at(out.with_name(out.name + ".tuning"), _fingerprint(plan, device))
     of_set = free_name(plan.checkpoint.manifest if isinstance(plan.checkpoint, CompressedCheckpoint) else None, name)
     place, said = place_for(plan.checkpoint, torch.float32, device)
@@ -135,7 +135,7 @@ def _written(
         tensor = checkpoint.read(name)
         return restore(tensor.clone(), blocks[name]) if name in blocks else tensor
 
-    write_whole(checkpoint, out, read, record, progress)
+    write_whole(checkpoint, out, read, source_of(checkpoint), {of_set: record}, progress, overwrite=overwrite)
     return None
 
 

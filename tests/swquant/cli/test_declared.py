@@ -87,7 +87,7 @@ OWN = {
         "device",
         "trust_remote_code",
     },
-    "distill": {"teacher", "out_folder", "text", "dry_run", "device", "as_json", "trust_remote_code"},
+    "distill": {"teacher", "out_folder", "text", "dry_run", "overwrite", "device", "as_json", "trust_remote_code"},
     "export": {"checkpoint", "target", "form", "overwrite", "as_json", "device", "trust_remote_code"},
     "merge": {
         "checkpoint",
@@ -100,7 +100,7 @@ OWN = {
         "as_json",
         "trust_remote_code",
     },
-    "moe": {"model", "out_folder", "text", "dry_run", "device", "as_json", "trust_remote_code"},
+    "moe": {"model", "out_folder", "text", "dry_run", "overwrite", "device", "as_json", "trust_remote_code"},
     "study": {"model", "text", "out_folder", "as_json", "device", "trust_remote_code"},
     "tune": {
         "checkpoint",

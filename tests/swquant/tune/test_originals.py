@@ -201,7 +201,7 @@ def test_overwrite_replaces_them_and_nothing_else(cli: Cli, original: Path, patc
     typed = [word for key, value in (QUICK | {"steps": 1}).items() for word in (f"--{key}", value)]
     words = ("tune", original, out, "--text", tmp_path / "text", *typed)
     assert "exists already; give another OUT, or --overwrite to replace it" in one_line(cli(*words))
-    assert "a new folder" in one_line(cli("merge", patches, out, "--base", original, "--overwrite"))
+    assert "leave out --set and --points" in one_line(cli("merge", patches, out, "--base", original, "--points"))
     (out / "notes.txt").write_text("mine")
     assert "holds notes.txt, which swquant did not put there" in one_line(cli(*words, "--overwrite"))
     (out / "notes.txt").unlink()
