@@ -163,9 +163,11 @@ def test_what_cannot_be_a_mixture(
 ) -> None:
     monkeypatch.setattr(importlib.import_module("swquant.moe.plan"), "available_memory", lambda: 100_000_000)
     save_model(tiny_model(family), tmp_path / "model")
+    shown: list[object] = []
     with pytest.raises(SwquantError, match=problem):
-        swquant.moe(tmp_path / "model", tmp_path / "out", **options)
+        swquant.moe(tmp_path / "model", tmp_path / "out", on_plan=shown.append, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert shown == []  # nobody is shown a plan to be refused
 
 
 def test_mixtures_and_compressed_checkpoints_are_not_made_into_mixtures(

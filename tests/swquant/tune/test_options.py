@@ -40,6 +40,7 @@ def test_what_is_no_budget_is_one_line(text: str) -> None:
     [
         ({"select": "best"}, "--select 'best' is not one of: gradient, fisher, recovery, random, diagonal"),
         ({"from_": "head"}, "--from 'head' is not one of: attention, mlp, all"),
+        ({"budget": "100.5%"}, "--budget 100.5%: more than all of the parameters; 1% is usual"),
         ({"block": 4}, "--block 4 is outside 8 to 1024; 64 is usual"),
         ({"steps": 0}, "--steps 0 is outside"),
         ({"batch": 0}, "--batch 0 is outside"),

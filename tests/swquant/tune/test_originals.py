@@ -76,6 +76,7 @@ def test_merged_it_is_an_ordinary_folder(cli: Cli, original: Path, patches: Path
     ran = cli("merge", patches, tmp_path / "whole", "--base", original)
     assert ran.code == 0, ran.err
     assert "the whole model" in " ".join(ran.out.split())
+    assert swquant.verify(tmp_path / "whole") == []
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
     assert stock.dtype is torch.bfloat16
     assert torch.equal(logits(stock), logits(swquant.load(patches, base=original)))

@@ -196,7 +196,7 @@ def test_overwrite_replaces_it_and_nothing_else(cli: Cli, folder: Path, compress
     assert (out / "notes.txt").read_text() == "mine"
     (out / "notes.txt").unlink()
     shutil.rmtree(out / "swquant")  # as mlx-lm itself writes one
-    assert "exists and is not a checkpoint" in one_line(cli(*words, "--overwrite"))
+    assert "exists and was not made by swquant" in one_line(cli(*words, "--overwrite"))
     assert (out / "model.safetensors").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["mlx"]
 
