@@ -129,7 +129,7 @@ def may_be_ours(folder: Path) -> bool:
 
 def why_not_ours(folder: Path) -> str | None:
     """Why `folder` may not be replaced; None if it is empty, or swquant made it and everything in it."""
-    only = "--overwrite replaces only what swquant made"
+    only = "--overwrite replaces only what it made"
     try:
         others = strangers(folder) if folder.is_dir() else None
         if others is None:

@@ -135,7 +135,7 @@ def test_overwrite_replaces_a_checkpoint_and_nothing_else(cli: Cli, planted_llam
     other.mkdir()
     (other / "cat.jpg").write_text("meow")
     message = one_line(cli("compress", planted_llama.folder, other, "--overwrite"))
-    assert "not a checkpoint" in message
+    assert "was not made by swquant" in message
     assert contents(other) == {"cat.jpg"}
 
 

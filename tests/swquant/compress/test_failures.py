@@ -148,7 +148,9 @@ def test_overwrite_replaces_an_empty_folder_but_no_other_folder_and_no_file(
     (other / "cat.jpg").write_bytes(b"cat")
     file.write_text("text")
     for refused in (other, file):
-        with pytest.raises(swquant.SwquantError, match="not a checkpoint; --overwrite replaces only checkpoints"):
+        with pytest.raises(
+            swquant.SwquantError, match="was not made by swquant; --overwrite replaces only what it made"
+        ):
             swquant.compress(bf16_llama.folder, refused, prompt=PROMPT, overwrite=True)
     swquant.compress(bf16_llama.folder, empty, prompt=PROMPT, overwrite=True)
     assert swquant.verify(empty) == []
