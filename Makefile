@@ -9,7 +9,7 @@ GEMMA := $(MODELS)/gemma3/gemma-3-270m-q4_k_m.gguf
 TRAINED := $(MODELS)/trained
 PEERS := .peers
 
-.PHONY: demo test test-slow test-gpu test-vllm test-llama test-mlx test-js test-wheel test-oldest dist style types bench bench-onnx quality activations study architectures fuzz models clean
+.PHONY: demo test test-slow test-gpu test-vllm test-llama test-mlx test-js test-wheel test-oldest dist style types bench bench-onnx quality activations deployments study architectures fuzz models clean
 
 demo: $(VENV)/installed $(SMOLLM2)
 	@$(BIN)/python tools/demo.py $(SMOLLM2)
@@ -87,13 +87,17 @@ bench-onnx: $(VENV)/bench $(SMOLLM2) $(GEMMA)
 	$(BIN)/python benchmarks/runtimes.py
 	$(BIN)/python benchmarks/onnx_models.py --smollm2 $(SMOLLM2) --gemma $(GEMMA)
 
+# Every runtime on every file that is written for it; one whose environment is not there is left out. Half an hour.
+deployments: $(VENV)/installed $(VENV)-plugin/installed $(VENV)-llama/installed $(VENV)-mlx/installed $(VENV)-js/installed $(SMOLLM2) $(GEMMA)
+	$(BIN)/python benchmarks/deployments.py --smollm2 $(SMOLLM2) --gemma $(GEMMA) --json deployments.json
+
 study: $(VENV)/installed $(SMOLLM2) $(GEMMA)
 	$(BIN)/python tools/study.py smollm2=$(SMOLLM2) gemma=$(GEMMA)
 
 models: $(SMOLLM2) $(GEMMA)
 
 clean:
-	rm -rf $(VENV) $(VENV)-gpu $(VENV)-vllm $(VENV)-plugin $(VENV)-llama $(VENV)-mlx $(VENV)-js $(MODELS) $(PEERS) quality.json activations.json activations-onnx.json architectures.json demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-gpu $(VENV)-vllm $(VENV)-plugin $(VENV)-llama $(VENV)-mlx $(VENV)-js $(MODELS) $(PEERS) quality.json activations.json activations-onnx.json deployments.json architectures.json demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
