@@ -71,8 +71,8 @@ def _rounding(found: Found, plan: Plan, records: Mapping[str, TensorRecord]) -> 
     tensors = rounded(records)
     errors = {name: record["relative_error"] for name, record in tensors.items()}
     by_layer: dict[int, list[float]] = {}
-    for name, error in errors.items():
-        by_layer.setdefault(found.architecture.weights[name].layer, []).append(error)
+    for name in [name for name in errors if name in found.architecture.weights]:
+        by_layer.setdefault(found.architecture.weights[name].layer, []).append(errors[name])
     layers = tuple(map(float, sorted(by_layer)))
     values = [by_layer[layer] for layer in sorted(by_layer)]
     chart = Chart(
