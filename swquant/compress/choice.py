@@ -125,7 +125,9 @@ def table_block(
     cannot be rounded: that was asked for."""
     if pattern := next((pattern for pattern in options.dense if matches(pattern, name)), None):
         return Dense(f"--dense {pattern}")
-    block = _fitted(name, (stored.shape[0], stored.shape[1]), options, decoded)
+    block: Block | Dense = Dense(f"{str(stored.dtype).removeprefix('torch.')}, under a name that holds no codes")
+    if stored.dtype in _FLOATS and name.endswith(".weight"):
+        block = _fitted(name, (stored.shape[0], stored.shape[1]), options, decoded)
     if isinstance(block, Dense):
         raise SwquantError(f"{table.asked}: {name} cannot be rounded ({block.reason}); leave it out")
     return block

@@ -65,12 +65,18 @@ def _vllm(plan: Plan) -> str:
     roles = {tensor.table for tensor in plan.tables}
     if TIED in roles:
         return "no: it ties the output head to an embedding of floats, and this one is packed"
-    if EMBEDDING in roles:
-        if not plan.options.symmetric:
-            return "no: its packed embeddings have no zero points"
-        return f"on CUDA, by its sources, {_EMBEDDING}; {_PLUGIN}"
+    if EMBEDDING in roles and not plan.options.symmetric:
+        return "no: its packed embeddings have no zero points"
     if plan.int8_inputs and not roles:
         return "yes, with integer products; ignores the sidecar and the channels kept in float (swquant-vllm restores both)"
+    where = _kernels(plan)
+    if EMBEDDING in roles:
+        where = f"on CUDA, by its sources, {_EMBEDDING}" if where.startswith("yes") else f"{where}, {_EMBEDDING}"
+    return f"{where}; {_PLUGIN}"
+
+
+def _kernels(plan: Plan) -> str:
+    """Where it has kernels for the schemes of a plan."""
     schemes = {plan.scheme(tensor) for tensor in plan.quantized}
     bits = sorted({scheme.bits for scheme in schemes} - {4})
     groups = sorted({scheme.group_size for scheme in schemes if scheme.group_size} - {32, 64, 128})
@@ -81,8 +87,8 @@ def _vllm(plan: Plan) -> str:
     elif bits and groups:
         why = f"others take groups of 32, 64, 128 or a channel, not {groups[0]}"
     else:
-        return f"{_where(plan, bits, groups)}; {_PLUGIN}"
-    return f"on CUDA with Humming's kernels only, by its sources: {why}; {_PLUGIN}"
+        return _where(plan, bits, groups)
+    return f"on CUDA with Humming's kernels only, by its sources: {why}"
 
 
 def _where(plan: Plan, bits: Sequence[int], groups: Sequence[int]) -> str:

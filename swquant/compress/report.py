@@ -40,6 +40,7 @@ def checkpoint_report(name: str, found: Found, plan: Plan, records: Mapping[str,
         ("weights", f"{human_bytes(plan.source_bytes)} became {human_bytes(plan.nbytes)}"),
         ("bits per quantized weight", f"{plan.bits_per_weight:.3f}"),
         ("bits, block", f"{bits}, {options.block_name}, {'symmetric' if options.symmetric else 'asymmetric'}"),
+        *((table.table, str(plan.scheme(table))) for table in plan.tables),
         (
             "scales searched with",
             {"none": "nothing", "prompt": "the one prompt"}.get(options.refinement, options.refinement),

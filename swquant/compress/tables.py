@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from exporters.errors import SwquantError
@@ -24,7 +23,6 @@ __all__ = ["EMBEDDING", "HEAD", "TIED", "Table", "tables_of"]
 
 EMBEDDING, HEAD = "embedding", "output head"
 TIED = f"{EMBEDDING} and {HEAD}"
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -65,10 +63,6 @@ def _check(checkpoint: Checkpoint, name: str, asked: str, role: str, *, plain: b
     """Raise SwquantError for a table that cannot be rounded. plain: whether loaders look into its weight alone."""
     if not name:
         raise SwquantError(f"{asked}: {checkpoint.name} stores no {role} as its model holds it; leave it out")
-    stored = checkpoint.tensors[name]
-    if stored.dtype not in _FLOATS or not name.endswith(".weight"):
-        kind = str(stored.dtype).removeprefix("torch.")
-        raise SwquantError(f"{asked}: {name} is stored as {kind}, under a name that holds no codes; leave it out")
     model = empty_model(checkpoint)
     module = model.get_submodule(table_modules(model)[1]) if not plain else None
     if module is not None and type(module).forward is not nn.Linear.forward:
