@@ -26,12 +26,12 @@ from swquant.cluster.workers import Team
 from swquant.compress.budget import bits_within
 from swquant.compress.choice import Decoded
 from swquant.compress.options import CompressOptions
-from swquant.compress.plan import Plan, make_plan, tied_copies
+from swquant.compress.plan import Plan, make_plan
 from swquant.compress.prepared import Prepared
 from swquant.compress.rehearsal import rehearsed_plan
 from swquant.compress.remote import check_workers
 from swquant.compress.resuming import check_leftover, head_of
-from swquant.compress.tables import tables_of
+from swquant.compress.tables import tables_of, tied_copies
 from swquant.compress.writing import write_all
 from swquant.detect.found import Found
 from swquant.detect.pipeline import find_super_weights

@@ -30,13 +30,13 @@ from swquant.compress.choice import (
     table_block,
 )
 from swquant.compress.options import CompressOptions
-from swquant.compress.tables import Table
+from swquant.compress.tables import Table, tied_copies
 from swquant.detect.folds import Fold
 from swquant.models.architecture import Architecture, Dense, LinearKind
 from swquant.pr_moe import PrMoeConfig
 from swquant.units import parse_bytes
 
-__all__ = ["Plan", "SchemesError", "TensorPlan", "TooFewCodesError", "make_plan", "tied_copies"]
+__all__ = ["Plan", "SchemesError", "TensorPlan", "TooFewCodesError", "make_plan"]
 
 # Scaling channels makes the weights of a row less alike: in a block of a few hundred columns it pays, beyond it costs.
 MAX_COLUMNS_TO_SCALE = 256
@@ -212,16 +212,9 @@ def make_plan(
             layout: Layout = {name: (dtype, stored.shape)}
             tensors.append(TensorPlan(name, stored, layout, reason=choice.reason, super_weights=own))
             continue
-        recipe = Recipe(
-            block=choice,
-            bits=(bits or {}).get(name, bits_of(name, options)) if table is None else table.bits,
-            symmetric=options.symmetric,
-            offsets=options.offset_kind,
-            clip=options.parsed_clip,
-            scale_dtype=dtype,
-            super_weights=own,
-            outliers=_outliers(stored.numel, own, options) if table is None else 0,
-        )
+        number = (bits or {}).get(name, bits_of(name, options)) if table is None else table.bits
+        outliers = _outliers(stored.numel, own, options) if table is None else 0
+        recipe = _recipe(choice, number, dtype, own, outliers, options)
         transposed = linear is not None and linear.transposed
         made = _quantized(name, stored, recipe, int8_inputs and table is None, transposed=transposed)
         tensors.append(made if table is None else replace(made, table=table.role))
@@ -235,6 +228,27 @@ def make_plan(
     if decoded:
         _check_one_scheme(checkpoint, plan)
     return plan
+
+
+def _recipe(
+    block: Block,
+    bits: int,
+    scale_dtype: torch.dtype,
+    super_weights: tuple[tuple[int, int], ...],
+    outliers: int,
+    options: CompressOptions,
+) -> Recipe:
+    """How one tensor is rounded: what is its own, and what the options say of all."""
+    return Recipe(
+        block=block,
+        bits=bits,
+        symmetric=options.symmetric,
+        offsets=options.offset_kind,
+        clip=options.parsed_clip,
+        scale_dtype=scale_dtype,
+        super_weights=super_weights,
+        outliers=outliers,
+    )
 
 
 def _order(checkpoint: Checkpoint, architecture: Architecture, options: CompressOptions) -> list[str]:
@@ -345,17 +359,6 @@ def _nothing(checkpoint: Checkpoint, tensors: Iterable[TensorPlan]) -> str:
         return f"{checkpoint.name}: no linear weight in a decoder layer, nothing to compress"
     reason = max(reasons, key=reasons.__getitem__)
     return f"{checkpoint.name}: nothing would be compressed; {reasons[reason]} tensors: {reason}"
-
-
-def tied_copies(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, str]:
-    """Stored name -> why it need not be written: the model ties it to another tensor, and it is equal to that. One that
-    differs is written, since transformers loads it, whatever the configuration says."""
-    return {
-        name: "tied to the embedding"
-        for name, source in architecture.tied.items()
-        if checkpoint.tensors[name] == checkpoint.tensors[source]
-        and torch.equal(checkpoint.read(name), checkpoint.read(source))
-    }
 
 
 def _quantized(name: str, stored: Stored, recipe: Recipe, int8_inputs: bool, *, transposed: bool) -> TensorPlan:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from exporters.errors import SwquantError
@@ -19,7 +20,7 @@ from swquant.compress.options import CompressOptions
 from swquant.models.architecture import Architecture
 from swquant.models.stock import empty_model, table_modules
 
-__all__ = ["EMBEDDING", "HEAD", "TIED", "Table", "tables_of"]
+__all__ = ["EMBEDDING", "HEAD", "TIED", "Table", "tables_of", "tied_copies"]
 
 EMBEDDING, HEAD = "embedding", "output head"
 TIED = f"{EMBEDDING} and {HEAD}"
@@ -57,6 +58,17 @@ def tables_of(
         _check(checkpoint, name, asked[role], role, plain=tied or role == EMBEDDING)
         tables[name] = Table(bits[role], TIED if tied else role, asked[role])
     return tables
+
+
+def tied_copies(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, str]:
+    """Stored name -> why it need not be written: the model ties it to another tensor, and it is equal to that. One that
+    differs is written, since transformers loads it, whatever the configuration says."""
+    return {
+        name: "tied to the embedding"
+        for name, source in architecture.tied.items()
+        if checkpoint.tensors[name] == checkpoint.tensors[source]
+        and torch.equal(checkpoint.read(name), checkpoint.read(source))
+    }
 
 
 def _check(checkpoint: Checkpoint, name: str, asked: str, role: str, *, plain: bool) -> None:
