@@ -265,10 +265,13 @@ def _targets(modules: Sequence[str], others: Iterable[str]) -> list[str]:
     return patterns
 
 
-def quantization_config(schemes: Mapping[str, Scheme], dense: Sequence[str], version: str) -> dict[str, Any]:
+def quantization_config(
+    schemes: Mapping[str, Scheme], dense: Sequence[str], version: str, classes: Mapping[Scheme, str] | None = None
+) -> dict[str, Any]:
     """The `quantization_config` of config.json.
 
-    schemes: module name -> scheme of every packed weight. dense: names of linear modules left alone.
+    schemes: module name -> scheme of every packed weight. dense: names of linear modules left alone. classes: scheme ->
+    class of modules that some loader knows by no other name.
     version: of the compressed-tensors layout written (the key `version`).
     """
     groups: dict[Scheme, list[str]] = {}
@@ -286,7 +289,7 @@ def quantization_config(schemes: Mapping[str, Scheme], dense: Sequence[str], ver
             "dynamic": False,
         }
         config_groups[f"group_{index}"] = {
-            "targets": _targets(modules, others),
+            "targets": _targets(modules, others) + [name for of, name in (classes or {}).items() if of == scheme],
             "weights": weights,
             "input_activations": _INT8_INPUTS if scheme.int8_inputs else None,
             "output_activations": None,

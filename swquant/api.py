@@ -179,11 +179,11 @@ def _planned(
     progress: Progress,
 ) -> Iterator[Planned]:
     """The plan, while its model is open. to_overwrite: whether OUT may be replaced, None if nothing will be written."""
-    row, of_formats = format_named(format), option_names()
+    row, of_formats = format_named(format), option_names(beside=CompressOptions)
     own = {name: value for name, value in changes.items() if name not in of_formats}
     given = {name: value for name, value in changes.items() if name in of_formats and value is not None}
     chosen = made_of(CompressOptions, options, own)
-    export_to = row.chosen(given, int8=chosen.activations == "int8")
+    export_to = row.chosen({**given, **row.shared(chosen)}, int8=chosen.activations == "int8")
     chosen = row.suited(chosen, export_to)
     row.require()
     from swquant.checkpoints.open import open_checkpoint

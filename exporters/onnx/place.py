@@ -64,6 +64,15 @@ def _zero_kind(weights: Mapping[str, PackedWeight]) -> str:
     return max(kinds)
 
 
+def _one_each(weight: PackedWeight) -> Tensor:
+    """The zero points of a table, [N, blocks], one number each: packed ones are uint8 [N, blocks * bits / 8]."""
+    assert weight.zero_points is not None
+    if weight.zero_kind == "floats" or weight.bits == 8:
+        return weight.zero_points
+    halves = torch.stack((weight.zero_points & 15, weight.zero_points >> 4), -1)
+    return halves.flatten(1)[:, : weight.scales.shape[1]].contiguous()
+
+
 class Placer:
     """Replaces nodes of one graph."""
 
@@ -185,6 +194,9 @@ class Placer:
         middle = number("middle", 1 << (weight.bits - 1), dtype)
         if weight.row_scales is None:
             scale = of_rows("scales", weight.scales)
+            if weight.zero_points is not None:
+                each = "zero_points" if weight.zero_kind == "floats" else "zero_points.each"
+                middle = add("Unsqueeze", of_rows(each, _one_each(weight)), last)
         else:
             assert weight.zero_points is not None
             steps = self._constant(f"{name}.steps", compact_steps())

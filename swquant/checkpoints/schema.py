@@ -78,6 +78,8 @@ class OptionsRecord(TypedDict):
     outliers: float | None
     bits_budget: float | None
     bits_for: NotRequired[list[str]]
+    embedding_bits: NotRequired[int]
+    lm_head_bits: NotRequired[int]
     dense: list[str]
     strict_block: bool
     allow_dense: NotRequired[bool]

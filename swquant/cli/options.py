@@ -57,7 +57,7 @@ def takes(kind: type[Any] | None, formats: Collection[Format] = ()) -> Callable[
             if kind is not None:
                 made["options"] = kind(**{item.name: _value(item, typed.pop(item.name)) for item in fields(kind)})
             if formats:
-                given = {name: typed.pop(name) for name in option_names(formats)}
+                given = {name: typed.pop(name) for name in option_names(formats, kind)}
                 made["given"] = {name: value for name, value in given.items() if value is not None}
             command(**typed, **made)
 
@@ -78,7 +78,8 @@ def _signature(command: Command, kind: type[Any] | None, formats: Collection[For
     for row in formats:
         if row.options is not None:
             panels.append(panel := f"With --format {row.name}")
-            parameters += _parameters(row.options, panel)
+            names = option_names([row], kind)
+            parameters += [item for item in _parameters(row.options, panel) if item.name in names]
     panels.append(OTHER)
     return inspect.Signature(
         sorted(parameters, key=lambda item: panels.index(item.annotation.__metadata__[0].rich_help_panel))

@@ -48,18 +48,18 @@ def bits_within(
     low_memory: bool,
     progress: Progress,
 ) -> dict[str, int]:
-    """Bits of every quantized tensor, so that all of them together take at most options.bits_budget per weight.
+    """Bits of every quantized linear weight, so that all of them together take at most options.bits_budget per weight.
 
     plan_with: the plan for given bits. Raises SwquantError where not even the fewest bits fit.
     """
     assert options.bits_budget is not None
     choices = range(MIN_BITS, MAX_BITS + 1)
     plans = {bits: plan_with(dict.fromkeys(found.architecture.weights, bits)) for bits in choices}
-    weights = sum(tensor.source.numel for tensor in plans[MIN_BITS].quantized)
-    groups = fused_groups(found, [tensor.name for tensor in plans[MIN_BITS].quantized])
-    probed = {tensor.name: tensor for tensor in plans[_PROBED_BITS].quantized}
+    weights = sum(tensor.source.numel for tensor in plans[MIN_BITS].linear)
+    groups = fused_groups(found, [tensor.name for tensor in plans[MIN_BITS].linear])
+    probed = {tensor.name: tensor for tensor in plans[_PROBED_BITS].linear}
     stored = {
-        bits: {tensor.name: tensor.nbytes + tensor.sidecar_bytes for tensor in plan.quantized}
+        bits: {tensor.name: tensor.nbytes + tensor.sidecar_bytes for tensor in plan.linear}
         for bits, plan in plans.items()
     }
     sizes = [[sum(stored[bits][name] for name in group) for bits in choices] for group in groups]

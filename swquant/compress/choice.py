@@ -18,9 +18,19 @@ from exporters import compressed_tensors
 from exporters.errors import SwquantError
 from swquant.checkpoints.base import Checkpoint, Stored
 from swquant.compress.options import CompressOptions
+from swquant.compress.tables import Table
 from swquant.models.architecture import Architecture, Dense, LinearKind, LinearWeight
 
-__all__ = ["Decoded", "bits_of", "check_patterns", "choose_block", "dense_dtype", "expert_block", "shared_block"]
+__all__ = [
+    "Decoded",
+    "bits_of",
+    "check_patterns",
+    "choose_block",
+    "dense_dtype",
+    "expert_block",
+    "shared_block",
+    "table_block",
+]
 
 # Weights in a block that may hold a super weight, at 4 bits: beyond a few hundred, the step that represents it rounds
 # all its neighbours to zero. Each further bit halves the step and doubles the limit.
@@ -33,10 +43,12 @@ class Decoded(StrEnum):
     """What the modules of stock transformers cannot hold, so that it is told to decode all weights while it loads them.
 
     CODES: of a Conv1D, a linear layer with a forward of its own, modules that the model's own code sets up; offsets.
-    ZERO_POINTS: compressed-tensors makes room for them unpacked (0.18 to 0.20) and stops where it meets packed ones."""
+    ZERO_POINTS: compressed-tensors makes room for them unpacked (0.18 to 0.20) and stops where it meets packed ones.
+    EMBEDDING: transformers' own code touches the weight of one, which a packed module lacks."""
 
     NOTHING = ""
     CODES = "codes"
+    EMBEDDING = "packed embedding"
     ZERO_POINTS = "zero points"
 
 
@@ -94,6 +106,36 @@ def choose_block(
     if not name.endswith(".weight"):
         return Dense("stored under a name that does not end in .weight, which compressed-tensors cannot tell apart")
     shape = (stored.shape[0], stored.shape[1])
+    block = _fitted(name, shape, options, decoded)
+    if isinstance(block, Dense):
+        return block
+    limit = _limit(bits_of(name, options))
+    if super_weights and block_elements(block, shape) > limit:
+        return Dense(
+            f"holds a super weight, which a block of {block_elements(block, shape)} weights cannot represent for loaders "
+            f"that ignore the sidecar (limit {limit})"
+        )
+    return block
+
+
+def table_block(
+    name: str, stored: Stored, table: Table, options: CompressOptions, *, decoded: Decoded = Decoded.NOTHING
+) -> Block | Dense:
+    """The block of an embedding or output head, or the --dense that keeps it as it is. Raises SwquantError where it
+    cannot be rounded: that was asked for."""
+    if pattern := next((pattern for pattern in options.dense if matches(pattern, name)), None):
+        return Dense(f"--dense {pattern}")
+    block: Block | Dense = Dense(f"{str(stored.dtype).removeprefix('torch.')}, under a name that holds no codes")
+    if stored.dtype in _FLOATS and name.endswith(".weight"):
+        block = _fitted(name, (stored.shape[0], stored.shape[1]), options, decoded)
+    if isinstance(block, Dense):
+        raise SwquantError(f"{table.asked}: {name} cannot be rounded ({block.reason}); leave it out")
+    return block
+
+
+def _fitted(name: str, shape: tuple[int, int], options: CompressOptions, decoded: Decoded) -> Block | Dense:
+    """The block asked for, or a smaller one that divides a weight. Raises SwquantError for --strict-block, and for one
+    that cannot be stored."""
     block = fit(options.parsed_block, shape)
     if decoded and block != options.parsed_block:
         return Dense(f"block {options.parsed_block}, which all weights share, does not divide it")
@@ -108,19 +150,13 @@ def choose_block(
             f"{options.layout.name} cannot store block {block} on {name} {list(shape)}; "
             f"use {remedy(Group(128), shape)}{rows}"
         )
-    limit = _limit(bits_of(name, options))
-    if super_weights and block_elements(block, shape) > limit:
-        return Dense(
-            f"holds a super weight, which a block of {block_elements(block, shape)} weights cannot represent for loaders "
-            f"that ignore the sidecar (limit {limit})"
-        )
     return block
 
 
-def shared_block(checkpoint: Checkpoint, architecture: Architecture, options: CompressOptions) -> Block:
-    """The one block that most linear weights can share, where they all have to: the one asked for, fitted to what their
-    shapes have in common. Those that no part of it divides are not asked."""
-    stored = [checkpoint.tensors[name].shape for name in architecture.weights]
+def shared_block(checkpoint: Checkpoint, names: Iterable[str], options: CompressOptions) -> Block:
+    """The one block that most of these weights can share, where they all have to: the one asked for, fitted to what
+    their shapes have in common. Those that no part of it divides are not asked."""
+    stored = [checkpoint.tensors[name].shape for name in names]
     shapes = [(shape[0], shape[1]) for shape in stored if len(shape) == 2]
     shapes = [shape for shape in shapes if fit(options.parsed_block, shape) is not None]
     if not shapes:

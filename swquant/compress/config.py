@@ -16,6 +16,7 @@ from exporters.sidecar import SIDECAR
 from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.manifest import MANIFEST
 from swquant.compress.plan import Plan, TensorPlan
+from swquant.compress.tables import EMBEDDING
 from swquant.models.architecture import Architecture
 from swquant.version import __version__
 
@@ -23,6 +24,8 @@ __all__ = ["checkpoint_config"]
 
 # The layout written here is the one that this version of compressed-tensors reads and writes.
 _FORMAT_VERSION = "0.20.0"
+# vLLM builds Llama's embedding, and others, without a name: it finds them by a part of their class's.
+_EMBEDDINGS = "Embedding"
 
 
 def _modules(tensor: TensorPlan, architecture: Architecture) -> Iterator[str]:
@@ -45,7 +48,7 @@ def checkpoint_config(checkpoint: Checkpoint, plan: Plan, architecture: Architec
         and tensor.reason != "embedding"
         for name in _modules(tensor, architecture)
     ]
-    if "lm_head" not in dense:
+    if "lm_head" not in dense and "lm_head" not in schemes:
         dense.append("lm_head")
     config = dict(checkpoint.raw_config)
     if plan.options.parsed_dtype is not None:
@@ -58,8 +61,10 @@ def checkpoint_config(checkpoint: Checkpoint, plan: Plan, architecture: Architec
         assert scheme.group_size is not None
         config["quantization_config"] = affine_layout.quantization_config(scheme.bits, scheme.group_size, dense)
     else:
-        config["quantization_config"] = compressed_tensors.quantization_config(schemes, dense, _FORMAT_VERSION)
-    if plan.decoded and plan.options.offset_kind == "none":
+        classes = {plan.scheme(tensor): _EMBEDDINGS for tensor in plan.tables if tensor.table == EMBEDDING}
+        told = compressed_tensors.quantization_config(schemes, dense, _FORMAT_VERSION, classes)
+        config["quantization_config"] = told
+    if plan.decoded and (plan.options.offset_kind == "none" or plan.tables):  # Apple's kernels know linear layers alone
         config["quantization_config"]["dequantize"] = True
     config["swquant"] = {"version": __version__, "manifest": MANIFEST, "sidecar": SIDECAR}
     return config

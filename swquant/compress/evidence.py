@@ -24,7 +24,7 @@ def text_of(prepared: Prepared, progress: Progress) -> Iterator[SelfText | None]
     if options.refinement != "self":
         yield None
         return
-    names = [tensor.name for tensor in prepared.plan.quantized if not tensor.transposed]
+    names = [tensor.name for tensor in prepared.plan.quantized if not tensor.transposed and not tensor.table]
     with self_text(
         prepared.checkpoint,
         prepared.found,
@@ -43,6 +43,9 @@ def evidence_for(tensor: TensorPlan, found: Found, refinement: str, text: SelfTe
     """Of a tensor's inputs, scaled as its columns will be."""
     if tensor.recipe is None:
         return Evidence()
+    if tensor.table:
+        seen = found.energy(found.architecture.head)
+        return Evidence(importance=seen if refinement != "none" else None, energy=seen)
     if tensor.transposed:  # all weights of a block read one input: they matter alike
         return Evidence(importance=torch.ones(tensor.shape[1]) if refinement != "none" else None)
     exponents = tensor.fold.exponents if tensor.fold is not None else None

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from swquant.compress.choice import Decoded
+from swquant.compress.tables import EMBEDDING, TIED
 
 if TYPE_CHECKING:
     from swquant.compress.plan import Plan
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["fused_layer", "loader_table"]
 
 _PLUGIN = "ignores the sidecar (swquant-vllm restores it)"
+_EMBEDDING = "where its model tells the embedding how it is stored (Llama's and Qwen's do, Mixtral's does not)"
 # Modules that vLLM's models make one layer of: the `packed_modules_mapping` of those that write text.
 _FUSED = (
     ("q_proj", "k_proj", "v_proj"),
@@ -60,8 +62,21 @@ def _vllm(plan: Plan) -> str:
         return "no: in GPT-2 and Falcon, where it was tried, it found no place for codes of what is no nn.Linear"
     if unlike := _unlike(plan):
         return f"no: it fuses layers whose weights must be stored alike, and {unlike}"
-    if plan.int8_inputs:
+    roles = {tensor.table for tensor in plan.tables}
+    if TIED in roles:
+        return "no: it ties the output head to an embedding of floats, and this one is packed"
+    if EMBEDDING in roles and not plan.options.symmetric:
+        return "no: its packed embeddings have no zero points"
+    if plan.int8_inputs and not roles:
         return "yes, with integer products; ignores the sidecar and the channels kept in float (swquant-vllm restores both)"
+    where = _kernels(plan)
+    if EMBEDDING in roles:
+        where = f"on CUDA, by its sources, {_EMBEDDING}" if where.startswith("yes") else f"{where}, {_EMBEDDING}"
+    return f"{where}; {_PLUGIN}"
+
+
+def _kernels(plan: Plan) -> str:
+    """Where it has kernels for the schemes of a plan."""
     schemes = {plan.scheme(tensor) for tensor in plan.quantized}
     bits = sorted({scheme.bits for scheme in schemes} - {4})
     groups = sorted({scheme.group_size for scheme in schemes if scheme.group_size} - {32, 64, 128})
@@ -72,8 +87,8 @@ def _vllm(plan: Plan) -> str:
     elif bits and groups:
         why = f"others take groups of 32, 64, 128 or a channel, not {groups[0]}"
     else:
-        return f"{_where(plan, bits, groups)}; {_PLUGIN}"
-    return f"on CUDA with Humming's kernels only, by its sources: {why}; {_PLUGIN}"
+        return _where(plan, bits, groups)
+    return f"on CUDA with Humming's kernels only, by its sources: {why}"
 
 
 def _where(plan: Plan, bits: Sequence[int], groups: Sequence[int]) -> str:
@@ -107,6 +122,8 @@ def loader_table(plan: Plan) -> dict[str, str]:
     elif plan.options.activations == "int8":
         ours, stock = f"{ours}, rounds activations", f"{stock}, leaves activations in float"
         vllm = f"{vllm}, leaves activations in float" if vllm.endswith(_PLUGIN) else vllm
+    if plan.unread:
+        stock = f"no: {plan.unread}; after import swquant.hf, yes"
     if plan.mixture:
         stock = "no: it knows no pr_moe by itself; after swquant.pr_moe.register(), yes, and ignores the sidecar"
         vllm = "no: it knows no pr_moe"

@@ -107,6 +107,18 @@ class CompressOptions:
         metavar="PATTERN=N",
         called="bits-for",
     )
+    embedding_bits: int = described(
+        0,
+        "Round the embedding, too, and an output head tied to it; 0 leaves it alone.",
+        group="tensors",
+        choices=(0, 4, 8),
+    )
+    lm_head_bits: int = described(
+        0,
+        "Round the output head, too, and an embedding tied to it; 0 leaves it alone.",
+        group="tensors",
+        choices=(0, 4, 8),
+    )
     dense: tuple[str, ...] = described(
         (),
         "Leave tensors whose name contains PATTERN (or matches a * glob) alone; repeatable.",
@@ -349,6 +361,8 @@ class CompressKeywords(TypedDict, total=False):
     outliers: float | None
     bits_budget: float | None
     bits_for: tuple[str, ...]
+    embedding_bits: int
+    lm_head_bits: int
     dense: tuple[str, ...]
     strict_block: bool
     allow_dense: bool

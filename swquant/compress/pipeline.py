@@ -26,11 +26,12 @@ from swquant.cluster.workers import Team
 from swquant.compress.budget import bits_within
 from swquant.compress.choice import Decoded
 from swquant.compress.options import CompressOptions
-from swquant.compress.plan import Plan, make_plan, tied_copies
+from swquant.compress.plan import Plan, make_plan
 from swquant.compress.prepared import Prepared
 from swquant.compress.rehearsal import rehearsed_plan
 from swquant.compress.remote import check_workers
 from swquant.compress.resuming import check_leftover, head_of
+from swquant.compress.tables import tables_of, tied_copies
 from swquant.compress.writing import write_all
 from swquant.detect.found import Found
 from swquant.detect.pipeline import find_super_weights
@@ -89,12 +90,17 @@ def prepare(
 
     known = found.architecture.without(_not_rounded_blindly(found))
     left_out = tied_copies(checkpoint, known)
+    asked = tables_of(checkpoint, known, options, left_out)
 
     def plan_with(
-        bits: Mapping[str, int], architecture: Architecture = known, *, decoded: Decoded = Decoded.NOTHING
+        bits: Mapping[str, int],
+        architecture: Architecture = known,
+        *,
+        decoded: Decoded = Decoded.NOTHING,
+        tables: bool = True,
     ) -> Plan:
-        super_weights = found.detection.super_weights
-        return make_plan(checkpoint, architecture, super_weights, options, found.folds, bits, left_out, decoded=decoded)
+        known_of = (found.detection.super_weights, options, found.folds, bits, left_out, asked if tables else {})
+        return make_plan(checkpoint, architecture, *known_of, decoded=decoded)
 
     bits: Mapping[str, int] = {}
     if options.bits_budget is not None:

@@ -27,14 +27,16 @@ from swquant.compress.choice import (
     dense_dtype,
     expert_block,
     shared_block,
+    table_block,
 )
 from swquant.compress.options import CompressOptions
+from swquant.compress.tables import Table, tied_copies
 from swquant.detect.folds import Fold
 from swquant.models.architecture import Architecture, Dense, LinearKind
 from swquant.pr_moe import PrMoeConfig
 from swquant.units import parse_bytes
 
-__all__ = ["Plan", "TensorPlan", "TooFewCodesError", "make_plan", "tied_copies"]
+__all__ = ["Plan", "SchemesError", "TensorPlan", "TooFewCodesError", "make_plan"]
 
 # Scaling channels makes the weights of a row less alike: in a block of a few hundred columns it pays, beyond it costs.
 MAX_COLUMNS_TO_SCALE = 256
@@ -42,6 +44,15 @@ MAX_COLUMNS_TO_SCALE = 256
 
 class TooFewCodesError(SwquantError):
     """What is asked for makes sense, but too few of the weights could be packed so."""
+
+
+class SchemesError(SwquantError):
+    """Weights that would have to share one scheme have two. of_tables: whether only an embedding or output head differs
+    from the linear weights."""
+
+    def __init__(self, message: str, schemes: Sequence[Scheme], *, of_tables: bool) -> None:
+        super().__init__(message)
+        self.schemes, self.of_tables = schemes, of_tables
 
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -55,7 +66,8 @@ class TensorPlan:
     super_weights: (row, col) of those that the detection found in it. fold: the scaling that it takes part in, as a
     norm's gain or bias or as a weight that reads the norm. int8_inputs: whether it is stored for integer products.
     transposed: stored [in, out] (Conv1D), so that its blocks run along the outputs of one input. stored_as: the type of
-    its blocks, where the format has names for them (GGUF).
+    its blocks, where the format has names for them (GGUF). table: what a rounded embedding or output head is to the
+    model (`tables.Table.role`), "" for all else.
     """
 
     name: str
@@ -69,6 +81,7 @@ class TensorPlan:
     int8_inputs: bool = False
     transposed: bool = False
     stored_as: str = ""
+    table: str = ""
 
     @property
     def module(self) -> str:
@@ -106,7 +119,8 @@ class Plan:
     """tensors: in the order of the source; with --refine self, what lies in decoder layers in their order. shards:
     the tensors of each file. left_out: name -> why it is not written. int8_inputs: whether stock loaders are told to
     round activations. decoded: why stock transformers is told to decode all weights while it loads them, if it
-    is; all weights then share one scheme. mixture: whether the architecture is one that only swquant knows."""
+    is; all weights then share one scheme. mixture: whether the architecture is one that only swquant knows. unread: why
+    stock transformers refuses to load it, "" where it does not."""
 
     options: CompressOptions
     tensors: tuple[TensorPlan, ...]
@@ -116,10 +130,21 @@ class Plan:
     int8_inputs: bool = False
     decoded: Decoded = Decoded.NOTHING
     mixture: bool = False
+    unread: str = ""
 
     @property
     def quantized(self) -> tuple[TensorPlan, ...]:
         return tuple(tensor for tensor in self.tensors if tensor.block is not None)
+
+    @property
+    def linear(self) -> tuple[TensorPlan, ...]:
+        """Those of `quantized` that are linear weights of decoder layers."""
+        return tuple(tensor for tensor in self.quantized if not tensor.table)
+
+    @property
+    def tables(self) -> tuple[TensorPlan, ...]:
+        """The others: the embedding and the output head."""
+        return tuple(tensor for tensor in self.quantized if tensor.table)
 
     @property
     def nbytes(self) -> int:
@@ -142,7 +167,7 @@ class Plan:
         carried = self.options.layout.express(tensor.block, tensor.shape)
         group = carried.size if isinstance(carried, Group) else None
         offset = self.options.offset_kind != "none"
-        return Scheme(tensor.bits, group, self.options.symmetric, self.int8_inputs, offset)
+        return Scheme(tensor.bits, group, self.options.symmetric, tensor.int8_inputs, offset)
 
 
 def make_plan(
@@ -153,16 +178,19 @@ def make_plan(
     folds: Sequence[Fold] = (),
     bits: Mapping[str, int] | None = None,
     left_out: Mapping[str, str] | None = None,
+    tables: Mapping[str, Table] | None = None,
     *,
     decoded: Decoded = Decoded.NOTHING,
 ) -> Plan:
     """Decide for every tensor. bits: of tensors that are not to take those of the options. left_out: from
-    `tied_copies`. decoded: see `Plan`. Raises SwquantError where an option fits nothing, or --strict-block fails."""
+    `tied_copies`. tables: from `tables_of`. decoded: see `Plan`. Raises SwquantError where an option fits nothing, or
+    --strict-block fails."""
     coordinates = _coordinates(architecture, super_weights)
     check_patterns(options, checkpoint.tensors)
     if left_out is None:
         left_out = tied_copies(checkpoint, architecture)
-    asked = _with_one_block(checkpoint, architecture, options) if decoded else options
+    tables = tables or {}
+    asked = _with_one_block(checkpoint, (*architecture.weights, *tables), options) if decoded else options
     of_experts = expert_block(checkpoint, architecture, coordinates, asked)
     int8_inputs = not decoded and _int8_inputs(architecture, options)
     tensors: list[TensorPlan] = []
@@ -172,8 +200,11 @@ def make_plan(
         stored = checkpoint.tensors[name]
         linear = architecture.weights.get(name)
         own = tuple(coordinates.get(name, ()))
+        table = tables.get(name)
         choice: Block | Dense | None = of_experts
-        if linear is None or linear.kind is not LinearKind.EXPERT:
+        if table is not None:
+            choice = table_block(name, stored, table, asked, decoded=decoded)
+        elif linear is None or linear.kind is not LinearKind.EXPERT:
             choice = choose_block(name, stored, linear, own, architecture, asked, decoded=decoded)
         assert choice is not None
         dtype = dense_dtype(checkpoint, stored, options)
@@ -181,20 +212,13 @@ def make_plan(
             layout: Layout = {name: (dtype, stored.shape)}
             tensors.append(TensorPlan(name, stored, layout, reason=choice.reason, super_weights=own))
             continue
-        recipe = Recipe(
-            block=choice,
-            bits=(bits or {}).get(name, bits_of(name, options)),
-            symmetric=options.symmetric,
-            offsets=options.offset_kind,
-            clip=options.parsed_clip,
-            scale_dtype=dtype,
-            super_weights=own,
-            outliers=_outliers(stored.numel, own, options),
-        )
-        tensors.append(
-            _quantized(name, stored, recipe, int8_inputs, transposed=linear is not None and linear.transposed)
-        )
-    if not any(tensor.block for tensor in tensors):
+        number = (bits or {}).get(name, bits_of(name, options)) if table is None else table.bits
+        outliers = _outliers(stored.numel, own, options) if table is None else 0
+        recipe = _recipe(choice, number, dtype, own, outliers, options)
+        transposed = linear is not None and linear.transposed
+        made = _quantized(name, stored, recipe, int8_inputs and table is None, transposed=transposed)
+        tensors.append(made if table is None else replace(made, table=table.role))
+    if not any(tensor.block and not tensor.table for tensor in tensors):
         raise TooFewCodesError(_nothing(checkpoint, tensors))
     tensors = _folded(tensors, folds)
     shards = _shards(tensors, parse_bytes(options.shard_size))
@@ -204,6 +228,27 @@ def make_plan(
     if decoded:
         _check_one_scheme(checkpoint, plan)
     return plan
+
+
+def _recipe(
+    block: Block,
+    bits: int,
+    scale_dtype: torch.dtype,
+    super_weights: tuple[tuple[int, int], ...],
+    outliers: int,
+    options: CompressOptions,
+) -> Recipe:
+    """How one tensor is rounded: what is its own, and what the options say of all."""
+    return Recipe(
+        block=block,
+        bits=bits,
+        symmetric=options.symmetric,
+        offsets=options.offset_kind,
+        clip=options.parsed_clip,
+        scale_dtype=scale_dtype,
+        super_weights=super_weights,
+        outliers=outliers,
+    )
 
 
 def _order(checkpoint: Checkpoint, architecture: Architecture, options: CompressOptions) -> list[str]:
@@ -217,9 +262,9 @@ def _order(checkpoint: Checkpoint, architecture: Architecture, options: Compress
     return [next(in_turn) if name in layers else name for name in names]
 
 
-def _with_one_block(checkpoint: Checkpoint, architecture: Architecture, options: CompressOptions) -> CompressOptions:
-    """The options with the block that all weights share."""
-    asked = replace(options, block=str(shared_block(checkpoint, architecture, options)))
+def _with_one_block(checkpoint: Checkpoint, names: Iterable[str], options: CompressOptions) -> CompressOptions:
+    """The options with the block that all these weights share."""
+    asked = replace(options, block=str(shared_block(checkpoint, names, options)))
     if options.offset_kind == "float" and asked.parsed_block not in GROUPS:
         raise SwquantError(
             f"{checkpoint.name}: block {asked.block_name} holds no offsets: their layout takes 32, 64 or 128 inputs"
@@ -231,10 +276,13 @@ def _check_one_scheme(checkpoint: Checkpoint, plan: Plan) -> None:
     schemes = list(dict.fromkeys(plan.scheme(tensor) for tensor in plan.quantized))
     if len(schemes) > 1:
         alike = "one number of bits" if schemes[0].bits != schemes[1].bits else "--block 32 or channel"
-        remedy = f"{alike}, or --symmetric" if plan.decoded is Decoded.ZERO_POINTS else alike
-        raise SwquantError(
+        other = {Decoded.ZERO_POINTS: ", or --symmetric"}.get(plan.decoded, "")
+        other = ", or --offsets none" if plan.options.offset_kind == "float" else other
+        raise SchemesError(
             f"{checkpoint.name}: stock transformers holds no {plan.decoded} in its modules, and decodes a model while "
-            f"loading it only if all weights share one scheme, not {schemes[0]} and {schemes[1]}; use {remedy}"
+            f"loading it only if all weights share one scheme, not {schemes[0]} and {schemes[1]}; use {alike}{other}",
+            schemes,
+            of_tables=len({plan.scheme(tensor) for tensor in plan.linear}) == 1,
         )
 
 
@@ -258,7 +306,8 @@ def _notes(
         for block, count in Counter(map(str, blocks)).items()
     ]
     if decoded and options.offset_kind == "none":
-        notes.append(f"its modules cannot hold {decoded}: stock transformers decodes all weights while it loads them")
+        held = "a packed embedding" if decoded is Decoded.EMBEDDING else str(decoded)
+        notes.append(f"its modules cannot hold {held}: stock transformers decodes all weights while it loads them")
     if options.activations == "int8" and of_experts is not None:
         notes.append("the inputs of experts stay in float; those of the other linear layers are rounded to int8")
     return tuple(notes)
@@ -310,17 +359,6 @@ def _nothing(checkpoint: Checkpoint, tensors: Iterable[TensorPlan]) -> str:
         return f"{checkpoint.name}: no linear weight in a decoder layer, nothing to compress"
     reason = max(reasons, key=reasons.__getitem__)
     return f"{checkpoint.name}: nothing would be compressed; {reasons[reason]} tensors: {reason}"
-
-
-def tied_copies(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, str]:
-    """Stored name -> why it need not be written: the model ties it to another tensor, and it is equal to that. One that
-    differs is written, since transformers loads it, whatever the configuration says."""
-    return {
-        name: "tied to the embedding"
-        for name, source in architecture.tied.items()
-        if checkpoint.tensors[name] == checkpoint.tensors[source]
-        and torch.equal(checkpoint.read(name), checkpoint.read(source))
-    }
 
 
 def _quantized(name: str, stored: Stored, recipe: Recipe, int8_inputs: bool, *, transposed: bool) -> TensorPlan:

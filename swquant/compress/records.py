@@ -86,6 +86,7 @@ def input_record(tensor: TensorPlan, found: Found, options: CompressOptions) -> 
     seen = found.record(tensor.name)
     if (
         options.activations == "none"
+        or tensor.table
         or found.architecture.weights[tensor.name].kind is not LinearKind.LINEAR
         or seen is None
     ):

@@ -1,8 +1,10 @@
 """A plan that stock transformers can load: rehearsed before anything is written, and mended until it fits.
 
 What a packed layer lacks and the model's own code touches stays dense, with that reason; so does what transformers
-builds under a name that it does not find. What is left after that is refused: a checkpoint that loads with random
-weights is worse than none. And one of which little is packed is not what somebody wants who asked for 4 bits.
+builds under a name that it does not find. No module holds a packed embedding: a model with one is decoded while it is
+loaded, or, where not all weights share a scheme, stock transformers stops at it with an error, which is said before.
+What is left after that is refused: a checkpoint that loads with random weights is worse than none. And one of which
+little is packed is not what somebody wants who asked for 4 bits.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from exporters.errors import SwquantError
 from swquant.checkpoints.base import Checkpoint
 from swquant.compress.choice import Decoded
 from swquant.compress.config import checkpoint_config
-from swquant.compress.plan import Plan, TooFewCodesError
+from swquant.compress.plan import Plan, SchemesError, TooFewCodesError
 from swquant.models.architecture import Architecture
 from swquant.models.rehearsal import Rehearsal, rehearse
 
@@ -28,9 +30,12 @@ _OTHERS = "serve the original, or take a tool with a format of its own, such as 
 
 
 class Planner(Protocol):
-    """The plan for an architecture; decoded: see `Plan`."""
+    """The plan for an architecture; decoded: see `Plan`. tables: whether embedding and output head are rounded, where
+    the options say so."""
 
-    def __call__(self, architecture: Architecture, *, decoded: Decoded = Decoded.NOTHING) -> Plan: ...
+    def __call__(
+        self, architecture: Architecture, *, decoded: Decoded = Decoded.NOTHING, tables: bool = True
+    ) -> Plan: ...
 
 
 def rehearsed_plan(
@@ -57,27 +62,32 @@ def rehearsed_plan(
     except TooFewCodesError:
         try:
             return _rehearsed(checkpoint, architecture, plan_with, Decoded.CODES, kept=kept)
-        except SwquantError:  # what kept the codes out of the modules is the reason to tell
-            pass
+        except SwquantError as error:  # what kept the codes out of the modules is the reason to tell
+            if isinstance(error, SchemesError) and error.of_tables:
+                raise
         raise
 
 
 def _rehearsed(
     checkpoint: Checkpoint, architecture: Architecture, plan_with: Planner, decoded: Decoded, *, kept: bool
 ) -> Plan:
-    whole = architecture
+    whole, unread = architecture, ""
     for _ in range(_ROUNDS):
-        plan = plan_with(architecture, decoded=decoded)
+        plan = plan_with(architecture, decoded=decoded, tables=not unread)
         layout = {name: form for tensor in plan.tensors for name, form in tensor.layout.items()}
         rehearsal = rehearse(checkpoint, checkpoint_config(checkpoint, plan, architecture), layout)
         if not kept:
             rehearsal = replace(rehearsal, zero_points=())
         if not rehearsal.problem:
             _check_share(checkpoint, plan, whole)
-            return plan
+            return _with_tables(plan_with(architecture, decoded=decoded), unread) if unread else plan
         dense = _to_leave_dense(rehearsal, plan, architecture)
         if dense:
             architecture = architecture.without(dense)
+        elif plan.tables and not decoded:
+            decoded, unread = _for_tables(plan_with, architecture)
+            if unread and not rehearsal.error:  # it would load it, with random weights
+                break
         elif rehearsal.zero_points and not decoded:
             decoded = Decoded.ZERO_POINTS
         else:
@@ -86,6 +96,22 @@ def _rehearsed(
         f"{checkpoint.name}: stock transformers could not load what would be written ({rehearsal.problem}); "
         f"{_remedies(plan)}"
     )
+
+
+def _for_tables(plan_with: Planner, architecture: Architecture) -> tuple[Decoded, str]:
+    """How a model is loaded whose modules do not hold a table: decoded, or else why stock transformers refuses it."""
+    try:
+        return plan_with(architecture, decoded=Decoded.EMBEDDING).decoded, ""
+    except SchemesError as error:
+        one, other, *_ = error.schemes
+        reason = "its modules hold no packed embedding, and it decodes only weights that share one scheme"
+        return Decoded.NOTHING, f"{reason}, not {one} and {other}"
+
+
+def _with_tables(plan: Plan, unread: str) -> Plan:
+    """A plan that stock transformers would load but for the embedding; then it stops, at a weight that is not there."""
+    note = f"stock transformers refuses to load it ({unread}); swquant.load and import swquant.hf read it"
+    return replace(plan, unread=unread, notes=(*plan.notes, note))
 
 
 def _to_leave_dense(rehearsal: Rehearsal, plan: Plan, architecture: Architecture) -> Mapping[str, str]:
@@ -105,7 +131,7 @@ def _check_share(checkpoint: Checkpoint, plan: Plan, architecture: Architecture)
     """Raise SwquantError where less than half of the linear weights of the decoder layers would be packed."""
     decoder = {*architecture.weights, *architecture.lost}
     sizes = {tensor.name: tensor.source.numel for tensor in plan.tensors if tensor.name in decoder}
-    packed = sum(tensor.source.numel for tensor in plan.quantized)
+    packed = sum(tensor.source.numel for tensor in plan.linear)
     if 2 * packed >= sum(sizes.values()) or plan.options.allow_dense:
         return
     reasons: dict[str, int] = {}

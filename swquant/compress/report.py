@@ -40,6 +40,7 @@ def checkpoint_report(name: str, found: Found, plan: Plan, records: Mapping[str,
         ("weights", f"{human_bytes(plan.source_bytes)} became {human_bytes(plan.nbytes)}"),
         ("bits per quantized weight", f"{plan.bits_per_weight:.3f}"),
         ("bits, block", f"{bits}, {options.block_name}, {'symmetric' if options.symmetric else 'asymmetric'}"),
+        *((table.table, str(plan.scheme(table))) for table in plan.tables),
         (
             "scales searched with",
             {"none": "nothing", "prompt": "the one prompt"}.get(options.refinement, options.refinement),
@@ -71,8 +72,8 @@ def _rounding(found: Found, plan: Plan, records: Mapping[str, TensorRecord]) -> 
     tensors = rounded(records)
     errors = {name: record["relative_error"] for name, record in tensors.items()}
     by_layer: dict[int, list[float]] = {}
-    for name, error in errors.items():
-        by_layer.setdefault(found.architecture.weights[name].layer, []).append(error)
+    for name in [name for name in errors if name in found.architecture.weights]:
+        by_layer.setdefault(found.architecture.weights[name].layer, []).append(errors[name])
     layers = tuple(map(float, sorted(by_layer)))
     values = [by_layer[layer] for layer in sorted(by_layer)]
     chart = Chart(

@@ -40,8 +40,10 @@ class Found:
     unseen_layers: tuple[int, ...] = ()
 
     def record(self, name: str) -> LinearRecord | None:
-        """What the probe saw of a stored linear weight; None for an expert that no token visited."""
-        return self.probe.linears.get(self.architecture.weights[name].watch)
+        """What the probe saw of a stored linear weight, or of the output head; None for an expert that no token
+        visited."""
+        weight = self.architecture.weights.get(name)
+        return self.probe.linears.get(name if weight is None else weight.watch)
 
     def energy(self, name: str) -> torch.Tensor | None:
         """float32 [in]: the energy of the inputs of a stored linear weight, where it was seen."""

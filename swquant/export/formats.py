@@ -7,7 +7,7 @@ express, and how it is written. What is heavy is imported inside the row's funct
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -82,6 +82,11 @@ class Format:
         made = self.options(**given) if self.options is not None else None
         return made.resolved(int8) if made is not None and resolve else made
 
+    def shared(self, options: CompressOptions) -> dict[str, Any]:
+        """Those of its options that `compress` has under the same name, for all formats, as they were given there."""
+        own = fields(self.options) if self.options is not None else ()
+        return {item.name: getattr(options, item.name) for item in own if hasattr(options, item.name)}
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -101,10 +106,11 @@ class Planned:
         return self.format.run(self, {"overwrite": overwrite, "fresh": fresh, "progress": progress})
 
 
-def option_names(formats: Iterable[Format] | None = None) -> tuple[str, ...]:
-    """The options that only these formats have; of all by default."""
+def option_names(formats: Iterable[Format] | None = None, beside: type[Any] | None = None) -> tuple[str, ...]:
+    """The options that these formats have; of all by default. beside: an options class whose fields are left out."""
     kinds = [row.options for row in (FORMATS.values() if formats is None else formats) if row.options is not None]
-    return tuple(dict.fromkeys(item.name for kind in kinds for item in fields(kind)))
+    there = {item.name for item in fields(beside)} if beside is not None else set()
+    return tuple(dict.fromkeys(item.name for kind in kinds for item in fields(kind) if item.name not in there))
 
 
 def format_named(name: str) -> Format:
@@ -168,6 +174,17 @@ def _write_checkpoint(planned: Planned, how: Carrying) -> Compressed:
     from swquant.compress.pipeline import write
 
     return write(planned.prepared, planned.out, **how)
+
+
+def _suited_for_onnx(options: CompressOptions, export: ExportOptions) -> CompressOptions:
+    """The head is rounded by the export, which has the same option."""
+    if options.embedding_bits:
+        raise SwquantError(
+            f"--embedding-bits {options.embedding_bits}: an ONNX graph holds codes of an output head, and of an embedding "
+            "tied to it; use --lm-head-bits"
+        )
+    options = _with_offsets("onnx", "byte", ("none", "float", "byte"))(options, export)
+    return replace(options, lm_head_bits=0)
 
 
 def _require_onnx() -> None:
@@ -276,7 +293,7 @@ _ROWS = (
         text="for ONNX Runtime",
         suffix="-onnx",
         options=ExportOptions,
-        suited=_with_offsets("onnx", "byte", ("none", "float", "byte")),
+        suited=_suited_for_onnx,
         require=_require_onnx,
         check_out=_check_folder,
         fitted=_fitted_for_onnx,

@@ -31,7 +31,7 @@ from calibrationless import Watch
 from exporters.errors import SwquantError
 from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.schema import UNUSED
-from swquant.models.stock import empty_model
+from swquant.models.stock import empty_model, table_modules
 
 __all__ = ["DOWN_PROJECTIONS", "Architecture", "Dense", "LinearKind", "LinearWeight", "describe"]
 
@@ -87,8 +87,9 @@ class Architecture:
     modules that are it, mostly one. weights: linear weights by stored name. dense: stored name -> why it is
     none. watches: what the probe looks at. downs: watched down projections -> layer. vectors: parameter with one
     dimension (gains and biases of norms) -> stored name. targets: stored name -> parameter of the model, where one is
-    the other. tied: stored name -> the stored name of the tensor that the model uses in its place. lost: matrices of
-    the decoder layers among `dense`."""
+    the other. tied: stored name -> the stored name of the tensor that the model uses in its place. embedding, head:
+    stored names of what tokens are looked up in and what makes the logits (watched under this name), equal where one is
+    stored for both, "" where none is as the model holds it. lost: matrices of the decoder layers among `dense`."""
 
     layers: tuple[str, ...]
     parts: tuple[tuple[str, ...], ...]
@@ -99,6 +100,8 @@ class Architecture:
     vectors: Mapping[str, str]
     targets: Mapping[str, str]
     tied: Mapping[str, str]
+    embedding: str = ""
+    head: str = ""
     lost: frozenset[str] = frozenset()
 
     def layer_of(self, name: str) -> int | None:
@@ -143,7 +146,7 @@ def _decoder_layers(model: PreTrainedModel) -> _Layers:
     if not holders:
         raise SwquantError(f"{type(model).__name__}: no list of decoder layers found; this architecture is not known")
     fitting = [name for name in holders if len(lists[name]) == depth]
-    chosen = fitting[0] if fitting else max(holders, key=lambda name: _weights_in(lists[name]))
+    chosen = fitting[0] if fitting else max(holders, key=lambda name: sum(map(torch.numel, lists[name].parameters())))
     together = [chosen]
     parent = chosen.rpartition(".")[0]
     if len(fitting) > 1 and all(_is_attention(layer) for layer in lists[chosen]):
@@ -167,10 +170,6 @@ def _outermost_lists(root: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
         if isinstance(module, nn.ModuleList) and len(module):
             inside = name
             yield name, module
-
-
-def _weights_in(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _is_attention(module: nn.Module) -> bool:
@@ -264,7 +263,8 @@ def describe(checkpoint: Checkpoint, model: PreTrainedModel | None = None) -> Ar
                 lost |= {name} if linear.reason != "router" and target in parameters else set()
             else:
                 weights[name] = linear
-    watches = _watches(weights.values(), model)
+    embedding, head = _tables(model, targets)
+    watches = (*_watches(weights.values(), model), *([Watch(head, table_modules(model)[1])] if head else []))
     return Architecture(
         layers=layers.outputs,
         parts=layers.prefixes,
@@ -275,6 +275,8 @@ def describe(checkpoint: Checkpoint, model: PreTrainedModel | None = None) -> Ar
         vectors=vectors,
         targets=targets,
         tied=_tied(model, targets),
+        embedding=embedding,
+        head=head,
         lost=frozenset(lost),
     )
 
@@ -290,6 +292,15 @@ def _tied(model: PreTrainedModel, targets: Mapping[str, str]) -> dict[str, str]:
     stored = {target: name for name, target in targets.items()}
     ties: Mapping[str, str] = model.all_tied_weights_keys
     return {stored[tied]: stored[source] for tied, source in ties.items() if tied in stored and source in stored}
+
+
+def _tables(model: PreTrainedModel, targets: Mapping[str, str]) -> tuple[str, str]:
+    """Stored names of embedding and output head."""
+    stored = {target: name for name, target in targets.items()}
+    embedding, head = (f"{name}.weight" for name in table_modules(model))
+    tied = model.all_tied_weights_keys.get(head) == embedding
+    one = stored.get(embedding) or stored.get(head, "") if tied else ""
+    return stored.get(embedding, one), stored.get(head, one)
 
 
 def _outside(target: str, model: PreTrainedModel) -> str:

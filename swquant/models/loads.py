@@ -58,7 +58,11 @@ def _by_transformers(checkpoint: CompressedCheckpoint) -> Loading:
     if isinstance(checkpoint.config, PrMoeConfig):
         loader = f"transformers {transformers.__version__}, told of mixtures by swquant.pr_moe,"
     if problem := _problem(rehearsal, layout):
-        return Loading("", f"{checkpoint.name}: {loader} does not load it ({problem}); compress the original again")
+        said = checkpoint.manifest["loaders"].get("transformers", "").startswith("no")
+        remedy = (
+            "as its manifest says; use swquant.load, or import swquant.hf" if said else "compress the original again"
+        )
+        return Loading("", f"{checkpoint.name}: {loader} does not load it ({problem}); {remedy}")
     met, count = len(layout) - len(rehearsal.unexpected), len(layout)
     unused = f", {count - met} it has no use for, as in the original" if met < count else ""
     return Loading(f"{loader} loads it: {met} of {count} weights meet{unused}, names, shapes and dtypes")

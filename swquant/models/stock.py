@@ -16,7 +16,7 @@ from exporters.errors import SwquantError, first_line
 from swquant.checkpoints.base import Checkpoint, check_depth
 from swquant.checkpoints.guard import silent_transformers
 
-__all__ = ["auto_class", "empty_model"]
+__all__ = ["auto_class", "empty_model", "table_modules"]
 
 # In the order in which they are asked.
 _AUTO_CLASSES: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText)
@@ -30,6 +30,13 @@ def auto_class(config: Any) -> Any:
     brought = getattr(config, "auto_map", None) or {}
     known = (auto for auto in _AUTO_CLASSES if type(config) in auto._model_mapping or auto.__name__ in brought)
     return next(known, _AUTO_CLASSES[0])
+
+
+def table_modules(model: PreTrainedModel) -> tuple[str, str]:
+    """Names of the modules that tokens are looked up in and that make the logits, "" for one that it does not have."""
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding, head = (names.get(id(of), "") for of in (model.get_input_embeddings(), model.get_output_embeddings()))
+    return embedding, head
 
 
 def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:

@@ -112,6 +112,9 @@ def _said(source: ModelFolder, content: CheckpointContent) -> str:
     )
     size = sum(record["bytes"] for record in content["tensors"].values())
     inputs = "" if options["activations"] == "none" else " Inputs of these layers are rounded to 8 bits."
+    asked = {"the embedding": options.get("embedding_bits"), "the output head": options.get("lm_head_bits")}
+    tables = ", ".join(f"{name} to {number} bits" for name, number in asked.items() if number)
+    inputs += f" Rounded, too: {tables} (and what is tied to it)." if tables else ""
     return (
         f"Weights of {_named(source, content['source']['name'])}, rounded to {bits} in blocks of "
         f"{_code(options['block'])} by swquant {content['swquant']}, without calibration data: "

@@ -76,6 +76,12 @@ def tiny(source: Path, out: Path, **options: Any) -> Path:
     return swquant.compress(source, out, **{"block": "32", "prompt": PROMPT, "preset": "fast", **options}).path
 
 
+def tied(source: Path, out: Path) -> Path:
+    """One table for embedding and output head, packed."""
+    model = planted_model("llama", out.with_name("tied"), **_SHAPE["llama"], tie_word_embeddings=True)
+    return tiny(model.folder, out, embedding_bits=4)
+
+
 REFUSED: dict[str, tuple[str, Callable[[Path, Path], Path], str, str]] = {
     "one dense": ("llama", partial(tiny, dense=("layers.0.self_attn.k_proj",)), SHARDS, "no: it fuses layers"),
     "other bits in one layer": ("llama", k_proj_of_8_bits, "AssertionError: $", "no: it fuses layers"),
@@ -83,8 +89,26 @@ REFUSED: dict[str, tuple[str, Callable[[Path, Path], Path], str, str]] = {
     "3 bits": ("llama", partial(tiny, bits=3), BITS.format(3), "on CUDA with Humming's kernels only"),
     "experts": ("mixtral", tiny, EXPERTS, "yes on CUDA, by its sources; not on a CPU"),
     "Conv1D": ("gpt2", tiny, "AssertionError: $", "no: "),
+    # Found, loaded, and then looked up in by a kernel of Triton's.
+    "packed embedding": (
+        "llama",
+        partial(tiny, embedding_bits=4),
+        "AttributeError: module 'triton'",
+        "on CUDA, by its",
+    ),
+    "packed and tied": (
+        "llama",
+        tied,
+        "ValueError: There is no module or parameter named 'embed_tokens.weight_packed'",
+        "no: it ties",
+    ),
 }
-TAKEN = {"float32": {}, "group 16": {"block": "16"}, "channel": {"block": "channel"}}
+TAKEN = {
+    "float32": {},
+    "group 16": {"block": "16"},
+    "channel": {"block": "channel"},
+    "packed head": {"lm_head_bits": 4},
+}
 _SHAPE = {
     "llama": {"head_dim": 32},
     "mixtral": {"head_dim": 32},

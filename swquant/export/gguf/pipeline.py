@@ -174,7 +174,8 @@ def export_gguf(
     header = Header(checkpoint, options.tokenizer)
     placed = _places(header, checkpoint.tensors)
     header.check()
-    heads = dict.fromkeys(_embeddings(placed), options.embedding_type) if options.embedding_type != "stored" else {}
+    kept = options.embedding_type == "stored"
+    heads = dict.fromkeys(_embeddings(placed), None if kept else options.embedding_type)
     with progress.step("Looking for the type of every tensor"):
         items = {item.name: item for item in from_checkpoint(checkpoint, options.type, heads)}
     record = {"checkpoint": checkpoint.manifest["digest"], "gguf": options.as_dict(), "device": device.type}

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["chosen_type", "suited"]
 
 _AUTO = {4: "Q4_K", 5: "Q5_K", 6: "Q6_K", 8: "Q8_0"}
+_EMBEDDING = "a GGUF file has types for both, as in --embedding-type Q8_0"
 _OFFSETS = {("none", 4): "Q4_0", ("none", 5): "Q5_0", ("float", 4): "Q4_1", ("float", 5): "Q5_1"}
 
 
@@ -50,6 +51,8 @@ def suited(options: CompressOptions, export: GgufOptions) -> CompressOptions:
         (not options.symmetric, "--asymmetric: the GGUF types with an offset are Q4_1, Q5_1, Q4_K and Q5_K (--type)"),
         (options.parsed_clip, f"--clip {options.clip}: belongs to plain rounding into free blocks"),
         (options.bits_for, "--bits-for: one type for all weights is written here"),
+        (options.embedding_bits, f"--embedding-bits {options.embedding_bits}: {_EMBEDDING}"),
+        (options.lm_head_bits, f"--lm-head-bits {options.lm_head_bits}: {_EMBEDDING}"),
         (options.bits_budget, f"--bits-budget {options.bits_budget}: one type for all weights is written here"),
     ):
         if unheld:

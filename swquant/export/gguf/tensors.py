@@ -13,6 +13,7 @@ from exporters.errors import SwquantError
 from exporters.gguf.blocks import TYPES, BlockType, encode, type_of
 from exporters.gguf.names import Place, row_order
 from exporters.gguf.write import Form, floats
+from exporters.layouts import decoded_dtype
 from swquant.checkpoints.compressed import CompressedCheckpoint
 from swquant.compress.plan import TensorPlan
 from swquant.compress.tensor import SuperWeightCode, round_tensor
@@ -153,15 +154,19 @@ def _float_type(name: str, dtype: torch.dtype) -> str:
     return kind
 
 
-def from_checkpoint(checkpoint: CompressedCheckpoint, kind: str, embedding: Mapping[str, str]) -> Iterator[Item]:
+def from_checkpoint(checkpoint: CompressedCheckpoint, kind: str, embedding: Mapping[str, str | None]) -> Iterator[Item]:
     """The tensors of a compressed checkpoint. kind: auto for the codes as they are, otherwise the type into which the
-    weights, outliers restored, are rounded again. embedding: stored name -> type. Raises SwquantError for codes that no
-    type holds."""
+    weights, outliers restored, are rounded again. embedding: stored name of embedding or output head -> type; None
+    keeps what is stored, as floats where no type holds its codes. Raises SwquantError for codes that no type holds."""
     coordinates = _super_weights(checkpoint)
     for name, stored in checkpoint.tensors.items():
         places = coordinates.get(name, ())
-        if name in embedding or (name in checkpoint.quantized_names and kind != "auto"):
-            row = TYPES[embedding.get(name, kind)]
+        if name in checkpoint.quantized_names and name in embedding and embedding[name] is None:
+            held = type_of(checkpoint.quantized(name))
+            floats_of = _float_type(name, _decoded_dtype(checkpoint, name))
+            yield Item(name, floats_of if isinstance(held, str) else held.name, stored.shape)
+        elif embedding.get(name) or (name in checkpoint.quantized_names and kind != "auto"):
+            row = TYPES[embedding.get(name) or kind]
             if stored.shape[1] % row.weights and row.fallback:
                 row = TYPES[row.fallback]
             if stored.shape[1] % row.weights:
@@ -179,7 +184,10 @@ def from_checkpoint(checkpoint: CompressedCheckpoint, kind: str, embedding: Mapp
 def content_of(checkpoint: CompressedCheckpoint, item: Item, device: torch.device = CPU) -> Content:
     """What the file holds of a checkpoint's tensor. device: where it is rounded, if it is. Raises SwquantError."""
     if item.type not in TYPES:
-        return Content(checkpoint.read(item.name))
+        weight = checkpoint.read(item.name)
+        return Content(
+            weight if item.name not in checkpoint.quantized_names else weight.to(_decoded_dtype(checkpoint, item.name))
+        )
     kind = TYPES[item.type]
     if item.recipe is not None:
         evidence = Evidence(importance=torch.ones(item.shape[1]))
@@ -188,6 +196,13 @@ def content_of(checkpoint: CompressedCheckpoint, item: Item, device: torch.devic
     quantized = checkpoint.quantized(item.name)
     original = checkpoint.read(item.name) if item.super_weights else quantized.codes
     return Content(encode(quantized, kind), _held(quantized, original, item.super_weights))
+
+
+def _decoded_dtype(checkpoint: CompressedCheckpoint, name: str) -> torch.dtype:
+    """What loaders of the checkpoint round a decoded weight to."""
+    dtype = decoded_dtype({part: form.dtype for part, form in checkpoint.part_forms(name).items()})
+    assert dtype is not None
+    return dtype
 
 
 def _super_weights(checkpoint: CompressedCheckpoint) -> dict[str, tuple[tuple[int, int], ...]]:

@@ -33,8 +33,18 @@ from exporters.sidecar import SETS
 from swquant.checkpoints.compressed import CompressedCheckpoint
 from swquant.models.architecture import LinearKind, describe
 from swquant.models.rounded_inputs import kept_channels
+from swquant.models.stock import table_modules
 
-__all__ = ["at_level_4", "channels_of", "check_patches", "pack_head", "pack_weights", "unsupported", "watch_peaks"]
+__all__ = [
+    "at_level_4",
+    "channels_of",
+    "check_patches",
+    "pack_head",
+    "pack_weights",
+    "packed_head",
+    "unsupported",
+    "watch_peaks",
+]
 
 _HEAD_BLOCK = 32
 
@@ -60,10 +70,13 @@ def check_patches(checkpoint: CompressedCheckpoint) -> None:
 def pack_weights(
     checkpoint: CompressedCheckpoint, model: PreTrainedModel, dtype: torch.dtype
 ) -> dict[str, PackedWeight]:
-    """Module -> packed weight, for every quantized weight. Raises SwquantError for what no node can hold."""
+    """Module -> packed weight, for every quantized weight of the decoder layers. Raises SwquantError for what no node
+    can hold."""
     architecture = describe(checkpoint)
     weights: dict[str, PackedWeight] = {}
     for name in checkpoint.quantized_names:
+        if name in (architecture.embedding, architecture.head):
+            continue
         linear = architecture.weights.get(name)
         if (
             linear is None
@@ -80,6 +93,24 @@ def pack_weights(
         except ValueError as error:
             raise SwquantError(f"{checkpoint.name}: {name}: {error}; use --precision fp32") from None
     return weights
+
+
+def packed_head(
+    checkpoint: CompressedCheckpoint, model: PreTrainedModel, dtype: torch.dtype
+) -> tuple[str, PackedWeight, bool] | None:
+    """What `pack_head` returns, of an output head that the checkpoint holds as codes; None of any other. A tied
+    embedding becomes a table of its own, which the graph then finds."""
+    architecture = describe(checkpoint)
+    if architecture.head not in checkpoint.quantized_names:
+        return None
+    name, embedding = table_modules(model)[1], model.get_input_embeddings()
+    tied = architecture.head == architecture.embedding
+    if tied:
+        embedding.weight = nn.Parameter(embedding.get_parameter("weight").detach().clone(), requires_grad=False)
+    try:
+        return name, pack_weight(checkpoint.quantized(architecture.head), None, dtype), tied
+    except ValueError as error:
+        raise SwquantError(f"{checkpoint.name}: {architecture.head}: {error}; use --precision fp32") from None
 
 
 def pack_head(

@@ -20,13 +20,14 @@ import onnx_ir
 import torch
 
 from calibrationless import CPU
+from exporters.errors import SwquantError
 from exporters.json_file import write_json
 from exporters.onnx.files import GENAI_CONFIG
 from exporters.onnx.nodes import DOMAIN, OPERATOR, PackedWeight, narrowed
 from exporters.onnx.write import count_operators, save, weight_bytes
 from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.compressed import CompressedCheckpoint
-from swquant.checkpoints.manifest import write_manifest
+from swquant.checkpoints.manifest import stored_as, write_manifest
 from swquant.checkpoints.onnx_schema import CheckRecord, NodeRecord
 from swquant.checkpoints.schema import OnnxManifest
 from swquant.compress.pipeline import written
@@ -41,6 +42,7 @@ from swquant.export.onnx.linears import (
     check_patches,
     pack_head,
     pack_weights,
+    packed_head,
     unsupported,
     watch_peaks,
 )
@@ -81,6 +83,7 @@ def export_checkpoint(
     architecture = describe(checkpoint)
     _check_graph(checkpoint, architecture, options)
     _check_weights(checkpoint.name, checkpoint.quantized_names, architecture)
+    _check_tables(checkpoint, architecture, options, progress)
     with (
         writing(out),
         unfinished(out) as folder,
@@ -112,8 +115,25 @@ def _check_weights(model: str, names: Iterable[str], architecture: Architecture)
     """Raise SwquantError for rounded weights that no node can hold."""
     for name in names:
         linear = architecture.weights.get(name)
+        if name in (architecture.embedding, architecture.head):
+            continue
         if linear is None or linear.kind is not LinearKind.LINEAR:
             raise unsupported(model, name)
+
+
+def _check_tables(
+    checkpoint: CompressedCheckpoint, architecture: Architecture, options: ExportOptions, progress: Progress
+) -> None:
+    """Say what becomes of a packed embedding. Raises SwquantError where a packed output head would be rounded again."""
+    packed = [name for name in checkpoint.quantized_names if name in (architecture.embedding, architecture.head)]
+    if architecture.head in packed and options.lm_head_bits:
+        record = checkpoint.manifest["tensors"][architecture.head]
+        raise SwquantError(
+            f"--lm-head-bits {options.lm_head_bits}: {checkpoint.name} holds its output head as {stored_as(record)}, which "
+            "the graph takes as it is; leave it out"
+        )
+    if architecture.embedding in packed and architecture.embedding != architecture.head:
+        progress.note("The embedding's codes become floats: a graph shares those of an output head alone")
 
 
 def _check_graph(checkpoint: Checkpoint, architecture: Architecture, options: ExportOptions) -> None:
@@ -172,6 +192,9 @@ def _trace(
         if options.lm_head_bits:
             compact = any(weight.row_scales is not None for weight in weights.values())
             head_name, weights_of_head, tied = pack_head(model, options.lm_head_bits, dtype, compact=compact)
+            weights[head_name] = weights_of_head
+        elif (held := packed_head(checkpoint, model, dtype)) is not None:
+            head_name, weights_of_head, tied = held
             weights[head_name] = weights_of_head
     place, said = place_for(checkpoint, torch.float32, device)
     with progress.step(f"Asking it what the file will be compared with{said}"):

@@ -43,6 +43,8 @@ OPTIONS = {
     "--outliers 0.01": {"outliers": 0.01},
     "--bits-budget 5.5": {"bits_budget": 5.5},
     "--bits-for q_proj=6 --bits-for o_proj=8": {"bits_for": ["q_proj=6", "o_proj=8"]},
+    "--embedding-bits 4": {"embedding_bits": 4},
+    "--lm-head-bits 8": {"lm_head_bits": 8},
     "--dense q_proj --dense *.up_proj.*": {"dense": ["q_proj", "*.up_proj.*"]},
     "--activations int8 --block 32": {"activations": "int8", "block": "32"},
     "--activations int8 --activation-scale per-tensor": {"activations": "int8", "activation_scale": "per-tensor"},

@@ -148,10 +148,14 @@ def test_what_is_no_field_is_known(command: str) -> None:
 
 
 def test_the_options_of_a_format_are_those_of_the_export_and_unset() -> None:
+    """But for what `compress` has for all formats, too."""
     of_export, of_compress = parameters("export"), parameters("compress")
+    shared = {item.name for item in fields(CompressOptions)} & set(option_names())
+    assert shared == {"lm_head_bits"}
+    assert set(option_names(beside=CompressOptions)) == set(option_names()) - shared
     for row in FORMATS.values():
         for item in fields(row.options) if row.options is not None else ():
-            for parameter in (of_compress[item.name], of_export[item.name]):
+            for parameter in (*([of_compress[item.name]] if item.name not in shared else []), of_export[item.name]):
                 assert parameter.opts == [flag(item.name)]
                 assert parameter.help == item.metadata["help"]
                 assert parameter.default is None
@@ -219,7 +223,7 @@ def test_the_keywords_are_the_fields(options: type) -> None:
 def test_compress_takes_the_keywords_of_all() -> None:
     kinds = [CompressOptions, *(row.options for row in FORMATS.values() if row.options is not None)]
     names = [item.name for kind in kinds for item in fields(kind)]
-    assert sorted(Keywords.__optional_keys__) == sorted(names)
+    assert sorted(Keywords.__optional_keys__) == sorted(set(names))
 
 
 @pytest.mark.parametrize("given", [{"no_such": 1}, {"graph": "genai", "no_such": 1, "format": "onnx"}], ids=str)

@@ -16,7 +16,8 @@ OTHER = {
     "bits": 3, "block": "64", "symmetric": False, "offsets": "byte", "clip": "z=9", "restore": False, "outliers": 0.01, "dense": ("q_proj",),
     "strict_block": True, "allow_dense": True, "dtype": "float16", "shard_size": "1GB", "prompt": "Hello.",
     "preset": "fast", "refine": "none", "texts": 8, "text_from": "other", "seed": 1, "activations": "int8",
-    "activation_scale": "per-tensor", "activation_range": "dynamic", "bits_budget": 5.0, "bits_for": ("q_proj=6",),
+    "activation_scale": "per-tensor", "activation_range": "dynamic", "bits_budget": 5.0, "bits_for": ("q_proj=6",), "embedding_bits": 8,
+    "lm_head_bits": 4,
 }  # fmt: skip
 
 

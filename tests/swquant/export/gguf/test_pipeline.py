@@ -112,6 +112,28 @@ def test_the_prompt_decides_and_what_is_asked_for_is_in_the_file(llama: Path, tm
     assert (options["compress"]["prompt"], options["gguf"]["type"]) == (PROMPT, "auto")
 
 
+@pytest.mark.parametrize(
+    ("block", "kind", "types"),
+    [("32", "auto", ("Q8_0", "Q4_0")), ("32", "Q4_1", ("Q8_0", "Q4_0")), ("16", "Q8_0", ("F16", "F16"))],
+)
+def test_tables_of_a_checkpoint_are_what_is_stored(
+    llama: Path, tmp_path: Path, block: str, kind: str, types: tuple[str, str]
+) -> None:
+    """Their codes where a type holds them, whatever becomes of other weights; else what they stand for."""
+    given: dict[str, Any] = {"prompt": PROMPT, "preset": "fast", "block": block, "dtype": "float16"}
+    out = swquant.compress(llama, tmp_path / "out", embedding_bits=8, lm_head_bits=4, **given).path
+    held = tensors(swquant.export(out, tmp_path / "out.gguf", type=kind).path)
+    with CompressedCheckpoint(out, unrounded=True) as opened:
+        for name, stored, expected in zip(
+            ("token_embd.weight", "output.weight"), ("model.embed_tokens.weight", "lm_head.weight"), types, strict=True
+        ):
+            assert held[name].tensor_type.name == expected
+            weight = opened.read(stored)
+            assert torch.equal(decoded(held[name]), weight.half().float() if expected == "F16" else weight)
+    rounded = tensors(swquant.export(out, tmp_path / "other.gguf", type="Q8_0", embedding_type="Q5_0").path)
+    assert {rounded[name].tensor_type.name for name in ("token_embd.weight", "output.weight")} == {"Q5_0"}
+
+
 def test_codes_of_a_checkpoint_are_copied(checkpoint: Path, tmp_path: Path) -> None:
     written = swquant.export(checkpoint, tmp_path / "out.gguf")
     assert set(written.manifest["types"]) == {"F32", "F16", "Q4_0"}

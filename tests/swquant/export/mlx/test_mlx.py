@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from support.command_line import Cli, document, one_line
-from support.tiny_models import PROMPT, TOKENS, Planted, planted_model
+from support.tiny_models import PROMPT, TOKENS, Planted, planted_model, save_model, tiny_model
 
 import swquant
 from exporters.errors import SwquantError
@@ -97,6 +97,19 @@ def test_symmetric_codes_and_bits_of_their_own(bf16_llama: Planted, tmp_path: Pa
     assert said["model.layers.0.mlp.down_proj"] == {"group_size": 64, "bits": 6}
     weights = decoded(exported.path)
     with CompressedCheckpoint(out, restored=False, unrounded=True) as checkpoint:
+        for name in checkpoint.tensors:
+            assert torch.equal(weights[name].float(), checkpoint.read(name).float()), name
+
+
+def test_packed_tables_are_copied(tmp_path: Path) -> None:
+    folder = save_model(tiny_model("llama", tie_word_embeddings=True, num_hidden_layers=1), tmp_path / "model")
+    how: dict[str, Any] = {"prompt": PROMPT, "preset": "fast", "block": "32", "restore": False, "lm_head_bits": 8}
+    out = swquant.compress(folder, tmp_path / "out", **how).path
+    exported = swquant.export(out, tmp_path / "mlx", format="mlx")
+    said = json.loads((exported.path / "config.json").read_text())["quantization"]
+    assert said == {"group_size": 32, "bits": 4, "model.embed_tokens": {"group_size": 32, "bits": 8}}
+    weights = decoded(exported.path)
+    with CompressedCheckpoint(out, unrounded=True) as checkpoint:
         for name in checkpoint.tensors:
             assert torch.equal(weights[name].float(), checkpoint.read(name).float()), name
 
@@ -237,7 +250,15 @@ print(json.dumps(logits.tolist()))
 @pytest.mark.slow
 @pytest.mark.skipif("SWQUANT_MLX" not in os.environ, reason="needs the environment of MLX: make test-mlx")
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "mixtral", "phi3", "olmo2"])
-@pytest.mark.parametrize("given", [{}, {"offsets": "none", "bits": 8, "block": "64"}], ids=["offsets", "symmetric"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"offsets": "none", "bits": 8, "block": "64"},
+        {"offsets": "none", "embedding_bits": 8, "lm_head_bits": 8},
+    ],
+    ids=["offsets", "symmetric", "tables"],
+)
 def test_mlx_computes_what_swquant_loads(architecture: str, given: dict[str, Any], tmp_path: Path) -> None:
     if architecture == "mixtral" and not given:
         pytest.skip("experts have no offsets")
