@@ -73,8 +73,11 @@ def adapt(
     from swquant.checkpoints.open import open_checkpoint
     from swquant.models.devices import device_for
     from swquant.output.destination import check_destination
+    from swquant.parallel import join
 
-    chosen, place = made_of(AdaptOptions, options, changes), device_for(device)
+    chosen = made_of(AdaptOptions, options, changes)
+    join(chosen.batch)
+    place = device_for(device)
     with open_checkpoint(checkpoint, trust_remote_code=trust_remote_code) as opened:
         if not dry_run:
             check_destination(Path(out), overwrite, opened)
@@ -122,7 +125,9 @@ def distill(
     from swquant.checkpoints.open import open_checkpoint
     from swquant.distill.pipeline import distill_checkpoint
     from swquant.distill.plan import make_plan
+    from swquant.parallel import join
 
+    join(chosen.batch)
     with open_checkpoint(teacher, trust_remote_code=trust_remote_code) as checkpoint:
         plan = make_plan(checkpoint, chosen, text=text, device=device)
         if on_plan is not None:
@@ -234,7 +239,9 @@ def moe(
     from swquant.checkpoints.open import open_checkpoint
     from swquant.moe.pipeline import moe_checkpoint
     from swquant.moe.plan import make_plan
+    from swquant.parallel import join
 
+    join(chosen.batch)
     with open_checkpoint(model, trust_remote_code=trust_remote_code) as checkpoint:
         plan = make_plan(checkpoint, chosen)
         if on_plan is not None:
@@ -295,12 +302,13 @@ def tune(
     """
     from swquant.models.devices import device_for
     from swquant.output.destination import check_destination
+    from swquant.parallel import join
     from swquant.tune.pipeline import tune_checkpoint
 
+    chosen = made_of(TuneOptions, options, changes)
+    join(chosen.batch)
     place = device_for(device)
-    with _tune_plan(
-        checkpoint, made_of(TuneOptions, options, changes), against, text, data, text_name, whole, trust_remote_code
-    ) as planned:
+    with _tune_plan(checkpoint, chosen, against, text, data, text_name, whole, trust_remote_code) as planned:
         if not dry_run:  # nobody is shown a plan to be refused
             check_destination(Path(out), None if whole else overwrite, planned.checkpoint)
         if on_plan is not None:

@@ -11,7 +11,7 @@ import typer
 from exporters.errors import SwquantError
 from swquant.adapt.options import AdaptOptions
 from swquant.cli.options import BASIC, OUTPUT, takes
-from swquant.cli.shared import DeviceOption, JsonOption, TrustOption, err, make_progress, out, print_json
+from swquant.cli.shared import DeviceOption, JsonOption, TrustOption, make_progress, out, print_json
 
 if TYPE_CHECKING:
     from swquant.adapt.plan import AdaptPlan
@@ -81,7 +81,6 @@ def adapt(
     """Learn tasks one after the other over CHECKPOINT: each in a set that it does not hurt, or in a new one."""
     from swquant.derive import adapt as adapt_model
     from swquant.terminal.adapt import show_adapt_plan, show_adapted, show_decisions
-    from swquant.terminal.text import sentence
 
     tasks = _named(task or ())
     if export_set is not None:
@@ -94,16 +93,11 @@ def adapt(
         if not as_json:
             show_adapt_plan(out, plan)
 
-    try:
-        result = adapt_model(
-            checkpoint, out_folder, tasks, options, drop=drop_set or (), imports=import_set or (), overwrite=overwrite,
-            device=device, dry_run=dry_run, on_plan=show, trust_remote_code=trust_remote_code,
-            progress=make_progress(as_json),
-        )  # fmt: skip
-    except BaseException as error:
-        for note in getattr(error, "__notes__", ()):
-            err.print(sentence(note), markup=False, soft_wrap=True)
-        raise
+    result = adapt_model(
+        checkpoint, out_folder, tasks, options, drop=drop_set or (), imports=import_set or (), overwrite=overwrite,
+        device=device, dry_run=dry_run, on_plan=show, trust_remote_code=trust_remote_code,
+        progress=make_progress(as_json),
+    )  # fmt: skip
     if isinstance(result, dict):
         if as_json:
             print_json(result)

@@ -13,7 +13,6 @@ from swquant.cli.shared import (
     JsonOption,
     TextOption,
     TrustOption,
-    err,
     make_progress,
     out,
     print_json,
@@ -93,7 +92,6 @@ def tune(
 ) -> None:
     """Train a few blocks of weights over MODEL, which stays as it is; of a compressed one, OUT holds both."""
     from swquant.derive import tune as tune_model
-    from swquant.terminal.text import sentence
     from swquant.terminal.tune import show_tune_plan, show_tuned
     from swquant.tune.records import plan_record
 
@@ -107,16 +105,11 @@ def tune(
 
     given = None if text is None else text_of(text)
     progress = make_progress(as_json)
-    try:
-        result = tune_model(
-            checkpoint, out_folder, options, against=against, text=given, data=data, eval_text=evaluated,
-            text_name="text" if text is None else text.name, whole=whole, device=device, overwrite=overwrite, dry_run=dry_run, on_plan=show,
-            trust_remote_code=trust_remote_code, progress=progress,
-        )  # fmt: skip
-    except BaseException as error:
-        for note in getattr(error, "__notes__", ()):
-            err.print(sentence(note), markup=False, soft_wrap=True)
-        raise
+    result = tune_model(
+        checkpoint, out_folder, options, against=against, text=given, data=data, eval_text=evaluated,
+        text_name="text" if text is None else text.name, whole=whole, device=device, overwrite=overwrite, dry_run=dry_run, on_plan=show,
+        trust_remote_code=trust_remote_code, progress=progress,
+    )  # fmt: skip
     if result is None:
         return
     if as_json:
