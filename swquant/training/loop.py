@@ -201,6 +201,8 @@ def train(
                         state.write()
                     end.add_note(f"What was trained stays in {state.path}, and the next run goes on from it")
             raise
+    for parameter in parameters.values():
+        parameter.grad = None  # whoever looks ahead inside a step must leave nothing that this step would add to
     return Trained(losses)
 
 

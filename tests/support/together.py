@@ -25,7 +25,8 @@ SECONDS = 240  # after which a run hangs
 
 @dataclass(frozen=True)
 class Run:
-    """A command in so many processes. others: what the last of them is told instead, where that is something else."""
+    """A command in so many processes, or, after "-c", lines of Python. others: what the last of them is told instead,
+    where that is something else."""
 
     processes: int
     words: Sequence[object]
@@ -90,9 +91,12 @@ def _child(rank: int, size: int, port: int, words: Sequence[str], out: int, err:
         if size > 1:
             numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}}
-        from swquant.cli import main
+        if words[0] == "-c":
+            exec(words[1], {})
+        else:
+            from swquant.cli import main
 
-        main(words)
+            main(words)
         code = 0
     except SystemExit as end:
         code = int(end.code or 0)
