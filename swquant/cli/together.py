@@ -59,7 +59,7 @@ class Voice:
         leave()
         if not code:
             return
-        with suppress(RuntimeError):
+        with suppress(RuntimeError, KeyboardInterrupt):
             if self.first:
                 self.store.set(_OVER, "")
             else:

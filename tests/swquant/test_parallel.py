@@ -129,14 +129,14 @@ def test_two_processes_do_what_one_does_and_one_of_them_is_heard(folder: Path, t
 def test_recovery_by_what_a_user_types(folder: Path, tmp_path: Path, launch: Any) -> None:
     how = ["--against", folder / "original", "--budget", "1bits", *TUNED, "--texts", 12, "--lr", "auto"]
     how += ["--eval-text", folder / "text.txt"]
-    (one,) = forked(Run(1, ["tune", folder / "small", tmp_path / "one", *how]))
+    (one,) = forked(Run(1, ["tune", folder / "small", tmp_path / "one", *how, "--json"]))
     two = ended(launch(2, "tune", folder / "small", tmp_path / "two", *how, "--json"))
     assert (one.codes, two.codes) == ([0], [0]), one.err + two.err
     same_training(tmp_path / "one", tmp_path / "two")
-    said = json.loads(two.out)
-    assert said["path"] == str(tmp_path / "two")
-    before, after = said["evaluation"]["kl"]
-    assert 0 < after < before
+    mine, theirs = json.loads(one.out), json.loads(two.out)
+    assert theirs["path"] == str(tmp_path / "two")
+    for name, values in mine["evaluation"].items():
+        assert theirs["evaluation"][name] == pytest.approx(values, rel=1e-3)
     assert swquant.verify(tmp_path / "two") == []
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
 
@@ -190,13 +190,12 @@ def test_what_several_processes_cannot_do_is_said_once(folder: Path, tmp_path: P
         "--batch 3 gives 4 processes less than one": Run(4, [*how, *text]),
         "has other inputs than the first": Run(2, [*how, *text], [*how, *said]),
         "exists already": Run(2, ["tune", folder / "original", folder / "small", *TUNED, *text]),
-        "NaN or infinite at a learning rate of 1e+30": Run(2, [*how, *text, "--lr", "1e30"]),
     }
     for words, run in zip(runs, forked(*runs.values()), strict=True):
         assert set(run.codes) == {1}
         (line,) = errors(run)
         assert words in " ".join(line.split()), line
-    assert [path.name for path in tmp_path.iterdir()] == ["out.tuning"]  # of the last one
+    assert list(tmp_path.iterdir()) == []
 
 
 TRAINING = """
