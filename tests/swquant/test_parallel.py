@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from support.tiny_models import PROMPT, save_model, tiny_model
 from support.together import Ended, Run, accelerate, ended, environment, forked, torchrun
@@ -51,8 +50,8 @@ def errors(run: Ended) -> list[str]:
 
 
 def close(one: Path, other: Path, *, of: float) -> None:
-    """Two folders with the same files, whose tensors differ by a share of their largest number at most, and by more
-    than a thousandth of that only in few places: where rounding to bfloat16 or a sign of Adam's went the other way."""
+    """Two folders with the same files, whose tensors differ by that share of their largest number at most: sums in
+    another order may be rounded to the next number of bfloat16."""
     names = {path.relative_to(one) for path in one.rglob("*") if path.is_file()}
     assert names == {path.relative_to(other) for path in other.rglob("*") if path.is_file()}
     for name in names:
@@ -64,7 +63,12 @@ def close(one: Path, other: Path, *, of: float) -> None:
             if not tensor.is_floating_point():
                 assert torch.equal(tensor, theirs[key]), key
                 continue
-            apart = (tensor.float() - theirs[key].float()).abs() / tensor.float().abs().max()
+            one_is, other_is = tensor.float(), theirs[key].float()
+            if key.startswith(
+                ("seen/", "own/")
+            ):  # bases of spaces, which are the same whatever way their columns point
+                one_is, other_is = one_is @ one_is.mT, other_is @ other_is.mT
+            apart = (one_is - other_is).abs() / one_is.abs().max()
             assert float(apart.max()) <= of, key
 
 
@@ -287,33 +291,61 @@ def of_rank(run: subprocess.Popen[str], rank: int) -> psutil.Process:
     return next(child for child in children if child.environ().get("RANK") == str(rank))
 
 
+ENDING = """
+import os, signal
+from swquant.cli import main
+from swquant.tune.session import Session
+loss_of = Session.loss_of
+def ending(self, step, part):
+    if step == 3:
+        os.kill(os.getpid(), signal.{signal})
+    return loss_of(self, step, part)
+Session.loss_of = ending
+main({words})
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["Ctrl-C", "killed", "the first is killed"])
+@pytest.mark.parametrize("how", ["Ctrl-C", "the last is killed", "the first is killed"])
 def test_it_goes_on_with_as_many_processes_or_others(folder: Path, tmp_path: Path, how: str) -> None:
-    words = ["--data", folder / "said.jsonl", "--budget", "10%", *TUNED, "--steps", 300]
-    (whole,) = forked(Run(2, ["tune", folder / "original", tmp_path / "whole", *words]))
+    def words(out: str) -> list[str]:
+        where = ["--data", folder / "said.jsonl", "--budget", "10%", *TUNED]
+        return [*map(str, ["tune", folder / "original", tmp_path / out, *where])]
+
+    ending = ["-c", ENDING.format(signal="SIGINT" if how == "Ctrl-C" else "SIGKILL", words=words("out"))]
+    first, last = {
+        "Ctrl-C": (ending, ending),
+        "the last is killed": (words("out"), ending),
+        "the first is killed": (ending, words("out")),
+    }[how]
+    whole, ended = forked(Run(2, words("whole")), Run(2, first, last))
     assert whole.codes == [0, 0], whole.err
-    with started(torchrun(2, "tune", folder / "original", tmp_path / "out", *words), "Training 20 %") as run:
-        if how == "Ctrl-C":
-            os.killpg(run.pid, signal.SIGINT)
-        else:
-            of_rank(run, 1 if how == "killed" else 0).kill()
-        begun = time.monotonic()
-        _, err = run.communicate(timeout=60)
-    assert time.monotonic() - begun < 30
-    assert run.returncode != 0
+    assert ended.codes == {"Ctrl-C": [130, 130], "the last is killed": [1, -9], "the first is killed": [-9, 1]}[how]
     assert not (tmp_path / "out").exists()
-    (line,) = errors(Ended([], "", err))
+    (line,) = errors(ended)
     assert line.startswith("interrupted; " if how == "Ctrl-C" else "error: another process of this run has ended")
     assert f"{tmp_path / 'out.tuning'}" in line
-    for name, count in (("with two", 2), ("with three", 3), ("alone", 1)):
-        state = tmp_path / f"{name}.tuning"
-        state.write_bytes((tmp_path / "out.tuning").read_bytes())
-        (run_on,) = forked(Run(count, ["tune", folder / "original", tmp_path / name, *words]))
-        assert set(run_on.codes) == {0}, run_on.err
-        assert not state.exists()
-    for name in ("patches.json", "swquant/outliers.safetensors"):
-        found = next((tmp_path / "whole").rglob(Path(name).name)).relative_to(tmp_path / "whole")
-        assert (tmp_path / "with two" / found).read_bytes() == (tmp_path / "whole" / found).read_bytes()
-    for name in ("with three", "alone"):
-        assert record_of(tmp_path / name)["losses"] == pytest.approx(record_of(tmp_path / "whole")["losses"], rel=1e-3)
+    with safe_open(tmp_path / "out.tuning", "pt") as state:  # it writes one before the first step, and when it ends
+        assert json.loads(state.metadata()["facts"])["step"] == (0 if how == "the first is killed" else 3)
+    for name in ("two", "three"):
+        (tmp_path / f"{name}.tuning").write_bytes((tmp_path / "out.tuning").read_bytes())
+    two, three = forked(Run(2, words("two")), Run(3, words("three")))
+    assert (two.codes, three.codes) == ([0, 0], [0, 0, 0]), two.err + three.err
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "two", "three", "out.tuning"}
+    for path in (tmp_path / "whole").rglob("*.*"):
+        assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "whole")).read_bytes()
+    same_training(tmp_path / "whole", tmp_path / "three")
+
+
+@pytest.mark.slow
+def test_a_launcher_that_kills_the_rest_lets_the_first_write_its_state(folder: Path, tmp_path: Path) -> None:
+    words = ["--data", folder / "said.jsonl", "--budget", "10%", *TUNED, "--steps", 500]
+    with started(torchrun(2, "tune", folder / "original", tmp_path / "out", *words), "Training 10 %") as run:
+        of_rank(run, 1).kill()
+        _, err = run.communicate(timeout=120)
+    assert run.returncode != 0
+    (line,) = errors(Ended([], "", err))
+    assert f"{tmp_path / 'out.tuning'}" in line
+    with safe_open(tmp_path / "out.tuning", "pt") as state:
+        assert json.loads(state.metadata()["facts"])["step"] >= 50
+    assert [path.name for path in tmp_path.iterdir()] == ["out.tuning"]
