@@ -73,8 +73,11 @@ def adapt(
     from swquant.checkpoints.open import open_checkpoint
     from swquant.models.devices import device_for
     from swquant.output.destination import check_destination
+    from swquant.parallel import join
 
-    chosen, place = made_of(AdaptOptions, options, changes), device_for(device)
+    chosen = made_of(AdaptOptions, options, changes)
+    join(chosen.batch)
+    place = device_for(device)
     with open_checkpoint(checkpoint, trust_remote_code=trust_remote_code) as opened:
         if not dry_run:
             check_destination(Path(out), overwrite, opened)
@@ -124,7 +127,9 @@ def distill(
     from swquant.distill.pipeline import distill_checkpoint
     from swquant.distill.plan import make_plan
     from swquant.output.destination import check_destination
+    from swquant.parallel import join
 
+    join(chosen.batch)
     with open_checkpoint(teacher, trust_remote_code=trust_remote_code) as checkpoint:
         if not dry_run:  # nobody is shown a plan to be refused
             check_destination(Path(out), overwrite, checkpoint)
@@ -241,7 +246,9 @@ def moe(
     from swquant.moe.pipeline import check_text, moe_checkpoint
     from swquant.moe.plan import make_plan
     from swquant.output.destination import check_destination
+    from swquant.parallel import join
 
+    join(chosen.batch)
     with open_checkpoint(model, trust_remote_code=trust_remote_code) as checkpoint:
         if not dry_run:  # nobody is shown a plan to be refused
             check_destination(Path(out), overwrite, checkpoint)
@@ -307,12 +314,13 @@ def tune(
     """
     from swquant.models.devices import device_for
     from swquant.output.destination import check_destination
+    from swquant.parallel import join
     from swquant.tune.pipeline import tune_checkpoint
 
+    chosen = made_of(TuneOptions, options, changes)
+    join(chosen.batch)
     place = device_for(device)
-    with _tune_plan(
-        checkpoint, made_of(TuneOptions, options, changes), against, text, data, text_name, whole, trust_remote_code
-    ) as planned:
+    with _tune_plan(checkpoint, chosen, against, text, data, text_name, whole, trust_remote_code) as planned:
         if not dry_run:  # nobody is shown a plan to be refused
             check_destination(Path(out), overwrite, planned.checkpoint)
         if on_plan is not None:

@@ -116,8 +116,9 @@ def narrowed(mlp: nn.Module, down: str, size: int) -> nn.Module:
 
 class Mixture(nn.Module):
     """In the place of an MLP. recorded: whether `routed` (int64 [experts], tokens given to each), `dropped` (of these,
-    the tokens beyond the capacity) and `balance` (the load-balancing loss, experts * sum(mean(gates) * mean(mask)), 1
-    where all are used alike) are kept of the last pass."""
+    the tokens beyond the capacity) and `used` (float32 [experts] each: the mean gate of every expert, which has a
+    gradient, and how often it is a token's first choice, which the load-balancing loss is made of) are kept of the last
+    pass."""
 
     def __init__(self, mlp: nn.Module, down: str, experts: int, size: int, config: PrMoeConfig) -> None:
         super().__init__()
@@ -129,7 +130,7 @@ class Mixture(nn.Module):
         self.coefficient = nn.Linear(hidden, 2) if config.residual else None
         self.recorded = False
         self.routed: Tensor | None = None
-        self.balance: Tensor | None = None
+        self.used: tuple[Tensor, Tensor] | None = None
         self.dropped = 0
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -179,7 +180,7 @@ class Mixture(nn.Module):
     def _record(self, gates: Tensor, chosen: Tensor, weights: Tensor) -> None:
         experts = len(self.experts)
         first = nn.functional.one_hot(chosen[:, 0], experts).to(gates.dtype)
-        self.balance = experts * (gates.mean(dim=0) * first.mean(dim=0)).sum()
+        self.used = gates.mean(dim=0), first.mean(dim=0)
         self.routed = torch.bincount(chosen.reshape(-1), minlength=experts)
         self.dropped = int((weights == 0).sum())
 

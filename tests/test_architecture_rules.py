@@ -22,7 +22,7 @@ MAY_IMPORT_OF_OURS = {
 MODULES = sorted(path for package in MAY_IMPORT_OF_OURS for path in (ROOT / package).rglob("*.py"))
 # The floors of swquant/, the lowest first: a room (a folder, or a file at its root) imports from lower floors only.
 LAYERS = (
-    {"interrupts", "pr_moe", "progress", "scratch", "units", "version"},
+    {"interrupts", "parallel", "pr_moe", "progress", "scratch", "units", "version"},
     {"checkpoints", "declared", "drawing"},
     {"cluster", "models", "output"},
     {"detect", "doctor", "evaluate", "ort"},

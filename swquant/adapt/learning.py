@@ -21,11 +21,12 @@ from swquant.adapt.spaces import keep_beside
 from swquant.adapt.workshop import Workshop
 from swquant.checkpoints.pool_schema import DecisionRecord, PoolSetRecord, TaskRecord
 from swquant.models.routing import Key, key_of
+from swquant.parallel import world
 from swquant.progress import Progress
 from swquant.training.loop import Schedule, State, train
 from swquant.training.rates import settle
 from swquant.tune.plan import nbytes_of
-from swquant.tune.selection import chosen, scores
+from swquant.tune.selection import chosen, named, scores
 from swquant.tune.session import Session
 from swquant.units import short
 
@@ -39,7 +40,7 @@ def learn(plan: AdaptPlan, shop: Workshop, task: Task, number: int, state: State
     session, facts = shop.session(train_on, held), state.saved.facts
     if "decision" not in facts:
         with progress.step(f"Deciding about {task.name}"):
-            facts["decision"] = decide(shop, session, task.name, number)
+            facts["decision"] = world().same(lambda: decide(shop, session, task.name, number))
             facts["base"] = session.held_out()
     decision: DecisionRecord = facts["decision"]
     if decision["action"] == "reuse":
@@ -69,12 +70,11 @@ def _grown(plan: AdaptPlan, shop: Workshop, session: Session, name: str, state: 
                 plan.options.select,
                 plan.candidates,
                 shop.model,
-                session.warmup(),
+                session.warmup()[world().share(plan.options.training.warmup)],
                 checkpoint=plan.checkpoint,
                 seed=plan.options.seed,
             )
-        for weight, places in chosen(found, plan.candidates, plan.count).items():
-            saved |= {f"rows/{weight}": places.rows, f"cols/{weight}": places.cols}
+        saved |= world().same_tensors(lambda: named(chosen(found, plan.candidates, plan.count)))
     weights = [weight for weight in plan.candidates if f"rows/{weight}" in saved]
     blocks = {
         weight: Blocks(rows := saved[f"rows/{weight}"], saved[f"cols/{weight}"], torch.zeros(len(rows), side, side))

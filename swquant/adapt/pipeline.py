@@ -10,6 +10,7 @@ and options goes on from there, to the same bytes; when OUT is there, the file i
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -27,13 +28,13 @@ from swquant.checkpoints.pool import pool_of
 from swquant.checkpoints.pool_schema import DecisionRecord
 from swquant.checkpoints.schema import CheckpointManifest
 from swquant.checkpoints.tokenizer import begins_with
-from swquant.models.devices import place_for
 from swquant.models.routing import Key, key_of
 from swquant.output.destination import check_destination
+from swquant.parallel import world
 from swquant.progress import Progress, silent
 from swquant.training.data import own_windows, token_windows
 from swquant.training.loop import State, fingerprint_of
-from swquant.training.model import trainable_model
+from swquant.training.model import place_of, trainable_model
 
 __all__ = ["Adapted", "adapt_checkpoint", "decide_only", "open_workshop"]
 
@@ -59,9 +60,7 @@ def adapt_checkpoint(
     check_destination(out, overwrite, plan.checkpoint)
     if BASE in plan.sets and not plan.tasks:  # sets come and go, nothing is learned
         limit = pool_of(plan.checkpoint.manifest, plan.checkpoint.name)["limit"]
-        return Adapted(
-            out, write_pool(plan.checkpoint, out, plan.sets, limit, overwrite=overwrite, progress=progress), {}
-        )
+        return Adapted(out, _written(plan, out, plan.sets, limit, overwrite, progress), {})
     state = State.at(out.with_name(out.name + ".adapting"), _fingerprint(plan, device))
     shop = open_workshop(plan, state, progress, device)
     for number, task in enumerate(plan.tasks, start=plan.before):
@@ -70,10 +69,20 @@ def adapt_checkpoint(
             shop.sets[stored.name] = stored
             _remember(state, shop)
     sets = {BASE: _base_set(shop), **shop.sets}
-    manifest = write_pool(plan.checkpoint, out, sets, shop.base_key.limit, overwrite=overwrite, progress=progress)
+    manifest = _written(plan, out, sets, shop.base_key.limit, overwrite, progress)
     state.remove()
     served = {task: name for name, stored in shop.sets.items() for task in stored.keys}
     return Adapted(out, manifest, {task.name: served[task.name] for task in plan.tasks})
+
+
+def _written(
+    plan: AdaptPlan, out: Path, sets: Mapping[str, StoredSet], limit: float, overwrite: bool, progress: Progress
+) -> CheckpointManifest:
+    """OUT, by the first of the processes that train together."""
+    manifest: CheckpointManifest = world().same(
+        lambda: write_pool(plan.checkpoint, out, sets, limit, overwrite=overwrite, progress=progress)
+    )
+    return manifest
 
 
 def decide_only(
@@ -84,7 +93,8 @@ def decide_only(
     found = {}
     for task in plan.tasks:
         with progress.step(f"Deciding about {task.name}"):
-            found[task.name] = decide(shop, shop.session(*task.corpus.split()), task.name, plan.before)
+            session = shop.session(*task.corpus.split())
+            found[task.name] = world().same(lambda s=session, t=task: decide(shop, s, t.name, plan.before))  # type: ignore[misc]
     return found
 
 
@@ -92,7 +102,7 @@ def open_workshop(plan: AdaptPlan, state: State | None, progress: Progress, devi
     """The base, running on a device if it fits there, with the sets of its pool and those of an earlier run's state."""
     saved = {} if state is None else state.saved.tensors
     checkpoint, options = plan.checkpoint, plan.options
-    place, said = place_for(checkpoint, torch.float32, device)
+    place, said = place_of(checkpoint, device)
     with progress.step(f"Loading {checkpoint.name}{said}"):
         model = trainable_model(checkpoint, place)
     sets = dict(plan.sets)

@@ -17,6 +17,7 @@ from swquant.adapt.spaces import columns_of, moments_of
 from swquant.checkpoints.compressed import CompressedCheckpoint
 from swquant.models.architecture import LinearWeight
 from swquant.models.routing import Key
+from swquant.parallel import world
 from swquant.training.data import Corpus
 from swquant.training.model import lay
 from swquant.training.patched_linear import PatchedLinear
@@ -72,11 +73,16 @@ class Workshop:
         """Stored name -> basis [k, B, r] of what the layers with these blocks see in some passes, more columns of
         `known` where there is one."""
         wanted = {name: (self.weights[name], columns_of(item, self.weights[name])) for name, item in blocks.items()}
-        moments = moments_of(self.model, wanted, self.options.block, losses)
         energy = self.options.energy
-        return {
-            name: basis_of(moment, energy, None if known is None else known[name]) for name, moment in moments.items()
-        }
+
+        def found() -> dict[str, Tensor]:
+            moments = moments_of(self.model, wanted, self.options.block, losses)
+            return {
+                name: basis_of(moment, energy, None if known is None else known[name])
+                for name, moment in moments.items()
+            }
+
+        return world().same_tensors(found)
 
     def own_losses(self) -> list[Callable[[], Tensor]]:
         """The passes of the base's own text."""

@@ -31,6 +31,7 @@ from swquant.models.devices import named
 from swquant.models.loading import build_model
 from swquant.output.dense import dense_folder, nbytes_of, with_dtype
 from swquant.output.destination import check_destination
+from swquant.parallel import world
 from swquant.progress import Progress, silent
 from swquant.training.loop import State, fingerprint_of
 from swquant.version import __version__
@@ -76,6 +77,7 @@ def distill_checkpoint(
     with progress.step(f"Probing {teacher.name} with one prompt"):
         found = find_super_weights(teacher, model=model)
     keep, measured = _kept(plan, model, found, progress)
+    keep = tuple(world().same(lambda: keep))
     student = StudentCheckpoint(teacher, keep, plan.layers)
     with progress.step("Comparing the student with the teacher without these layers"):
         pupil = build_model(student, torch.float32, plan.device).requires_grad_(False)
@@ -91,7 +93,8 @@ def distill_checkpoint(
     tensors = student.written(trained)
     record = _record(teacher, options, keep, found, measured, difference, lesson)
     config = with_dtype(student.raw_config, tensors)
-    with dense_folder(student, out, tensors, config, (RECORD, record), progress, overwrite=overwrite):
+    folder = dense_folder(student, out, tensors, config, (RECORD, record), progress, overwrite=overwrite)
+    with world().inside(folder):
         pass
     if state is not None:
         state.remove()

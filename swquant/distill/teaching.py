@@ -113,20 +113,21 @@ def loss_for(
     pupil: PreTrainedModel, teacher: PreTrainedModel, corpus: Corpus, options: DistillOptions
 ) -> Callable[[int, bool], Tensor]:
     """(step, with the teacher) -> L + alpha T² KL(teacher || student) of the step's batch, with what balances
-    experts."""
+    experts; of processes that train together what each has to add."""
     temperature = options.temperature
     for module in mixtures_of(pupil).values():
         module.recorded = True
 
     def loss_of(step: int, taught: bool) -> Tensor:
-        batch = corpus.drawn(step, options.batch, options.seed).to(pupil.device)
+        batch, share = corpus.drawn(step, options.batch, options.seed).mine
+        batch = batch.to(pupil.device)
         logits = logits_of(pupil, batch)
         loss = cross_entropy(logits, batch.ids[:, 1:], batch.counted)
         if taught and options.alpha:
             with torch.no_grad():
                 goal = logits_of(teacher, batch) / temperature
             loss = loss + options.alpha * temperature**2 * divergence(logits / temperature, goal, batch.counted)
-        return loss + balance(pupil)
+        return loss * share + balance(pupil, share)
 
     return loss_of
 
@@ -151,11 +152,8 @@ def trainable(student: StudentCheckpoint, pupil: PreTrainedModel) -> dict[str, n
 @torch.no_grad()
 def held_out(pupil: PreTrainedModel, teacher: PreTrainedModel | None, held: Corpus, size: int) -> tuple[float, float]:
     """(cross entropy, KL from the teacher or 0) in nats per token of held-out text."""
-    total = count = apart = 0.0
-    for batch in held.batches(size):
-        loss, away = _one(pupil, teacher, batch.to(pupil.device))
-        total, apart, count = total + loss * batch.tokens, apart + away * batch.tokens, count + batch.tokens
-    return total / count, apart / count
+    cross, apart = held.mean(size, lambda batch: _one(pupil, teacher, batch.to(pupil.device)))
+    return cross, apart
 
 
 def _one(pupil: PreTrainedModel, teacher: PreTrainedModel | None, batch: Batch) -> tuple[float, float]:

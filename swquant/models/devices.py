@@ -1,6 +1,7 @@
 """Where a model runs and weights are rounded: `--device auto|cpu|cuda|cuda:1`, decided before anything else is done.
 
-What goes to a GPU comes back: detection decides on the CPU, from tensors on the CPU, and so does whoever writes.
+What goes to a GPU comes back: detection decides on the CPU, from tensors on the CPU, and so does whoever writes. Of
+processes that train together (`swquant.parallel`) each takes the GPU of its own number.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from calibrationless import CPU
 from exporters.errors import SwquantError
 from swquant.checkpoints.base import Checkpoint
 from swquant.models.memory import available_memory, bytes_as
+from swquant.parallel import local_rank, world
 from swquant.units import human_bytes
 
 __all__ = ["device_for", "free_memory", "named", "place_for"]
@@ -21,24 +23,32 @@ _FORM = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
 def device_for(name: str) -> torch.device:
-    """The device that a user asked for; of `auto` the first GPU, where there is one. Raises SwquantError for what is no
-    device, and for a GPU that is not there."""
+    """The device that a user asked for; of `auto` the first GPU, where there is one, or this process's own. Raises
+    SwquantError for what is no device, and for a GPU that is not there."""
     if not _FORM.fullmatch(name):
         raise SwquantError(f"device {name!r} is not one of: auto, cpu, cuda, cuda:1 (or another number)")
     if name == "cpu":
         return CPU
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        return torch.device("cuda", 0) if count else CPU
+    if name == "auto" and not count:
+        return CPU
     if not count:
         reason = "sees no GPU" if torch.version.cuda else "is a build without CUDA"
         raise SwquantError(
             f"--device {name}: PyTorch {torch.__version__} {reason}; take --device cpu, or install PyTorch for CUDA "
             "(swquant doctor shows what is there)"
         )
-    index = int(name.partition(":")[2] or 0)
+    asked = name.partition(":")[2]
+    last = f"cuda:0 to cuda:{count - 1}" if count > 1 else "cuda:0 alone"
+    if asked and world().size > 1:
+        raise SwquantError(f"--device {name}: one GPU for {world().size} processes; --device cuda gives each its own")
+    index = int(asked or local_rank())
+    if index >= count and not asked:
+        raise SwquantError(
+            f"there is no GPU for process {index} of this machine, but {last}; start one process for each GPU, or take "
+            "--device cpu"
+        )
     if index >= count:
-        last = f"cuda:0 to cuda:{count - 1}" if count > 1 else "cuda:0 alone"
         raise SwquantError(f"--device {name}: there is no such GPU, but {last}")
     return torch.device("cuda", index)
 

@@ -28,7 +28,7 @@ from exporters.errors import SwquantError
 from exporters.json_file import write_json
 from swquant.checkpoints.base import Checkpoint, Stored
 from swquant.checkpoints.safetensors import SafetensorsCheckpoint
-from swquant.models.devices import device_for, place_for
+from swquant.models.devices import device_for
 from swquant.models.loading import build_model
 from swquant.moe.options import MoeOptions
 from swquant.moe.plan import MixturePlan, MoePlan
@@ -36,9 +36,11 @@ from swquant.moe.stock import stock_config, stock_tensors
 from swquant.moe.training import Course, train_mixture
 from swquant.output.dense import Written, dense_folder, stored_form, write_weights
 from swquant.output.destination import check_destination
+from swquant.parallel import world
 from swquant.progress import Progress, silent
 from swquant.training.data import text_windows
 from swquant.training.loop import State, fingerprint_of
+from swquant.training.model import place_of
 from swquant.version import __version__
 
 __all__ = ["RECORD", "Mixed", "check_text", "moe_checkpoint"]
@@ -98,18 +100,19 @@ def moe_checkpoint(
     course = None
     state = State.at(out.with_name(out.name + ".training"), _fingerprint(checkpoint, options, text, chosen))
     how = (RECORD, record)
-    with dense_folder(plan.checkpoint, out, tensors, config, how, progress, overwrite=overwrite) as folder:
+    made = dense_folder(plan.checkpoint, out, tensors, config, how, progress, overwrite=overwrite)
+    with world().inside(made) as folder:
         with progress.step("Comparing the mixture with the dense model"):
             difference = record["difference"] = _difference(plan, folder)
         if text is not None and options.steps:
             with SafetensorsCheckpoint(folder) as written:
                 course, trained = train_mixture(
-                    written, text, options, place_for(written, torch.float32, chosen)[0], state=state, progress=progress
+                    written, text, options, place_of(written, chosen)[0], state=state, progress=progress
                 )
             new = {name: replace(tensors[name], make=partial(trained.__getitem__, name)) for name in trained}
-            write_weights(folder, {**tensors, **new}, progress)
+            world().same(lambda: write_weights(folder, {**tensors, **new}, progress))
             record["course"] = asdict(course)
-        write_json(folder / "swquant" / RECORD, record)
+        world().same(lambda: write_json(folder / "swquant" / RECORD, record))
     state.remove()
     return Mixed(out, plan, difference, course, record)
 

@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from swquant.checkpoints.base import Checkpoint
 from swquant.models.loading import build_model
 from swquant.moe.options import MoeOptions
+from swquant.parallel import world
 from swquant.pr_moe import mixtures_of
 from swquant.progress import Progress
-from swquant.training.data import Corpus, text_windows
+from swquant.training.data import Batch, Corpus, text_windows
 from swquant.training.loop import Schedule, State, train
 from swquant.training.losses import balance, cross_entropy
 from swquant.training.model import logits_of
@@ -65,14 +66,16 @@ def train_mixture(
     facts.setdefault("before", _held_out(model, held, options.batch))
 
     def loss_of(step: int, part: int) -> Tensor:
-        batch = corpus.drawn(step, options.batch, options.seed).to(device)
+        batch, share = corpus.drawn(step, options.batch, options.seed).mine
+        batch = batch.to(device)
         for module in mixtures:
             module.training, module.recorded = True, True
             module.capacity = options.capacity or None
-        loss = cross_entropy(logits_of(model, batch), batch.ids[:, 1:], batch.counted) + balance(model)
+        loss = cross_entropy(logits_of(model, batch), batch.ids[:, 1:], batch.counted)
+        (dropped,) = world().totals(sum(module.dropped for module in mixtures))
         # By step, since one that was interrupted is taken again.
-        facts["dropped"] = [*facts.get("dropped", [])[:step], sum(module.dropped for module in mixtures)]
-        return loss
+        facts["dropped"] = [*facts.get("dropped", [])[:step], int(dropped)]
+        return loss * share + balance(model, share)
 
     def missed() -> float:
         for module in mixtures:
@@ -112,11 +115,11 @@ def _trainable(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def _held_out(model: PreTrainedModel, held: Corpus, size: int) -> float:
-    total = count = 0.0
-    for batch in (batch.to(model.device) for batch in held.batches(size)):
-        loss = cross_entropy(logits_of(model, batch), batch.ids[:, 1:], batch.counted)
-        total, count = total + float(loss) * batch.tokens, count + batch.tokens
-    return total / count
+    def loss(batch: Batch) -> tuple[float]:
+        batch = batch.to(model.device)
+        return (float(cross_entropy(logits_of(model, batch), batch.ids[:, 1:], batch.counted)),)
+
+    return held.mean(size, loss)[0]
 
 
 @torch.no_grad()
@@ -124,9 +127,10 @@ def _shares(model: PreTrainedModel, held: Corpus, size: int) -> list[list[float]
     """Of every mixture, which share of the held-out tokens went to each expert."""
     mixtures = mixtures_of(model).values()
     counts = [torch.zeros(len(module.experts)) for module in mixtures]
-    for batch in held.batches(size):
+    for batch in held.mine.batches(size):
         logits_of(model, batch.to(model.device))
         for count, module in zip(counts, mixtures, strict=True):
             assert module.routed is not None
             count += module.routed.cpu()
+    world().sum_(counts)
     return [[round(float(part), 4) for part in count / count.sum()] for count in counts]

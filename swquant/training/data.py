@@ -4,15 +4,15 @@ Everything is read and checked before any work: a broken line of a file is named
 of its tokens count, that is, whose prediction is learned: of a text all, of a conversation those of the responses.
 
 Which sequences a step sees depends on the seed and the step alone, so a run that goes on after an interruption sees
-what it would have seen.
+what it would have seen. Processes that train together draw the same batch, and each works on its share of it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from swquant.checkpoints.base import ModelFolder
 from swquant.checkpoints.guard import failures_of
 from swquant.checkpoints.tokenizer import begins_with, context_of, encode
 from swquant.detect.texts import write_text
+from swquant.parallel import world
 from swquant.progress import Progress
 
 __all__ = ["Batch", "Corpus", "conversations", "own_windows", "text_windows", "token_windows"]
@@ -49,6 +50,14 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
         return Batch(self.ids.to(device), self.counted.to(device))
+
+    @property
+    def mine(self) -> tuple[Batch, float]:
+        """The sequences that this process works on, and their share of the predictions that count: a mean over them
+        times that share, summed over all processes, is the mean over the whole batch."""
+        rows = world().share(len(self.ids))
+        part = Batch(self.ids[rows], self.counted[rows])
+        return part, part.tokens / self.tokens
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,28 @@ class Corpus:
         for start in range(0, len(self), size):
             yield self.batch(range(start, min(start + size, len(self))))
 
+    @property
+    def mine(self) -> Corpus:
+        """The sequences that this process reads where all together read every one once; none where they are few."""
+        return replace(self, sequences=self.sequences[world().share(len(self))])
+
+    def mean(self, size: int, measure: Callable[[Batch], tuple[float, ...]]) -> tuple[float, ...]:
+        """Means over the predictions that count of all sequences, read `size` at a time by all processes together.
+        measure: means over a batch."""
+        # A process without a sequence reads one that does not count, and so knows how many numbers there are.
+        mine, weight = (self.mine, 1) if len(self.mine) else (replace(self, sequences=self.sequences[:1]), 0)
+        sums: list[float] = []
+        tokens = 0
+        for batch in mine.batches(-(-size // world().size)):
+            found = measure(batch)
+            sums = [
+                total + number * batch.tokens * weight
+                for total, number in zip(sums or [0.0] * len(found), found, strict=True)
+            ]
+            tokens += batch.tokens * weight
+        *totals, counted = world().totals(*sums, tokens)
+        return tuple(total / counted for total in totals)
+
 
 def _checked_window(model: ModelFolder, window: int) -> int:
     context = context_of(model.config)
@@ -151,7 +182,10 @@ def own_windows(
     """What a model writes at temperature 1, or wrote when the run began. start: the token that a text begins with, None
     for any. saved: tensors of the run's state, which get it."""
     if "text" not in saved:
-        saved["text"] = write_text(model, start, seed, progress, texts=texts, length=length)
+        made = world().same_tensors(
+            lambda: {"text": write_text(model, start, seed, progress, texts=texts, length=length)}
+        )
+        saved.update(made)
     return token_windows(saved["text"], name)
 
 

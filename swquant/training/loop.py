@@ -4,6 +4,9 @@ It knows no model and no data. `loss_of(step, part)` is the loss of one micro-ba
 numbers and the parameters, so what is needed to go on is small: the parameters, Adam's two moments of each, the number
 of the step, and the losses so far. They are written into one safetensors file beside OUT, whole or not at all.
 
+Processes that train together (`swquant.parallel`) each take such steps on their share of a batch: `loss_of` gives this
+share of the loss, and losses and gradients are summed over all before they are clipped and a step is taken.
+
 AdamW with beta (0.9, 0.95), no weight decay, the rate falling linearly to zero: what Sparse Matrix Tuning
 (arXiv:2405.15525) trains with. Gradients are clipped to a norm of 1.
 """
@@ -28,6 +31,7 @@ from exporters.errors import CheckpointError, SwquantError
 from exporters.safetensors_file import SafetensorsReader
 from swquant.interrupts import sigterm_interrupts, uninterrupted
 from swquant.output.destination import write_whole, writing
+from swquant.parallel import ProcessGoneError, world
 from swquant.progress import Progress, silent
 
 __all__ = ["DivergedError", "Saved", "Schedule", "State", "Trained", "fingerprint_of", "train"]
@@ -71,7 +75,8 @@ class Saved:
 @dataclass
 class State:
     """What an interrupted run goes on from: a file that belongs to one result, which `fingerprint` tells. saved: what
-    it holds, or will when `write` is called; empty where there is no file, or one of another result."""
+    it holds, or will when `write` is called; empty where there is no file, or one of another result. Of processes that
+    train together the first one reads and writes the file; how many they are may differ from run to run."""
 
     path: Path
     fingerprint: str
@@ -80,28 +85,27 @@ class State:
     @staticmethod
     def at(path: Path, fingerprint: str) -> State:
         """The state of an earlier run of this result, or an empty one. Raises SwquantError for a file that is none of
-        ours, which is not written over."""
-        if not path.exists():
-            return State(path, fingerprint)
-        try:
-            with SafetensorsReader(path) as reader:
-                if reader.metadata.get("format") != _FORM:
-                    raise SwquantError(f"{path}: in the way, and no state of swquant; move it elsewhere")
-                if reader.metadata.get("fingerprint") != fingerprint:
-                    return State(path, fingerprint)
-                known = json.loads(reader.metadata["facts"])
-                tensors = {name: reader.read(name) for name in reader.entries}
-        except (CheckpointError, KeyError, ValueError) as error:
-            raise SwquantError(f"{path}: a damaged state ({error}); delete it to begin anew") from None
-        groups: dict[str, dict[str, Tensor]] = {"tensors": {}, "moments": {}}
-        for name, tensor in tensors.items():
-            group, _, local = name.partition("/")
-            groups[group][local] = tensor
-        saved = Saved(groups["tensors"], known["facts"], groups["moments"], known["step"], known["losses"])
-        return State(path, fingerprint, saved)
+        ours, which is not written over, and where processes that train together are not about one result."""
+        ours, read = world(), Saved()
+
+        def known() -> dict[str, Any]:
+            nonlocal read
+            read = _read(path, fingerprint)
+            return {"of": fingerprint, "facts": read.facts, "step": read.step, "losses": read.losses}
+
+        told = ours.same(known)
+        if told.pop("of") != fingerprint:
+            raise SwquantError(
+                f"process {ours.rank} of this run has other inputs than the first (model, text, options or kind of device); "
+                "give all the same"
+            )
+        tensors, moments = ours.same_tensors(lambda: read.tensors), ours.same_tensors(lambda: read.moments)
+        return State(path, fingerprint, Saved(tensors, moments=moments, **told))
 
     def write(self) -> None:
         """Put it on the disk, whole or not at all."""
+        if not world().first:
+            return
         saved = self.saved
         facts = {"facts": saved.facts, "step": saved.step, "losses": saved.losses}
         groups = {"tensors": saved.tensors, "moments": saved.moments}
@@ -114,7 +118,29 @@ class State:
 
     def remove(self) -> None:
         """The result is there: nothing is left to go on from."""
-        self.path.unlink(missing_ok=True)
+        if world().first:
+            self.path.unlink(missing_ok=True)
+
+
+def _read(path: Path, fingerprint: str) -> Saved:
+    """What a file holds, nothing where there is none or it belongs to another result."""
+    if not path.exists():
+        return Saved()
+    try:
+        with SafetensorsReader(path) as reader:
+            if reader.metadata.get("format") != _FORM:
+                raise SwquantError(f"{path}: in the way, and no state of swquant; move it elsewhere")
+            if reader.metadata.get("fingerprint") != fingerprint:
+                return Saved()
+            known = json.loads(reader.metadata["facts"])
+            tensors = {name: reader.read(name) for name in reader.entries}
+    except (CheckpointError, KeyError, ValueError) as error:
+        raise SwquantError(f"{path}: a damaged state ({error}); delete it to begin anew") from None
+    groups: dict[str, dict[str, Tensor]] = {"tensors": {}, "moments": {}}
+    for name, tensor in tensors.items():
+        group, _, local = name.partition("/")
+        groups[group][local] = tensor
+    return Saved(groups["tensors"], known["facts"], groups["moments"], known["step"], known["losses"])
 
 
 def fingerprint_of(*facts: Any) -> str:
@@ -140,9 +166,9 @@ def train(
 ) -> Trained:
     """Take all steps, those aside that `state` has taken already; the parameters are changed in place.
 
-    parameters: by names that stay the same from run to run. loss_of: (step, part) -> a loss. Raises DivergedError where
-    the loss or a gradient is NaN or infinite, with the parameters as they were after the last good step, and
-    KeyboardInterrupt with the state written.
+    parameters: by names that stay the same from run to run. loss_of: (step, part) -> a loss, or this process's share of
+    it. Raises DivergedError where the loss or a gradient is NaN or infinite, with the parameters as they were after the
+    last good step, and KeyboardInterrupt, or ProcessGoneError where others train along, with the state written.
     """
     optimizer = torch.optim.AdamW(parameters.values(), lr=schedule.rate, betas=_BETAS, weight_decay=0.0)
     saved = state.saved if state is not None else Saved()
@@ -161,26 +187,30 @@ def train(
                     optimizer.step()
                     losses.append(loss)
                 bar.advance(f"loss {loss:.4f}", schedule.tokens)
-                if state is not None and time.monotonic() - written > pause:
+                if state is not None and world().first and time.monotonic() - written > pause:
                     begun = time.monotonic()
                     _take(state, parameters, optimizer, losses)
                     state.write()
                     written = time.monotonic()
                     pause = max(_EVERY, _SHARE * (written - begun))
-        except (KeyboardInterrupt, DivergedError) as end:
+        except (KeyboardInterrupt, DivergedError, ProcessGoneError) as end:
             if state is not None:
                 with uninterrupted():
-                    _take(state, parameters, optimizer, losses)
-                    state.write()
-                end.add_note(f"what was trained stays in {state.path}, and the next run goes on from it")
+                    if world().first:
+                        _take(state, parameters, optimizer, losses)
+                        state.write()
+                    end.add_note(f"what was trained stays in {state.path}, and the next run goes on from it")
             raise
+    for parameter in parameters.values():
+        parameter.grad = None  # whoever looks ahead inside a step must leave nothing that this step would add to
     return Trained(losses)
 
 
 def _gradients(
     parameters: Mapping[str, nn.Parameter], loss_of: Callable[[int, int], Tensor], schedule: Schedule, step: int
 ) -> float:
-    """Fill the gradients with those of a step, clipped. Returns its loss."""
+    """Fill the gradients with those of a step, clipped. Returns its loss. Both are summed over all processes: what is
+    no number in one is none in all."""
     for parameter in parameters.values():
         parameter.grad = None
     total = 0.0
@@ -194,7 +224,11 @@ def _gradients(
             parameter.grad is None
         ):  # of an expert that no token was given to: without moments a state could not be put back
             parameter.grad = torch.zeros_like(parameter)
-    norm = float(nn.utils.clip_grad_norm_(parameters.values(), _CLIP)) if math.isfinite(total) else math.nan
+    (total,) = world().totals(total)
+    norm = math.nan
+    if math.isfinite(total):
+        world().sum_(parameter.grad for parameter in parameters.values() if parameter.grad is not None)
+        norm = float(nn.utils.clip_grad_norm_(parameters.values(), _CLIP))
     if not math.isfinite(norm):
         raise DivergedError(
             f"the loss of step {step + 1} is NaN or infinite at a learning rate of {schedule.rate:g}; lower it"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from swquant.parallel import world
 from swquant.pr_moe import mixtures_of
 
 __all__ = ["balance", "cross_entropy", "divergence"]
@@ -21,10 +22,19 @@ _ROWS = 128  # rows of logits that are worked on at a time
 _BALANCE = 0.01  # of the load-balancing loss, as in DeepSpeed-MoE
 
 
-def balance(model: nn.Module) -> Tensor:
-    """The load-balancing losses of all mixtures that were recorded in the last pass, weighted; 0 without one."""
-    losses = [module.balance for module in mixtures_of(model).values() if module.balance is not None]
-    return _BALANCE * torch.stack(losses).sum() if losses else torch.zeros(())
+def balance(model: nn.Module, share: float = 1.0) -> Tensor:
+    """The load-balancing losses of all mixtures that were recorded in the last pass, weighted; 0 without one.
+
+    share: the part of a batch's tokens that this process passed. How often an expert is chosen is then counted over the
+    whole batch, so that the sum over all processes is the loss of one that passes all of it.
+    """
+    used = [module.used for module in mixtures_of(model).values() if module.used is not None]
+    if not used:
+        return torch.zeros(())
+    chosen = [share * often for _, often in used]
+    world().sum_(chosen)
+    losses = [len(gates) * (share * gates * often).sum() for (gates, _), often in zip(used, chosen, strict=True)]
+    return _BALANCE * torch.stack(losses).sum()
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, counted: Tensor) -> Tensor:

@@ -22,12 +22,24 @@ from exporters.sidecar import OUTLIERS
 from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.compressed import CompressedCheckpoint
 from swquant.models.architecture import Architecture, LinearKind, LinearWeight, describe
+from swquant.models.devices import place_for
 from swquant.models.loading import build_model
+from swquant.parallel import world
 from swquant.training.data import Batch
 from swquant.training.patched_linear import DenseWeight, Frozen, PackedWeight, PatchedLinear
 from swquant.training.scales import ScaledWeight
 
-__all__ = ["lay", "linear_names", "load_trainable", "logits_of", "trainable_model", "trained_parameters"]
+__all__ = ["lay", "linear_names", "load_trainable", "logits_of", "place_of", "trainable_model", "trained_parameters"]
+
+
+def place_of(checkpoint: Checkpoint, device: torch.device) -> tuple[torch.device, str]:
+    """Where a model trains that is to train on a device, and what to say of it: there if it fits, in every process of
+    those that train together, else on the CPU."""
+    place, said = place_for(checkpoint, torch.float32, device)
+    (fitting,) = world().totals(place.type == device.type)
+    if 0 < fitting < world().size:
+        return torch.device("cpu"), f" on the CPU: {device.type} has room for {fitting:.0f} of {world().size} processes"
+    return place, said
 
 
 def trainable_model(checkpoint: Checkpoint, device: str | torch.device = "cpu") -> PreTrainedModel:

@@ -25,12 +25,12 @@ from swquant.checkpoints.schema import CheckpointManifest, PatchesManifest, Tuni
 from swquant.checkpoints.tokenizer import begins_with
 from swquant.compress.report import REPORT
 from swquant.evaluate.pipeline import evaluate_model
-from swquant.models.devices import place_for
 from swquant.output.destination import check_destination
+from swquant.parallel import world
 from swquant.progress import Progress, silent
 from swquant.training.data import Corpus, own_windows
 from swquant.training.loop import Schedule, State, fingerprint_of, train
-from swquant.training.model import lay, trainable_model, trained_parameters
+from swquant.training.model import lay, place_of, trainable_model, trained_parameters
 from swquant.training.over_original import source_of, write_patches, write_whole
 from swquant.training.patched import free_name, write_patched
 from swquant.training.rates import settle
@@ -38,7 +38,7 @@ from swquant.training.scales import ScaledWeight
 from swquant.tune.plan import TunePlan
 from swquant.tune.records import tuning_record
 from swquant.tune.report import tuning_page
-from swquant.tune.selection import chosen, scores
+from swquant.tune.selection import chosen, named, scores
 from swquant.tune.session import Session
 
 __all__ = ["Tuned", "tune_checkpoint"]
@@ -72,12 +72,12 @@ def tune_checkpoint(
     check_destination(out, overwrite, plan.checkpoint)
     state = State.at(out.with_name(out.name + ".tuning"), _fingerprint(plan, device))
     of_set = free_name(plan.checkpoint.manifest if isinstance(plan.checkpoint, CompressedCheckpoint) else None, name)
-    place, said = place_for(plan.checkpoint, torch.float32, device)
+    place, said = place_of(plan.checkpoint, device)
     with progress.step(f"Loading {plan.checkpoint.name}{said}"):
         model = trainable_model(plan.checkpoint, place)
         teacher = None
         if plan.against is not None:  # on a GPU, if it fits beside the other
-            teacher = trainable_model(plan.against, place_for(plan.against, torch.float32, place)[0])
+            teacher = trainable_model(plan.against, place_of(plan.against, place)[0])
     corpus, held = (plan.given or _own_text(plan, teacher, state, progress)).split()
     session = Session(model, teacher, corpus, held, plan.options)
     places = _places(plan, session, state, progress) if plan.count else {}
@@ -102,9 +102,10 @@ def tune_checkpoint(
             "another --lr may help"
         )
     record = tuning_record(plan, blocks, facts, trained.losses, after)
-    manifest = _written(plan, out, of_set, blocks, scaled, record, overwrite, progress)
+    manifest = world().same(lambda: _written(plan, out, of_set, blocks, scaled, record, overwrite, progress))
     state.remove()
-    evaluation = {} if eval_text is None else _evaluated(plan, out, eval_text, progress)
+    measured = {} if eval_text is None else world().same(lambda: _evaluated(plan, out, eval_text, progress))
+    evaluation = {measure: (before, after) for measure, (before, after) in measured.items()}
     return Tuned(out, manifest, of_set, record, evaluation)
 
 
@@ -191,17 +192,17 @@ def _places(plan: TunePlan, session: Session, state: State, progress: Progress) 
     """The blocks to train, as zeros."""
     side, saved = plan.options.block, state.saved.tensors
     if not any(name.startswith("rows/") for name in saved):
+        mine = session.warmup()[world().share(plan.options.warmup)]
         found = scores(
             plan.select,
             plan.pool,
             session.model,
-            _shown(session.warmup(), plan.options.batch * plan.options.window, progress),
+            _shown(mine, plan.options.batch * plan.options.window, progress),
             checkpoint=plan.checkpoint,
             against=plan.against,
             seed=plan.options.seed,
         )
-        for name, blocks in chosen(found, plan.pool, plan.count).items():
-            saved |= {f"rows/{name}": blocks.rows, f"cols/{name}": blocks.cols}
+        saved |= world().same_tensors(lambda: named(chosen(found, plan.pool, plan.count)))
         state.write()
     names = [name for name in plan.pool if f"rows/{name}" in saved]
     return {

@@ -28,8 +28,9 @@ from exporters.errors import SwquantError
 from swquant.checkpoints.base import Checkpoint
 from swquant.checkpoints.compressed import CompressedCheckpoint
 from swquant.models.architecture import LinearWeight
+from swquant.parallel import world
 
-__all__ = ["Candidate", "candidates", "chosen", "scores"]
+__all__ = ["Candidate", "candidates", "chosen", "named", "scores"]
 
 _ATTENTION = re.compile(r"att(entio)?n", re.IGNORECASE)
 
@@ -77,7 +78,8 @@ def scores(
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Stored name -> float32 score of every block, [block rows, block columns] of the stored weight; less than 0 where
-    a block is out of the question. losses: make the loss of a batch each, when they are called. Raises SwquantError."""
+    a block is out of the question. losses: make the loss of a batch each, when they are called; of processes that train
+    together each gives its own, and the scores are those of all. Raises SwquantError."""
     if select in ("random", "diagonal"):
         generator = torch.Generator().manual_seed(seed)
         drawn = {name: torch.rand(candidate.grid, generator=generator) for name, candidate in pool.items()}
@@ -110,6 +112,11 @@ def chosen(score: Mapping[str, Tensor], pool: Mapping[str, Candidate], count: in
             rows, cols = (inside // width).to(torch.int32), (inside % width).to(torch.int32)
             blocks[name] = Blocks(rows, cols, torch.zeros(len(inside), side, side))
     return blocks
+
+
+def named(blocks: Mapping[str, Blocks]) -> dict[str, Tensor]:
+    """Where blocks lie, as a state keeps it: rows/NAME and cols/NAME, int32 [n]."""
+    return {f"{part}/{name}": getattr(item, part) for part in ("rows", "cols") for name, item in blocks.items()}
 
 
 def _diagonal(grid: tuple[int, ...]) -> Tensor:
@@ -160,11 +167,12 @@ def _watched(
             loss().backward()
     found = {}
     for name, candidate in pool.items():
-        item = sums.pop(name, None)
-        stored = candidate.grid[::-1] if candidate.weight.transposed else candidate.grid
-        if item is None:  # no token came by
-            item = torch.zeros(stored)
-        elif dense:
+        if name not in sums:  # no token came by
+            shape = candidate.shape if dense else candidate.grid
+            sums[name] = torch.zeros(shape[::-1] if candidate.weight.transposed else shape, device=model.device)
+        item = sums.pop(name)
+        world().sum_([item])
+        if dense:
             item = _block_sums(item.abs_(), candidate.side) / candidate.side**2
         found[name] = (item.T if candidate.weight.transposed else item).cpu()
     return found

@@ -50,17 +50,14 @@ class Session:
         return self.corpus.drawn(step, self.options.batch, self.options.seed)
 
     def loss_of(self, step: int, part: int) -> Tensor:
-        """For `training.train`: a step is one batch."""
-        return self.loss(self.batch_of(step))
+        """For `training.train`: a step is one batch, of whose loss this is what this process has to add."""
+        batch, share = self.batch_of(step).mine
+        return self.loss(batch) * share
 
     def held_out(self) -> float:
         """The loss on held-out text, a mean over its tokens."""
-        total, tokens = 0.0, 0
         with torch.no_grad():
-            for batch in self.held.batches(self.options.batch):
-                total += float(self.loss(batch)) * batch.tokens
-                tokens += batch.tokens
-        return total / tokens
+            return self.held.mean(self.options.batch, lambda batch: (float(self.loss(batch)),))[0]
 
     def warmup(self) -> list[Callable[[], Tensor]]:
         """The losses of the batches that choose the blocks: others than those of the first steps, where there are

@@ -61,12 +61,12 @@ def test_training_goes_on_where_it_was_stopped(
     teaching = importlib.import_module("swquant.distill.teaching")
     balance, calls = teaching.balance, 0
 
-    def stop(model: nn.Module) -> Tensor:
+    def stop(model: nn.Module, share: float) -> Tensor:
         nonlocal calls
         calls += 1
         if calls == 9:
             raise KeyboardInterrupt
-        return balance(model)  # type: ignore[no-any-return]
+        return balance(model, share)  # type: ignore[no-any-return]
 
     with monkeypatch.context() as patch:
         patch.setattr(teaching, "balance", stop)

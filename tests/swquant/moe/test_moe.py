@@ -281,12 +281,12 @@ def test_training_goes_on_where_it_was_stopped(
 
     calls = 0
 
-    def balance(model: object) -> torch.Tensor:
+    def balance(model: object, share: float) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls == 4:
             raise KeyboardInterrupt
-        return losses.balance(model)  # type: ignore[arg-type]
+        return losses.balance(model, share)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
         patch.setattr(importlib.import_module("swquant.moe.training"), "balance", balance)

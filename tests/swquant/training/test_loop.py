@@ -42,6 +42,21 @@ def test_the_loss_falls_and_every_part_is_used() -> None:
     assert problem.seen == [(step, part) for step in range(12) for part in range(2)]
 
 
+def test_a_look_ahead_inside_a_step_leaves_no_gradient_to_it() -> None:
+    plain, looking = Problem(), Problem()
+
+    def look(step: int, part: int) -> Tensor:
+        before = looking.w.detach().clone()
+        train({"w": looking.w}, lambda *_: 3 * looking.loss(7, 0), Schedule(2, 0.1))
+        with torch.no_grad():
+            looking.w.copy_(before)
+        return looking.loss(step, part)
+
+    train({"w": plain.w}, plain.loss, Schedule(3, 0.1))
+    train({"w": looking.w}, look, Schedule(3, 0.1))
+    assert torch.equal(plain.w, looking.w)
+
+
 def test_parts_of_a_step_are_one_batch() -> None:
     """Two micro-batches give the step of both at once."""
     one, two = Problem(), Problem()
