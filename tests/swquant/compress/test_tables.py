@@ -6,6 +6,7 @@ embedding, told in a warning, is the one thing that may not come out.
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ from swquant.compress.evidence import evidence_for
 from swquant.compress.loaders import loader_table
 from swquant.compress.options import CompressOptions
 from swquant.compress.pipeline import prepare
-from swquant.hf import register, unregister
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 HOW: dict[str, Any] = {"prompt": PROMPT, "preset": "fast", "block": "32"}
@@ -143,11 +143,8 @@ def test_what_stock_transformers_cannot_hold_it_refuses(
     (problem,) = swquant.verify(out, loads=True)
     assert problem.endswith("as its manifest says; use swquant.load, or import swquant.hf")
     ours = check_ours(out)
-    register()
-    try:
-        known, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
-    finally:
-        unregister()
+    importlib.import_module("swquant.hf")  # taken back by the fixture of all tests
+    known, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"))
     with torch.no_grad():
         assert torch.equal(known(TOKENS).logits, ours)
