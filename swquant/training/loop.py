@@ -199,7 +199,8 @@ def train(
                     if world().first:
                         _take(state, parameters, optimizer, losses)
                         state.write()
-                    end.add_note(f"what was trained stays in {state.path}, and the next run goes on from it")
+                    if world().first or not isinstance(end, ProcessGoneError):  # it may be the first that has gone
+                        end.add_note(f"what was trained stays in {state.path}, and the next run goes on from it")
             raise
     for parameter in parameters.values():
         parameter.grad = None  # whoever looks ahead inside a step must leave nothing that this step would add to
