@@ -102,7 +102,8 @@ def test_symmetric_codes_and_bits_of_their_own(bf16_llama: Planted, tmp_path: Pa
 
 
 def test_packed_tables_are_copied(tmp_path: Path) -> None:
-    folder = save_model(tiny_model("llama", tie_word_embeddings=True, num_hidden_layers=1), tmp_path / "model")
+    model = tiny_model("llama", tie_word_embeddings=True, num_hidden_layers=1).to(torch.bfloat16)
+    folder = save_model(model, tmp_path / "model")
     how: dict[str, Any] = {"prompt": PROMPT, "preset": "fast", "block": "32", "restore": False, "lm_head_bits": 8}
     out = swquant.compress(folder, tmp_path / "out", **how).path
     exported = swquant.export(out, tmp_path / "mlx", format="mlx")
