@@ -236,9 +236,6 @@ def test_every_link_leads_somewhere(path: Path) -> None:
             assert (path.parent / target.partition("#")[0]).exists(), target
 
 
-LAUNCHING = ("--nproc-per-node", "--max-restarts", "--multi-gpu", "--num-processes")  # of torchrun and accelerate launch
-
-
 def parameters() -> dict[str, dict[str, object]]:
     """command -> its options, as typer knows them."""
     group = typer.main.get_command(app)
@@ -253,10 +250,13 @@ def parameters() -> dict[str, dict[str, object]]:
     }
 
 
+OF_LAUNCHERS = {"--multi-gpu", "--nproc-per-node", "--num-processes"}  # torchrun, accelerate launch
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_no_option_is_made_up(path: Path) -> None:
     root = {flag for item in typer.main.get_command(app).params for flag in item.opts}
-    known = {flag for options in parameters().values() for flag in options} | root | {"--help", *LAUNCHING}
+    known = {flag for options in parameters().values() for flag in options} | root | OF_LAUNCHERS | {"--help"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", path.read_text())) <= known
 
 
