@@ -47,7 +47,7 @@ def checkpoint_report(name: str, found: Found, plan: Plan, records: Mapping[str,
         ),
         ("clipped", options.clip),
         ("activations", _activations(options)),
-        ("kept exactly", f"super weights and {options.outlier_fraction:.2%} more" if options.restore else "nothing"),
+        ("kept exactly", _kept(options)),
         *((f"loads in {loader}", verdict) for loader, verdict in loader_table(plan).items()),
         ("made with", f"swquant {__version__}"),
     )
@@ -58,6 +58,13 @@ def checkpoint_report(name: str, found: Found, plan: Plan, records: Mapping[str,
     sections = (describe(found), _rounding(found, plan, records), _tensors(records))
     drawn = {chart.name: draw(chart) for section in sections for chart in section.charts}
     return page(f"{name}, compressed", lead, [facts(pairs), *(section_html(section, drawn) for section in sections)])
+
+
+def _kept(options: CompressOptions) -> str:
+    if not options.restore:
+        return "nothing"
+    share = options.outlier_fraction
+    return f"super weights and {share:.2%} more" if share else "super weights"
 
 
 def _activations(options: CompressOptions) -> str:
