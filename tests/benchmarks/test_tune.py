@@ -124,6 +124,7 @@ def test_blocks_and_scales_are_trained_and_gone_on_from(
     assert "recovery recovery 1bits all 0.001 0:" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_tasks_are_learned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = ("--methods", "gradient", "--rates", 3e-3, "--more", 0, "--from", "attention")
     cells = ran(monkeypatch, folder, "tasks.json", *chosen, "--task", "python", "dates")

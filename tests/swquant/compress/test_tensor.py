@@ -31,7 +31,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("options", PRESETS, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [preset if "texts" in preset else pytest.param(preset, marks=pytest.mark.slow) for preset in PRESETS],
+    ids=str,
+)
 def test_other_processes_give_the_same_bytes(
     options: dict[str, Any], bf16_llama: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

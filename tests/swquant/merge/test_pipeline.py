@@ -73,6 +73,7 @@ def test_blocks_become_codes_and_nothing_else_changes(cli: Cli, tuned: Path, tmp
     assert new["totals"]["bits_per_quantized_weight"] == pytest.approx(before, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_another_device_merges_as_well(
     tuned: Path, tmp_path: Path, gpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,6 +83,7 @@ def test_a_checkpoint_with_float_offsets_is_exported_as_it_is(source: Path, tmp_
     assert len(weights) == 14
 
 
+@pytest.mark.slow
 def test_codes_are_better_than_integers_at_the_size(source: Path, tmp_path: Path) -> None:
     text = " ".join(f"t{index}" for index in range(3, 90))
     results = {}
