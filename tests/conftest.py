@@ -13,6 +13,9 @@ from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+SHARED = "PYTEST_XDIST_WORKER" in os.environ  # the cores, with other processes of this run
+if SHARED:  # before torch, and for whatever a test starts: threads that wait for a core spin
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from support.command_line import Cli, Ran
@@ -41,8 +44,8 @@ def control_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _two_threads() -> None:
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+def _few_threads() -> None:
+    torch.set_num_threads(1 if SHARED else min(2, os.cpu_count() or 1))
 
 
 @pytest.fixture(autouse=True)

@@ -122,7 +122,9 @@ def test_two_processes_do_what_one_does_and_one_of_them_is_heard(folder: Path, t
     assert two.out.replace(str(tmp_path / "two"), str(tmp_path / "one")) == one.out
     assert two.err.count("Loading") == one.err.count("Loading") == 1
     assert bad.codes == [1, 1]
-    assert errors(bad) == [f"error: {folder / 'missing.jsonl'}: cannot be read (No such file or directory)"]
+    assert errors(bad) == [
+        f"error: {folder / 'missing.jsonl'}: cannot be read (No such file or directory); give a jsonl file"
+    ]
     assert wrong.codes == [2, 2]
     assert wrong.err.count("--no-such-option") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}

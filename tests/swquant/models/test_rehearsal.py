@@ -148,4 +148,5 @@ class _Nothing:
 
     tensors = ()
     quantized = ()
+    tables = ()
     decoded = Decoded.NOTHING
