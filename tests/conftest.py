@@ -13,9 +13,8 @@ from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-SHARED = "PYTEST_XDIST_WORKER" in os.environ  # the cores, with other processes of this run
-if SHARED:  # before torch, and for whatever a test starts: threads that wait for a core spin
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Processes that share the cores take one thread each, and so does whatever a test starts: threads that wait for a core spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 import torch
 from support.command_line import Cli, Ran
@@ -45,7 +44,7 @@ def control_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True, scope="session")
 def _few_threads() -> None:
-    torch.set_num_threads(1 if SHARED else min(2, os.cpu_count() or 1))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(autouse=True)
