@@ -13,7 +13,7 @@ from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Processes that share the cores take one thread each, and so does whatever a test starts: threads that wait for a core spin.
+# Processes that share the cores take a thread each, and so does what they start: threads that wait for a core spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 import torch
