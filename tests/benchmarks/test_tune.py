@@ -107,6 +107,7 @@ def test_tables_are_made_of_what_is_there(tmp_path: Path) -> None:
     assert "| v_proj | 100.0% | 33.3% | 3.00 | 3 | 0 | 1 |" in text
 
 
+@pytest.mark.slow
 def test_blocks_and_scales_are_trained_and_gone_on_from(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

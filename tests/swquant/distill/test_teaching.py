@@ -79,6 +79,7 @@ def test_training_goes_on_where_it_was_stopped(
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_learning_rate_is_found_out(planted_llama: Planted, tmp_path: Path, cli: Cli) -> None:
     (tmp_path / "text").write_text(TEXT[1])
     typed = [

@@ -126,6 +126,7 @@ def test_a_change_that_only_the_longer_text_reaches_is_seen(tmp_path: Path, monk
     assert not (tmp_path / "onnx").exists()
 
 
+@pytest.mark.slow
 def test_what_the_check_cannot_afford_is_said(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(_model("mistral", num_hidden_layers=1, sliding_window=8), tmp_path / "model")
     checkpoint = swquant.compress(tmp_path / "model", tmp_path / "out", **SETTINGS).path

@@ -65,6 +65,7 @@ def test_the_builders_graph_holds_the_same_weights(source: Path, tmp_path: Path)
     assert all(np.abs(other - first).max() < 1e-4 * np.ptp(first) for other in others)
 
 
+@pytest.mark.slow
 def test_level_4_stays_close(source: Path, tmp_path: Path) -> None:
     """With our library and without it, where the offsets are multiplied in float."""
     exact, rounded = (
