@@ -117,17 +117,17 @@ def write_reference(source: Path, work: Path) -> None:
     (work / "asked.json").write_text(json.dumps(asked))
 
 
-def command(row: Row, scratch: Path) -> tuple[list[str], dict[str, str]]:
-    """What to run, and its environment. A script of node must lie beside the packages that it imports."""
+def command(row: Row) -> tuple[list[str], dict[str, str]]:
+    """What to run, and its environment. Scripts of node must lie beside the packages that they import."""
     script = READERS / row.reader
     environment = os.environ | {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HOME)}
     if not row.place:
         return [sys.executable, str(script)], environment
     environment.pop("PYTHONPATH")
     if script.suffix == ".mjs":
-        copy = HOME / row.place / script.name
-        shutil.copyfile(script, copy)
-        return ["node", str(copy)], environment
+        for source in READERS.glob("*.mjs"):
+            shutil.copyfile(source, HOME / row.place / source.name)
+        return ["node", str(HOME / row.place / script.name)], environment
     if row.place == ".venv-plugin":
         environment["PYTHONPATH"] = str(HOME / row.place)
     venv = ".venv-vllm" if row.place == ".venv-plugin" else row.place
@@ -139,7 +139,7 @@ def run(row: Row, work: Path) -> dict[str, Any]:
     asked = json.loads((work / "asked.json").read_text())
     file = place_of(work, row.file).resolve()
     with tempfile.TemporaryDirectory(prefix="swquant-deployments-") as scratch:
-        words, environment = command(row, Path(scratch))
+        words, environment = command(row)
         out = Path(scratch, "logits.f32")
         request = {**asked, "file": str(file), "how": row.how, "tokens": TOKENS, "threads": THREADS, "out": str(out)}
         ran = subprocess.run(

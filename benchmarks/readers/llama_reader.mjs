@@ -1,6 +1,7 @@
 // llama.cpp, through node-llama-cpp: probabilities of the whole vocabulary after every token. See deployments.py.
 import {openSync, readFileSync, writeSync} from "node:fs";
 import {getLlama} from "node-llama-cpp";
+import {report} from "./timing.mjs";
 
 const asked = JSON.parse(readFileSync(0, "utf8"));
 const llama = await getLlama({gpu: false, build: "never", skipDownload: true, logLevel: "error", maxThreads: asked.threads});
@@ -27,13 +28,5 @@ const written = async (count) => {
     await context.dispose();
     return greedy;
 };
-const seconds = [];
-let greedy;
-for (const count of [1, asked.tokens, 1, asked.tokens]) {
-    const begun = performance.now();
-    greedy = await written(count);
-    seconds.push((performance.now() - begun) / 1000);
-}
-const least = (first) => Math.min(seconds[first], seconds[first + 2]);
-console.log(JSON.stringify({greedy, seconds: least(1) - least(0)}));
+await report(written, asked.tokens);
 process.exit(0);

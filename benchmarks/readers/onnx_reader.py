@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from timing import report
 
 asked = json.load(sys.stdin)
 folder = Path(asked["file"])
@@ -68,9 +68,4 @@ logits, written = by_genai() if asked["how"] == "genai" else by_runtime(asked["h
 with Path(asked["out"]).open("wb") as file:
     for window in asked["windows"]:
         file.write(logits(window).tobytes())
-seconds = []
-for count in (1, asked["tokens"], 1, asked["tokens"]):
-    begun = time.perf_counter()
-    greedy = written(count)
-    seconds.append(time.perf_counter() - begun)
-print(json.dumps({"greedy": greedy, "seconds": min(seconds[1::2]) - min(seconds[::2])}))
+report(written, asked["tokens"])

@@ -1,5 +1,6 @@
 // onnxruntime-node, or onnxruntime-web run by node. See deployments.py.
 import {openSync, readFileSync, writeSync} from "node:fs";
+import {report} from "./timing.mjs";
 
 const asked = JSON.parse(readFileSync(0, "utf8"));
 const {InferenceSession, Tensor} = await import(`onnxruntime-${asked.how}`);
@@ -41,12 +42,4 @@ const written = async (count) => {
     }
     return greedy;
 };
-const seconds = [];
-let greedy;
-for (const count of [1, asked.tokens, 1, asked.tokens]) {
-    const begun = performance.now();
-    greedy = await written(count);
-    seconds.push((performance.now() - begun) / 1000);
-}
-const least = (first) => Math.min(seconds[first], seconds[first + 2]);
-console.log(JSON.stringify({greedy, seconds: least(1) - least(0)}));
+await report(written, asked.tokens);

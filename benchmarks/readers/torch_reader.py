@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from timing import report
 
 asked = json.load(sys.stdin)
 path, how = Path(asked["file"]), asked["how"]
@@ -38,9 +38,4 @@ def written(count: int) -> list[int]:
 with torch.no_grad(), Path(asked["out"]).open("wb") as file:
     for window in asked["windows"]:
         file.write(model(torch.tensor([window])).logits[0].float().numpy().astype(np.float32).tobytes())
-seconds = []
-for count in (1, asked["tokens"], 1, asked["tokens"]):
-    begun = time.perf_counter()
-    greedy = written(count)
-    seconds.append(time.perf_counter() - begun)
-print(json.dumps({"greedy": greedy, "seconds": min(seconds[1::2]) - min(seconds[::2])}))
+report(written, asked["tokens"])

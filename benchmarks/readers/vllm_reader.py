@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import torch
+from timing import report
 from vllm import LLM, SamplingParams
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
@@ -54,12 +54,13 @@ with Path(asked["out"]).open("wb") as file:
     for ids in asked["windows"]:
         kept.clear()
         ask(ids, 1, prompt_logprobs=0)
-        prompt, last = (rows for rows in sorted(kept, key=len, reverse=True)[:2])
+        prompt, last = sorted(kept, key=len, reverse=True)[:2]
         file.write(torch.cat([prompt[: len(ids) - 1], last[-1:]]).numpy().tobytes())
-seconds = []
-for count in (1, asked["tokens"], 1, asked["tokens"]):
+
+
+def written(count: int) -> list[int]:
     kept.clear()
-    begun = time.perf_counter()
-    written = ask(asked["prompt"], count)
-    seconds.append(time.perf_counter() - begun)
-print(json.dumps({"greedy": written, "seconds": min(seconds[1::2]) - min(seconds[::2])}))
+    return ask(asked["prompt"], count)
+
+
+report(written, asked["tokens"])
